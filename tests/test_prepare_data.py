@@ -1,0 +1,444 @@
+"""prepare_data.py: nothing is lost on the way from text to bins, and every mistake gets its one sentence."""
+import errno
+import functools
+import gzip
+import http.server
+import json
+import lzma
+import os
+import random
+import subprocess
+import sys
+import threading
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prepare_data as pd
+from prepare_data import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared' / 'data'
+HARD = ['', '\0', ' ', '  a  b ', '\ta\t', '\r\n\r\n', '\n\n\nx\n', '<s>', '</s><unk>', '<|endoftext|>',
+        '<0x0A>', '\u2581', 'a\u2581\u2581 \u2581b', '\ue009x\ue00a', '\u2585', '\ufeff', '\uffff',
+        '\U0010ffff', 'a\u0301e\u0301',
+        '🙂👨‍👩‍👧', '*MOT:\tno.\n*CHI:\tyes?', '    def f(x):\n\t\treturn x_1\n', 'ﬁ ﷺ Ⅷ ½ Å',
+        '한국어 日本語 עברית']
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason='../shared/data is not here')
+
+
+def prose(n, seed=0):
+    """n different paragraphs."""
+    rng = random.Random(seed)
+    words = 'the a dog cat house tree saw ran gave took lost found red small happy and then but she'.split()
+    return [' '.join(rng.choices(words, k=30)) + f' {seed} {i}.' for i in range(n)]
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = text if isinstance(text, bytes) else text.encode()
+    path.write_bytes({'.gz': gzip.compress, '.xz': lzma.compress}.get(path.suffix, bytes)(data))
+    return path
+
+
+def prepare(path, out, **settings):
+    settings = dict(tokenizer='bytes', quiet=True, overwrite=True) | settings
+    return pd.open_data(pd.build(f'files:{path}', data_dir=out, **settings), f'files:{path}')
+
+
+def texts(data, split):
+    tokens, starts = data.tokens[split], data.docs[split]['start'].tolist()
+    assert all(tokens[s] == data.meta['bos'] for s in starts)
+    return [data.tokenizer.decode(tokens[a + 1:b]) for a, b in zip(starts, starts[1:] + [len(tokens)])]
+
+
+def refuses(match, call, *args, **kwargs):
+    with pytest.raises(UserError, match=match) as e:
+        call(*args, **kwargs)
+    assert '\n' not in str(e.value)
+    return str(e.value)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A prepared folder of 60 paragraphs, and its source."""
+    source = write(tmp_path / 'src' / 'small.txt', '\n\n'.join(prose(60)))
+    return prepare(source, tmp_path / 'data'), source
+
+
+# Tokenizers
+
+@pytest.fixture(scope='module')
+def bpe():
+    return pd.BPETokenizer.train(['\n'.join(prose(200)), '*MOT:\tno.\n*CHI:\tyes?\n' * 50], 400)
+
+
+@pytest.fixture(params=['bpe', 'bytes', 'gpt2'])
+def tokenizer(request):
+    if request.param == 'gpt2':
+        if not (SHARED / 'gpt2').is_dir():
+            pytest.skip('../shared/data/gpt2 is not here')
+        return pd.GPT2Tokenizer.find([SHARED / 'gpt2'])
+    return request.getfixturevalue('bpe') if request.param == 'bpe' else pd.ByteTokenizer()
+
+
+def test_lossless(tokenizer):
+    rng = random.Random(1)
+    ranges = [(0, 128), (0, 0x300), (0x2500, 0x2600), (0xE000, 0xE010), (0x1F300, 0x1F700), (0, 0xD800),
+              (0xE000, 0x110000)]
+    random_texts = [''.join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(40)))
+                    .encode('utf-8', 'ignore').decode() for _ in range(1500)]
+    every = [''.join(map(chr, range(a, a + 64))) for a in range(0, 0x3000, 64)]
+    batch = HARD + every + random_texts
+    for text, row in zip(batch, tokenizer.encode_batch(batch), strict=True):
+        ids = tokenizer.encode(text)
+        assert ids == row.tolist()
+        assert tokenizer.decode(ids) == text
+        assert b''.join(map(tokenizer.token_bytes, ids)) == text.encode()
+        assert tokenizer.bos not in ids and all(0 <= i < tokenizer.vocab_size for i in ids)
+        assert tokenizer.kind != 'bpe' or tokenizer.unk not in ids
+
+
+def test_bpe_learns_line_ends_and_labels(bpe):
+    assert bpe.vocab_size == 400
+    assert [bpe.token_bytes(i) for i in bpe.encode('no.\n*CHI:\tyes')] == [b'no', b'.\n*CHI:\t', b'yes']
+
+
+def test_vocabulary_too_large_or_small():
+    message = refuses('too large', pd.BPETokenizer.train, ['hello there ' * 50], 8192)
+    largest = int(message.split('_size ')[1].split()[0])
+    assert pd.BPETokenizer.train(['hello there ' * 50], largest).vocab_size == largest
+    refuses('too small', pd.BPETokenizer.train, ['hello there ' * 50], 100)
+
+
+def test_gpt2_without_files_or_network(tmp_path, monkeypatch):
+    import tiktoken
+    def no_network(name):
+        raise ConnectionError('no network')
+    monkeypatch.setattr(tiktoken, 'get_encoding', no_network)
+    assert '--gpt2_dir' in refuses('vocab.bpe', pd.GPT2Tokenizer.find, [tmp_path])
+
+
+# Documents
+
+def split_documents(text, limit=pd.MAX_DOC_BYTES, block=7):
+    report, head = Counter(), text[:1 << 20]
+    boundary = next((b for b in pd.BOUNDARY.values() if b.search(head)), pd.BOUNDARY['whole'])
+    blocks = (text[i:i + block] for i in range(0, len(text), block))
+    return list(pd.documents(blocks, boundary, limit, report)), report
+
+
+@pytest.mark.parametrize('block', [1, 5, 64, 10_000])
+@pytest.mark.parametrize('text, expected', [
+    ('one\ntwo\n\nthree\r\n\r\n \t\n\nfour\n', ['one\ntwo', 'three', 'four']),
+    ('a\n\nb<|endoftext|>\nc\n<|endoftext|>\n<|endoftext|>d', ['a\n\nb', 'c', 'd']),
+    ('= = = A = = =\nx\n\ny\n\n\n= = = B = = =\nz\n', ['= = = A = = =\nx\n\ny', '= = = B = = =\nz']),
+    ('before\n= = = A = = =\nx = = = no = = =\n', ['before', '= = = A = = =\nx = = = no = = =']),
+    ('\n\n    indented\n    code', ['    indented\n    code']),
+    ('A:\tyes\r\nB:\tno', ['A:\tyes\r\nB:\tno']),
+    ('', []), ('\n \n', [])])
+def test_layouts(text, expected, block):
+    assert [d.decode() for d in split_documents(text.encode(), block=block)[0]] == expected
+
+
+def test_empty_documents_are_counted():
+    assert split_documents(b'a<|endoftext|>\n<|endoftext|>b<|endoftext|>')[1]['empty documents dropped'] == 1
+
+
+@pytest.mark.parametrize('text', [
+    '\n'.join(prose(300)), 'no space at all' * 2000, 'é🙂' * 3000,
+    '\n'.join(prose(30)) + '  tail  ' * 900 + 'x',
+    '= = = A = = =\n' + '\n\n\n\n\n'.join(prose(90))])
+def test_passages_join_to_the_text(text):
+    for block in (100, 1 << 18):
+        docs, report = split_documents(text.encode(), 1000, block)
+        assert b''.join(docs) == text.encode()
+        assert max(map(len, docs)) <= 1000 and min(map(len, docs[:-1])) > 490
+        assert all(d.decode() is not None for d in docs)         # no letter is cut in two
+        assert report == {'documents cut into passages': 1, 'passages they were cut into': len(docs)}
+
+
+def test_passages_end_at_lines():
+    docs, _ = split_documents('\n'.join(prose(100)).encode(), 1000)
+    assert all(d.endswith(b'\n') for d in docs[:-1])
+
+
+# Inputs and splits
+
+def test_babylm_layout_keeps_splits_and_sources(tmp_path):
+    sizes = {'a.train.xz': 20, 'a.dev.gz': 3, 'a.test': 2, 'b.train': 20, 'b.dev': 3, '.hidden.train': 9}
+    for seed, (name, n) in enumerate(sizes.items()):
+        write(tmp_path / 'src' / name, '\n\n'.join(prose(n, seed)))
+    write(tmp_path / 'src' / 'README.md', 'not a part')
+    data = prepare(tmp_path / 'src', tmp_path)
+    assert data.meta['sources'] == ['a', 'b'] and data.meta['ignored'] == ['README.md']
+    assert {s: len(d) for s, d in data.docs.items()} == {'train': 40, 'val': 6, 'test': 2}
+    assert data.docs['train']['source'].tolist() == [0] * 20 + [1] * 20
+    assert data.meta['splits']['val']['sources']['a']['documents'] == 3
+
+
+def test_texts_come_back_whole(small):
+    data, source = small
+    paragraphs = source.read_text().split('\n\n')
+    assert sorted(texts(data, 'train') + texts(data, 'val')) == sorted(paragraphs)
+    counts = data.meta['splits']
+    assert sum(s['words'] for s in counts.values()) == sum(len(p.split()) for p in paragraphs)
+    assert sum(s['bytes'] for s in counts.values()) == sum(len(p.encode()) for p in paragraphs)
+    assert data.docs['train'].dtype == pd.DOC and (data.docs['train']['difficulty'] == 0).all()
+    assert counts['train']['tokens'] == len(data.tokens['train'])
+
+
+def test_hash_split_is_stable(tmp_path):
+    first = prepare(write(tmp_path / 'x.txt', '\n\n'.join(prose(500))), tmp_path, val_fraction=0.1)
+    longer = write(tmp_path / 'y.txt', '\n\n'.join(prose(100, 7) + prose(500)))
+    more = prepare(longer, tmp_path, val_fraction=0.1)
+    assert 25 < len(texts(first, 'val')) < 80
+    assert set(texts(first, 'val')) <= set(texts(more, 'val'))           # new text moves no old document
+    assert not set(texts(more, 'val')) & set(texts(more, 'train'))
+
+
+def test_small_corpus_still_gets_one_validation_document(tmp_path):
+    data = prepare(write(tmp_path / 'x.txt', '\n\n'.join(prose(10))), tmp_path, val_fraction=1e-9)
+    assert (len(texts(data, 'val')), len(texts(data, 'train'))) == (1, 9)
+
+
+def test_training_documents_found_in_validation_are_dropped(tmp_path):
+    train, dev = prose(20), prose(3, 5)
+    write(tmp_path / 's' / 'a.train', '\n\n'.join(train[:10] + dev + train[10:]))
+    write(tmp_path / 's' / 'a.dev', '\n\n'.join(dev))
+    data = prepare(tmp_path / 's', tmp_path)
+    assert texts(data, 'train') == train and texts(data, 'val') == dev
+    assert data.meta['report'] == {'training documents dropped, identical to held-out ones': 3}
+
+
+@pytest.mark.parametrize('name', ['x.jsonl', 'x.jsonl.gz', 'x.jsonl.xz'])
+def test_jsonl(tmp_path, name):
+    rows = [p.replace(' ', '\n\n', 1) for p in prose(30)]                # blank lines inside a row stay
+    path = write(tmp_path / name, '\n'.join(json.dumps(dict(story=r, n=1)) for r in rows))
+    data = prepare(path, tmp_path)
+    assert sorted(texts(data, 'train') + texts(data, 'val')) == sorted(rows)
+    refuses('only story, n: name the field', prepare, path, tmp_path, text_field='body')
+
+
+def test_bad_json_line(tmp_path):
+    path = write(tmp_path / 'x.jsonl', '{"text": "a"}\n{"text": \n')
+    refuses('x.jsonl line 2', prepare, path, tmp_path)
+
+
+def test_parquet(tmp_path, monkeypatch):
+    path = write(tmp_path / 'x.parquet', b'PAR1')
+    monkeypatch.setitem(sys.modules, 'pyarrow.parquet', None)
+    refuses('pip install pyarrow', prepare, path, tmp_path)
+
+
+# Bad input: one sentence, and nothing left behind
+
+@pytest.mark.parametrize('content, match', [
+    (b'good\n\nb\xe9d\n\nb\xffd\n' + '\n\n'.join(prose(50)).encode(), r'2 bad lines, the first is line 3'),
+    (b'', 'no text'), (b'\n\n\n', 'no text'), (b'only one', 'one document'), (b'a\n\nb', '256 are needed')])
+def test_bad_text(tmp_path, content, match):
+    path = write(tmp_path / 'x.txt', content)
+    refuses(match, prepare, path, tmp_path / 'data')
+    assert list((tmp_path / 'data').iterdir()) == []
+
+
+def test_missing_damaged_unknown(tmp_path):
+    refuses('does not exist', prepare, tmp_path / 'none', tmp_path)
+    mislabelled = write(tmp_path / 'x.txt.xz', 'a\n\nb' * 999).rename(tmp_path / 'x.gz')
+    refuses('damaged', prepare, mislabelled, tmp_path)
+    whole = write(tmp_path / 'y.xz', '\n\n'.join(prose(99)))
+    whole.write_bytes(whole.read_bytes()[:-30])
+    refuses('damaged', prepare, whole, tmp_path)
+    refuses('did you mean babylm', pd.build, 'babylmm', data_dir=tmp_path)
+
+
+def test_existing_folder_stays_unless_told(small):
+    data, source = small
+    before = (data.folder / 'meta.json').read_bytes()
+    refuses('--overwrite', prepare, source, data.folder.parent, overwrite=False)
+    assert (data.folder / 'meta.json').read_bytes() == before
+
+
+def test_full_disk(small, monkeypatch):
+    data, source = small
+    before = sorted(data.folder.parent.iterdir())
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(pd.SplitWriter, 'append', full)
+    refuses('is full', prepare, source, data.folder.parent)
+    monkeypatch.undo()
+    monkeypatch.setattr(pd.shutil, 'disk_usage', lambda path: type('', (), dict(free=10)))
+    refuses('0 MB free', prepare, source, data.folder.parent)
+    assert sorted(data.folder.parent.iterdir()) == before
+    pd.open_data(data.folder)                                            # what was there is still good
+
+
+def test_interrupted_build_leaves_nothing(tmp_path):
+    """SIGTERM in the middle of encoding: no folder, no leftovers."""
+    write(tmp_path / 'x.txt', '\n\n'.join(prose(50)))
+    code = ('import prepare_data as p, os, signal, time\n'
+            'p.SplitWriter.append = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))\n'
+            f'p.main(["files:{tmp_path}/x.txt", "--tokenizer=bytes", "--data_dir={tmp_path}/data"])')
+    run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 143 and list((tmp_path / 'data').iterdir()) == []
+
+
+def test_command_line(tmp_path):
+    def call(*args):
+        command = [sys.executable, str(ROOT / 'prepare_data.py'), *args, f'--data_dir={tmp_path}']
+        return subprocess.run(command, capture_output=True, text=True)
+    path = write(tmp_path / 'x.txt', '\n\n'.join(prose(99)))
+    done = call(f'files:{path}', '--vocab_size=320')
+    assert done.returncode == 0 and 'words/s' in done.stdout and done.stderr == ''
+    again = call(f'files:{path}', '--vocab_size=320')
+    assert again.returncode == 2
+    assert again.stderr.startswith('prepare_data.py: ') and again.stderr.count('\n') == 1
+
+
+def test_import_is_cheap():
+    heavy = ('torch', 'tiktoken', 'sentencepiece')
+    code = f'import prepare_data, sys; sys.exit(any(m in sys.modules for m in {heavy}))'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
+def test_stories_seam(tmp_path, monkeypatch):
+    """Whatever the generator writes comes out as documents; the pairs lie beside the bins."""
+    monkeypatch.setattr(pd, 'story_documents', lambda n, seed: iter(prose(min(n, 40), seed)))
+    pair = dict(kind='k', context='c', good='g', bad='b')
+    monkeypatch.setattr(pd, 'story_pairs', lambda n, seed: [pair] * n)
+    data = pd.open_data(pd.build('stories', 'bytes', data_dir=tmp_path, documents=30, quiet=True), 'stories')
+    assert texts(data, 'train') == prose(30, 1337) and texts(data, 'val') == prose(40, 1338)
+    assert len((data.folder / 'pairs.jsonl').read_text().splitlines()) == 2000
+    assert not (data.folder / 'raw').exists()
+
+
+# Opening: what the trainer must not trust
+
+def spoil(path, change):
+    data = bytearray(path.read_bytes())
+    path.write_bytes(change(data))
+
+
+@pytest.mark.parametrize('name, change, match', [
+    ('train.bin', lambda b: b[:-2], 'tokens where meta.json says'),
+    ('train.bin', lambda b: b[2:4] + b[:2] + b[4:], 'not the file that meta.json describes'),
+    ('train.docs.npy', lambda b: b[:-18], 'damaged'),
+    ('val.docs.npy', lambda b: b[:-10] + b'\x07\0\0\0' + b[-6:], 'docs.npy'),
+    ('val.bin', lambda b: b'', 'missing or damaged'),
+    ('meta.json', lambda b: b[:50], 'damaged'),
+    ('meta.json', lambda b: b.replace(b'"version": 1', b'"version": 99'), 'format 99, this program reads 1'),
+    ('meta.json', lambda b: b.replace(b'"vocab_size": 257', b'"vocab_size": 80'), 'beyond the vocabulary'),
+    ('tokenizer.bytes', lambda b: b + b'x', 'not the tokenizer')])
+def test_open_refuses(small, name, change, match):
+    data, _ = small
+    spoil(data.folder / name, change)
+    assert '--overwrite' in refuses(match, pd.open_data, data.folder)
+
+
+def test_open_refuses_documents_without_bos(small):
+    data, _ = small
+    docs = np.load(data.folder / 'train.docs.npy')
+    docs['start'][5] += 1
+    np.save(data.folder / 'train.docs.npy', docs)
+    refuses('do not begin with BOS', pd.open_data, data.folder)
+
+
+def test_open_sees_changed_sources(small):
+    data, source = small
+    name = f'files:{source}'
+    pd.open_data(data.folder, name)
+    source.write_text(source.read_text() + ' more')
+    refuses('changed since', pd.open_data, data.folder, name)
+    source.unlink()
+    pd.open_data(data.folder, name)                                      # the text need not be kept
+
+
+# Same in, same out; little memory
+
+def test_deterministic_to_the_byte(tmp_path):
+    path = write(tmp_path / 'x.txt', '\n\n'.join(prose(400)))
+    one, two = (prepare(path, tmp_path / d, tokenizer='bpe', vocab_size=400) for d in 'ab')
+    names = sorted(p.name for p in one.folder.iterdir())
+    assert names == ['meta.json', 'tokenizer.model', 'train.bin', 'train.docs.npy', 'val.bin', 'val.docs.npy']
+    assert all((one.folder / n).read_bytes() == (two.folder / n).read_bytes() for n in names[1:])
+    assert one.meta['fingerprint'] == two.meta['fingerprint']
+    other = prepare(path, tmp_path / 'c', tokenizer='bpe', vocab_size=400, val_fraction=0.1)
+    assert other.meta['fingerprint'] != one.meta['fingerprint']
+
+
+def test_memory_does_not_grow(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd, 'SAMPLE_BYTES', 200_000)
+    monkeypatch.setattr(pd, 'BATCH_BYTES', 200_000)
+    peaks = []
+    for n in (10_000, 60_000):                                           # 1.6 and 10 MB, one document each
+        path = write(tmp_path / f'{n}.txt', '\n'.join(prose(n)))
+        tracemalloc.start()
+        prepare(path, tmp_path, val_fraction=0.1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] * 1.3 and peaks[1] < 20e6, peaks
+
+
+# Download
+
+@pytest.fixture
+def server(tmp_path):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'web')
+    handler.log_message = lambda *args: None
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield tmp_path / 'web/roneneldan/TinyStories/resolve/main', f'http://127.0.0.1:{httpd.server_port}'
+        httpd.shutdown()
+
+
+def test_download(tmp_path, server):
+    web, url = server
+    write(web / 'TinyStories-train.txt', '\n<|endoftext|>\n'.join(prose(50)))
+    settings = dict(tokenizer='bytes', data_dir=tmp_path / 'data', base_url=url, quiet=True)
+    message = refuses('404', pd.build, 'tinystories', **settings)
+    assert str(tmp_path / 'data/raw/tinystories/TinyStories-valid.txt') in message
+    write(web / 'TinyStories-valid.txt', '\n<|endoftext|>\n'.join(prose(5, 3)))
+    data = pd.open_data(pd.build('tinystories', **settings), 'tinystories')
+    assert (len(data.docs['train']), len(data.docs['val'])) == (50, 5)
+    assert data.meta['sources'] == ['TinyStories']
+    assert data.folder.name == 'tinystories-bytes' and data.meta['licence'] == 'CDLA-Sharing-1.0'
+    assert not list((tmp_path / 'data/raw/tinystories').glob('.*'))
+
+
+def test_download_cut_short(tmp_path, server, monkeypatch):
+    web, url = server
+    write(web / 'TinyStories-train.txt', 'short')
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, 'send_header',
+                        lambda self, k, v: self._headers_buffer.append(
+                            f'{k}: {"99" if k == "Content-Length" else v}\r\n'.encode()))
+    refuses('5 of 99 bytes', pd.build, 'tinystories', 'bytes', data_dir=tmp_path, base_url=url)
+    assert list((tmp_path / 'raw/tinystories').iterdir()) == []
+
+
+def test_download_without_network_says_where_to_put_the_file(tmp_path):
+    message = refuses('could not be downloaded', pd.build, 'babylm', data_dir=tmp_path,
+                      base_url='http://127.0.0.1:9')
+    assert 'aochildes.train' in message
+
+
+def test_local_corpus_in_place_of_the_download(tmp_path):
+    for split, n in (('train', 30), ('dev', 4)):
+        write(tmp_path / 'raw/babylm' / f'mine.{split}', '\n\n'.join(prose(n, n)))
+    data = pd.open_data(pd.build('babylm', 'bytes', data_dir=tmp_path, quiet=True), 'babylm')
+    assert data.meta['sources'] == ['mine']
+
+
+# Real text
+
+@needs_shared
+def test_real_text(tmp_path):
+    for name in ('switchboard.train.xz', 'switchboard.dev.xz', 'simple_wiki.dev.xz'):
+        write(tmp_path / 'src' / name, lzma.decompress((SHARED / 'babylm' / name).read_bytes()))
+    data = prepare(tmp_path / 'src', tmp_path, tokenizer='bpe', vocab_size=2048)
+    whole = lzma.decompress((SHARED / 'babylm/switchboard.train.xz').read_bytes()).decode()
+    assert ''.join(texts(data, 'train')) == whole.rstrip()
+    assert data.meta['splits']['val']['sources']['simple_wiki']['words'] == 104_919
