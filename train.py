@@ -23,8 +23,10 @@ def process_age(pid='self'):
         return 0.0
 
 
-# The bill starts when the command is typed: before Python's imports and, under torchrun, with torchrun itself.
-STARTED = time.monotonic() - process_age(os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else 'self')
+# The bill starts when the command is typed: before Python's imports and, under torchrun, with torchrun itself (but when
+# torchrun starts a worker again, what went before is in the checkpoint).
+FIRST_OF_TORCHRUN = os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0'
+STARTED = time.monotonic() - process_age(os.getppid() if FIRST_OF_TORCHRUN else 'self')
 
 import ast
 import dataclasses
@@ -386,11 +388,12 @@ class Clock:
         else:
             self.progress += (1 - self.progress) * min(1.0, seconds / max(left_before, 1e-9))
 
-    def fits(self, step, step_seconds):
-        """Whether another step should begin: at most half of one beyond the end, so that runs end on time on average."""
+    def fits(self, step, seconds):
+        """Whether to train on, where the least that can be done takes so many seconds: runs end on time on average, and never
+        5 seconds late."""
         if self.max_steps and step >= self.max_steps:
             return False
-        return self.left() > min(0.5 * step_seconds, 0.01 * self.budget)
+        return self.left() > max(0.5 * seconds, seconds - 5)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -420,15 +423,15 @@ def save_checkpoint(out_dir, state):
     os.replace(path.with_name('ckpt.new.pt'), path)
 
 
-def keep_rows(path, step):
-    """Drop the rows of metrics.jsonl that the checkpoint at `step` does not know of, and a last line that was cut."""
+def read_rows(path):
+    """The whole rows of a metrics.jsonl; none if there is no such file. A last line that was cut off is left out."""
     rows = []
-    for line in (path.read_text().splitlines() if path.exists() else []):
+    for line in (Path(path).read_text().splitlines() if Path(path).exists() else []):
         try:
-            rows += [line + '\n'] if json.loads(line)['step'] <= step else []
+            rows.append(json.loads(line))
         except ValueError:
             break
-    write_beside(path, lambda f: f.write(''.join(rows).encode()))
+    return rows
 
 
 # Dense bf16 peak with fp32 accumulation, TFLOP/s, from the makers' data sheets; a card that is not here gets no MFU.
@@ -688,7 +691,9 @@ def main(argv):
             optimizer.load_state_dict(state)
         step, skipped, tokens_before = checkpoint['step'], checkpoint['skipped'], checkpoint['tokens']
         times |= checkpoint['times']
-        clock = Clock(s, checkpoint['elapsed'], checkpoint['times']['training'], checkpoint['progress'])
+        # what a killed run did after its last checkpoint was paid for too
+        spent = max([checkpoint['elapsed']] + [row['elapsed_s'] for row in read_rows(out_dir / 'metrics.jsonl')])
+        clock = Clock(s, spent, checkpoint['times']['training'], checkpoint['progress'])
         torch.set_rng_state(checkpoint['rng'])
 
     name = hardware(device)
@@ -711,7 +716,9 @@ def main(argv):
         if s.init_from != 'resume':
             for old in ('result.json', 'metrics.jsonl', 'ckpt.pt', 'ckpt.prev.pt'):
                 (out_dir / old).unlink(missing_ok=True)
-        keep_rows(out_dir / 'metrics.jsonl', step)
+        known = ''.join(json.dumps(row) + '\n' for row in read_rows(out_dir / 'metrics.jsonl') if row['step'] <= step)
+        write_beside(out_dir / 'metrics.jsonl', lambda f: f.write(known.encode()))
+        shutil.copy(data.folder / data.tokenizer.filename, out_dir)
         metrics = open(out_dir / 'metrics.jsonl', 'a', buffering=1)
 
     def record(**row):
@@ -749,13 +756,12 @@ def main(argv):
     batches = Prefetcher(Stream(data.tokens['train'], data.docs['train'], s.seed), step, s.tokens_per_step // s.block_size, micro,
                          s.block_size, rank, world, device)
     idx = torch.full((micro, s.block_size), config.bos, device=device)
-    step_model(idx, idx).backward()
+    step_model(idx, idx.clone()).backward()    # a clone: one tensor twice would compile another program
     for p in model.parameters():
         p.grad = None
     times['compile'] += time.monotonic() - began
-    slices, slice_seconds = sample.SLICES, 0.0
-    for _ in range(2):                          # the second is not slowed by first-time set-up
-        slice_seconds = agreed(evaluate(1)['seconds'])
+    slices = sample.SLICES
+    slice_seconds = agreed(min(evaluate(1)['seconds'] for _ in range(3)))    # the first is slowed by setting things up
     if slice_seconds * slices > 0.1 * clock.budget and s.budget_counts == 'all':
         slices = 2 ** max(0, int(math.log2(0.1 * clock.budget / slice_seconds)))
     pair_seconds, n_pairs = 0.0, len(pairs)
@@ -766,9 +772,10 @@ def main(argv):
         pair_seconds = agreed((time.monotonic() - began) / 64)
         if pair_seconds * n_pairs > 0.05 * clock.budget:
             n_pairs = int(0.05 * clock.budget / pair_seconds)
+    write_sample(model, data.tokenizer, s, tokens=2)
     began = time.monotonic()
-    write_sample(model, data.tokenizer, s, tokens=8)
-    token_seconds = (time.monotonic() - began) / 8
+    write_sample(model, data.tokenizer, s, tokens=12)
+    token_seconds = (time.monotonic() - began) / 12
     save_seconds = 0.5 + 12 * config.params()['total'] / 2 ** 30
 
     def closing_seconds():
@@ -789,12 +796,11 @@ def main(argv):
     while True:
         # time left?
         clock.reserve = closing_seconds()
-        left = clock.left()
         # the first rank's clock decides: ranks that stopped at different steps would wait for each other for ever
-        decision = all_reduce(np.array([clock.fits(step, step_seconds), clock.progress, left]) * master)
-        if not decision[0]:
+        decision = [clock.fits(step, step_seconds / accum), clock.progress, clock.left(), step_seconds]
+        go, clock.progress, left, step_seconds = all_reduce(np.array(decision) * master).tolist()
+        if not go:
             break
-        clock.progress, left = decision[1:].tolist()
         began = time.monotonic()
         micro_batches, wait = batches.next(step)
         # a last step that the clock has no room for is made of fewer micro-steps
@@ -844,11 +850,14 @@ def main(argv):
         if stopping:
             break
         if due and bad_steps == 0:
-            save_seconds = max(0.5, save())
+            try:
+                save_seconds = max(0.5, save())
+            except UserError as e:              # the run is worth more than this checkpoint; the earlier one is whole
+                say(f'warning: {e}')
             last_save = clock.elapsed()
 
         # evaluate if due
-        if next_eval and progress >= next_eval and clock.progress < 0.95 and not s.dry_run:
+        if next_eval and next_eval <= progress < 0.95 and not s.dry_run:
             result = evaluate(max(1, slices // 8))
             slice_seconds = agreed(result['seconds']) / max(1, slices // 8)
             say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, standard error {result["error"]:.4f}')

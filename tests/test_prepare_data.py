@@ -7,11 +7,13 @@ import json
 import lzma
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
 import tracemalloc
 from collections import Counter
+from math import log
 from pathlib import Path
 
 import numpy as np
@@ -238,7 +240,7 @@ def test_parquet(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('content, match', [
     (b'good\n\nb\xe9d\n\nb\xffd\n' + '\n\n'.join(prose(50)).encode(), r'2 bad lines, the first is line 3'),
-    (b'', 'no text'), (b'\n\n\n', 'no text'), (b'only one', 'one document'), (b'a\n\nb', '256 are needed')])
+    (b'', 'no text'), (b'\n\n\n', 'no text'), (b'only one', 'two documents'), (b'a\n\nb', '256 are needed')])
 def test_bad_text(tmp_path, content, match):
     path = write(tmp_path / 'x.txt', content)
     refuses(match, prepare, path, tmp_path / 'data')
@@ -268,7 +270,7 @@ def test_full_disk(small, monkeypatch):
 
     def full(*args):
         raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(pd.SplitWriter, 'append', full)
+    monkeypatch.setattr(pd.SplitWriter, 'write', full)
     refuses('is full', prepare, source, data.folder.parent)
     monkeypatch.undo()
     monkeypatch.setattr(pd.shutil, 'disk_usage', lambda path: type('', (), dict(free=10)))
@@ -281,7 +283,7 @@ def test_interrupted_build_leaves_nothing(tmp_path):
     """SIGTERM in the middle of encoding: no folder, no leftovers."""
     write(tmp_path / 'x.txt', '\n\n'.join(prose(50)))
     code = ('import prepare_data as p, os, signal, time\n'
-            'p.SplitWriter.append = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))\n'
+            'p.SplitWriter.write = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))\n'
             f'p.main(["files:{tmp_path}/x.txt", "--tokenizer=bytes", "--data_dir={tmp_path}/data"])')
     run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 143 and list((tmp_path / 'data').iterdir()) == []
@@ -305,15 +307,16 @@ def test_import_is_cheap():
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 
 
-def test_stories_seam(tmp_path, monkeypatch):
-    """Whatever the generator writes comes out as documents; the pairs lie beside the bins."""
-    monkeypatch.setattr(pd, 'story_documents', lambda n, seed: iter(prose(min(n, 40), seed)))
-    pair = dict(kind='k', context='c', good='g', bad='b')
-    monkeypatch.setattr(pd, 'story_pairs', lambda n, seed: [pair] * n)
-    data = pd.open_data(pd.build('stories', 'bytes', data_dir=tmp_path, documents=30, quiet=True), 'stories')
-    assert texts(data, 'train') == prose(30, 1337) and texts(data, 'val') == prose(40, 1338)
-    assert len((data.folder / 'pairs.jsonl').read_text().splitlines()) == 2000
-    assert not (data.folder / 'raw').exists()
+def test_leftovers_of_a_killed_build_go(tmp_path):
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    path = write(tmp_path / 'x.txt', '\n\n'.join(prose(50)))
+    name = f'{tmp_path}/data/.files-x-bytes.'
+    for suffix in (dead.pid, f'old.{dead.pid}', os.getppid()):           # the last one is alive
+        Path(f'{name}{suffix}').mkdir(parents=True)
+    prepare(path, tmp_path / 'data')
+    left = sorted(p.name for p in (tmp_path / 'data').iterdir())
+    assert left == [f'.files-x-bytes.{os.getppid()}', 'files-x-bytes']
 
 
 # Opening: what the trainer must not trust
@@ -330,6 +333,10 @@ def spoil(path, change):
     ('val.docs.npy', lambda b: b[:-10] + b'\x07\0\0\0' + b[-6:], 'docs.npy'),
     ('val.bin', lambda b: b'', 'missing or damaged'),
     ('meta.json', lambda b: b[:50], 'damaged'),
+    ('meta.json', lambda b: b'[]', 'damaged'),
+    ('meta.json', lambda b: b'{"version": 1, "tokenizer": "bytes"}', 'damaged'),
+    ('meta.json', lambda b: b.replace(b'"head_sha256"', b'"head"'), 'damaged'),
+    ('meta.json', lambda b: b.replace(b'"dtype"', b'"type"'), 'damaged'),
     ('meta.json', lambda b: b.replace(b'"version": 1', b'"version": 99'), 'format 99, this program reads 1'),
     ('meta.json', lambda b: b.replace(b'"vocab_size": 257', b'"vocab_size": 80'), 'beyond the vocabulary'),
     ('tokenizer.bytes', lambda b: b + b'x', 'not the tokenizer')])
@@ -425,11 +432,159 @@ def test_download_without_network_says_where_to_put_the_file(tmp_path):
     assert 'aochildes.train' in message
 
 
+def test_official_folders_and_partly_known_names_are_a_corpus_too(tmp_path):
+    """train_10M/x.train and dev/x.dev are one source; a name of ours among others starts no download."""
+    for name, n in (('train_10M/switchboard.train', 30), ('dev/switchboard.dev', 4), ('dev/mine.dev', 3)):
+        write(tmp_path / 'raw/babylm' / name, '\n\n'.join(prose(n, n)))
+    write(tmp_path / 'raw/babylm/gutenberg.train', '\n\n'.join(prose(9, 1)))
+    data = pd.open_data(pd.build('babylm', 'bytes', data_dir=tmp_path, quiet=True), 'babylm')
+    assert data.meta['sources'] == ['gutenberg', 'mine', 'switchboard']
+    assert data.meta['splits']['val']['sources']['switchboard']['documents'] == 4
+
+
 def test_local_corpus_in_place_of_the_download(tmp_path):
     for split, n in (('train', 30), ('dev', 4)):
         write(tmp_path / 'raw/babylm' / f'mine.{split}', '\n\n'.join(prose(n, n)))
     data = pd.open_data(pd.build('babylm', 'bytes', data_dir=tmp_path, quiet=True), 'babylm')
     assert data.meta['sources'] == ['mine']
+
+
+# Stories
+
+def test_stories_and_pairs_are_built(tmp_path):
+    data = pd.open_data(pd.build('stories', 'bytes', data_dir=tmp_path, documents=30, quiet=True), 'stories')
+    assert texts(data, 'train') == list(pd.story_documents(30, 1337))
+    assert texts(data, 'val') == list(pd.story_documents(1000, 1338))
+    pairs = [json.loads(line) for line in (data.folder / 'pairs.jsonl').read_text().splitlines()]
+    assert len(pairs) == 2000 and set(pairs[0]) == {'kind', 'context', 'good', 'bad'}
+    assert set(Counter(p['kind'] for p in pairs[:400]).values()) == {40}
+    assert not (data.folder / 'raw').exists()
+
+
+@pytest.fixture(scope='module')
+def stories():
+    return list(pd.story_documents(20_000, seed=1))
+
+
+@pytest.fixture(scope='module')
+def pairs():
+    return pd.story_pairs(2000, seed=1)
+
+
+def word_list(text):
+    return re.findall(r'[a-z]+(?:-[a-z]+)*', text.lower())
+
+
+def test_a_story_depends_on_seed_and_index_alone(stories):
+    assert list(pd.story_documents(5, seed=1, start=777)) == stories[777:782]
+    assert list(pd.story_documents(5, seed=2)) != stories[:5]
+
+
+def test_no_two_stories_are_equal(stories):
+    assert len(set(stories)) == len(stories)
+
+
+def test_vocabulary_and_lengths(stories):
+    vocabulary = Counter(word for text in stories for word in word_list(text))
+    assert 2500 <= len(vocabulary) <= 4000
+    assert min(vocabulary.values()) >= 5
+    lengths = [len(text.split()) for text in stories]
+    assert 60 <= min(lengths) and max(lengths) <= 160 and 95 <= sum(lengths) / len(lengths) <= 130
+
+
+def test_english(stories, pairs):
+    every = stories + [p['context'] + p[side] for p in pairs for side in ('good', 'bad')]
+    for text in every:
+        assert not re.search(r'[{}<>|=_~]|  |\n\n| \n|\n |\s$| [.,!?]|[.,]{2}', text), text
+        assert not re.search(r'\b[Aa] [aeiouAEIOU]|\b[Aa]n [^aeiouAEIOU]', text), text
+        assert not re.search(r'(^|[.!?] |\n)"?[a-z]', text), text
+        assert not re.search(r'\bthey was\b|\b[Tt]hey is\b|\b(\w+) \1\b(?<!had had)', text), text
+        assert text.count('"') % 2 == 0 and text[-1] in '.!?"', text
+
+
+def test_pairs_are_balanced_and_consist_of_mirrored_twins(pairs):
+    assert len(pairs) == 2000 and pd.story_pairs(40, seed=1) == pairs[:40]
+    assert Counter(p['kind'] for p in pairs) == dict.fromkeys(pd.World().kinds, 200)
+    for one, twin in zip(pairs[::2], pairs[1::2]):
+        assert one['kind'] == twin['kind'] and one['context'] != twin['context']
+        assert one['good'] == twin['bad'] != one['bad'] == twin['good']
+        assert one['good'][0] == ' ' != one['context'][-1]
+
+
+def test_no_story_to_train_on_is_a_story_to_be_judged(stories, pairs):
+    contexts = {p['context'] for p in pairs}
+    assert not contexts & set(stories)
+    firsts = {text.split('\n')[0] for text in stories}
+    assert not firsts & {context.split('\n')[0] for context in contexts}
+
+
+def test_an_ending_alone_is_a_coin_toss(pairs):
+    """A unigram scorer fitted on good against bad endings: on other endings, and on the same."""
+    for fitted, judged in ((pairs[:1000], pairs[1000:]), (pairs, pairs)):
+        good, bad = (Counter(w for p in fitted for w in word_list(p[side])) for side in ('good', 'bad'))
+        assert good == bad
+        length = {side: sum(len(p[side]) for p in judged) for side in ('good', 'bad')}
+        assert length['good'] == length['bad']
+        for weight in (lambda w: log((good[w] + 1) / (bad[w] + 1)), len, hash):
+            score = [[sum(map(weight, word_list(p[side]))) for side in ('good', 'bad')] for p in judged]
+            assert sum((g > b) + 0.5 * (g == b) for g, b in score) == len(judged) / 2
+
+
+def heuristics(pairs):
+    """Accuracy per kind of choosing the option that the context names last, first, or most often."""
+    right = {}
+    for p in pairs:
+        context, good, bad = (re.findall(r'\w+', p[part]) for part in ('context', 'good', 'bad'))
+        if p['kind'] == 'pronoun':               # the option is a person: the two of whom the parting speaks
+            names = {w: pronoun for pronoun in ('she', 'he', 'they') for w in pd.World().lists[pronoun]}
+            good, bad = ([word.lower() for word in ending] for ending in (good, bad))
+            options = [{w for w in context if w in names and set(pd.PRONOUNS[names[w]]) & set(ending)}
+                       for ending in (good, bad)]
+        else:
+            options = set(good) - set(bad), set(bad) - set(good)
+        places = [[i for i, word in enumerate(context) if word in option] for option in options]
+        for name, measure in (('last', lambda at: max(at, default=-1)), ('most', len),
+                              ('first', lambda at: -min(at, default=len(context)))):
+            g, b = map(measure, places)
+            right.setdefault(p['kind'], {}).setdefault(name, []).append((g > b) + 0.5 * (g == b))
+    return {kind: {name: sum(r) / len(r) for name, r in by.items()} for kind, by in right.items()}
+
+
+def test_counting_mentions_does_not_solve_the_pairs():
+    for kind, accuracy in heuristics(pd.story_pairs(6000, seed=3)).items():
+        assert all(0.4 < share < 0.6 for share in accuracy.values()), (kind, accuracy)
+
+
+def found_where_left(context, ending):
+    places = pd.World().lists['place'] + pd.World().lists['outdoors']
+    place = max((x for x in places if f' {x}' in ending), key=len)
+    things = pd.World().lists['small'] + pd.World().lists['gift'] + pd.World().lists['beast']
+    thing = max((x for x in things if f'he {x} ' in ending.replace(place, '')), key=len)
+    return re.search(rf'\b{thing} (was )?{place}\b', context)
+
+
+def the_one_alone(context, ending):
+    parting = re.split(r"(?<=[.!?\"])\s", context)[-1]
+    name = re.search(r'^(\w+) (?:waved|said|left \w+ n|shook)|(\w+) (?:was alone|stayed)|only (\w+)', parting)
+    pronoun = next(p for p in ('she', 'he', 'they') if name[name.lastindex] in pd.World().lists[p])
+    return re.search(rf"\b({'|'.join(pd.PRONOUNS[pronoun][:4])})\b", ending, re.I)
+
+
+def winner(context, ending):
+    first = (r'(\w+) came first', r'(\w+) crossed the line just before', r'the line just after (\w+)',
+             r"but (\w+)(?:'s)? was (?:faster|bigger)", r'(\w+) was faster than', r'(\w+) in front and',
+             r'behind and (\w+) in front', r'(?:slower|smaller|lighter) than (\w+)',
+             r'(\w+) reached the end ahead', r'reached the end behind (\w+)',
+             r"(\w+)'s \w+ was (?:bigger|heavier) than")
+    return re.search(rf'\b{next(filter(None, (re.search(f, context) for f in first)))[1]}\b', ending)
+
+
+@pytest.mark.parametrize('kind, holds', [('place', found_where_left), ('pronoun', the_one_alone),
+                                         ('order', winner)])
+def test_the_text_itself_tells_good_from_bad(pairs, kind, holds):
+    for p in pairs:
+        if p['kind'] == kind:
+            assert holds(p['context'], p['good']) and not holds(p['context'], p['bad']), p
 
 
 # Real text

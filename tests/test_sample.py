@@ -1,0 +1,286 @@
+"""sample.py: what it prints, and the two measures that train.py reports."""
+import io
+import math
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_data
+import sample
+from conftest import script
+from model import GPT, GPTConfig
+from prepare_data import UserError
+
+BYTES = prepare_data.ByteTokenizer()
+
+
+class Says:
+    """Stands for a model that says the same ids whatever it is asked."""
+    wte = SimpleNamespace(weight=torch.zeros(1))
+
+    def __init__(self, *ids):
+        self.ids = ids
+
+    def generate(self, idx, max_new_tokens, *options):
+        for new in self.ids[:max_new_tokens]:
+            yield torch.full((len(idx),), new)
+
+
+class Costs(torch.nn.Module):
+    """Stands for a model: nats of a target token from a table."""
+
+    def __init__(self, table, block_size=64):
+        super().__init__()
+        self.table, self.config = torch.nn.Parameter(table), SimpleNamespace(block_size=block_size)
+
+    def forward(self, idx, targets, reduction):
+        assert reduction == 'none' and idx.shape == targets.shape and idx.shape[1] <= self.config.block_size
+        return torch.where(targets >= 0, self.table[targets.clamp(min=0)], 0.0)
+
+
+@pytest.fixture
+def ask(finished, capsys):
+    def run(*args):
+        sample.main([str(finished[0]), *args, *(['--device=cpu'] if '--device' not in str(args) else []),
+                     *(['--max_new_tokens=40'] if '--max_new' not in str(args) else [])])
+        return capsys.readouterr().out
+    return run
+
+
+# ---- completing
+
+def test_options_may_stand_before_the_prompt(ask):
+    assert ask('--temperature=0', 'Mia') == ask('Mia', '--temperature=0')
+
+
+def test_as_a_user(finished, tmp_path):
+    (tmp_path / 'prompts.txt').write_text('Mia lost\nZoë 🙂\n', encoding='utf-8')
+    code, out, err = script('sample.py', finished[0], '--file', 'prompts.txt', '--temperature=0', '--device=cpu', cwd=tmp_path)
+    assert code == 0 and not err and out.startswith('Mia lost') and '\nZoë 🙂' in out
+    code, out, err = script('sample.py', tmp_path / 'nothing', cwd=tmp_path)
+    assert code == 2 and 'nothing' in err and 'Traceback' not in err and not out
+
+
+def test_the_same_seed_says_the_same(ask):
+    assert ask('Mia', '--seed=4') == ask('Mia', '--seed=4') != ask('Mia', '--seed=5')
+    assert ask('Mia', '--temperature=0', '--seed=4') == ask('Mia', '--temperature=0', '--seed=5')
+    assert ask('Mia', '--top_k=1', '--seed=4') == ask('Mia', '--temperature=0') == ask('Mia', '--top_p=1e-9')
+    assert ask('Mia lost').startswith('Mia lost')
+
+
+def test_several_samples(ask):
+    parts = re.split(r'^--- \d+\n', ask('Mia', '--samples=3'), flags=re.M)
+    assert len(parts) == 4 and parts[0] == '' and all(p.startswith('Mia') for p in parts[1:]) and len(set(parts)) == 4
+    greedy = re.split(r'^--- \d+\n', ask('Mia', '--samples=2', '--temperature=0'), flags=re.M)
+    assert greedy[1] == greedy[2] == ask('Mia', '--temperature=0')
+
+
+def test_interactive_until_an_empty_line(ask, monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('Mia\nTom\n\nnever\n'))
+    out = ask('--interactive', '--temperature=0')
+    assert 'Mia' in out and 'Tom' in out and 'never' not in out
+
+
+def test_a_prompt_longer_than_a_block(ask):
+    assert len(ask('Mia lost the kite. ' * 20)) > 380
+
+
+@pytest.mark.parametrize('wrong', ['--samples=0', '--temperature=-1', '--temperature=nan', '--top_p=0', '--top_p=1.1',
+                                   '--top_k=-1', '--max_new_tokens=0', '--file=no_such_file', '--device=cuda:99',
+                                   '--device=abacus'])
+def test_arguments_that_cannot_work(ask, wrong):
+    with pytest.raises(UserError):
+        ask('Mia', wrong)
+
+
+@pytest.mark.parametrize('wrong', ['--temperature=warm', '--nonsense', '--samples=1.5'])
+def test_arguments_that_are_none(ask, wrong):
+    with pytest.raises(SystemExit) as e:
+        ask(wrong)
+    assert e.value.code == 2
+
+
+def test_a_run_is_whole_by_itself(finished, corpus, tmp_path, monkeypatch):
+    """Moved, without its data, and asked from another folder."""
+    shutil.copytree(finished[0], tmp_path / 'moved')
+    monkeypatch.setattr(prepare_data, 'open_data', None)
+    state = torch.load(tmp_path / 'moved' / 'ckpt.pt', weights_only=True)
+    torch.save(state | dict(data='no/such/folder'), tmp_path / 'moved' / 'ckpt.pt')
+    model, tokenizer = sample.load(tmp_path / 'moved')
+    assert tokenizer.bos == model.config.bos and not model.training
+
+
+def test_another_vocabulary_is_refused(finished, tmp_path):
+    state = torch.load(finished[0] / 'ckpt.pt', weights_only=True)
+    (tmp_path / 'tokenizer.bytes').write_bytes(BYTES.blob)
+    torch.save(state | dict(tokenizer='0' * 64), tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='vocabulary|tokenizer'):
+        sample.load(tmp_path)
+
+
+def test_streaming_gives_whole_characters():
+    text = 'é🙂ñ and 한'
+    pieces = list(sample.stream(Says(*text.encode()), BYTES, '', 100))
+    assert ''.join(pieces) == text and len(pieces) > 3 and not any('\ufffd' in p for p in pieces)
+    assert ''.join(sample.stream(Says(*'a🙂'.encode()[:3]), BYTES, '', 100)) == 'a\ufffd'      # cut off in the middle
+    assert ''.join(sample.stream(Says(255, 97), BYTES, '', 100)) == '\ufffda'
+
+
+def test_the_end_of_a_document_ends_a_sample(capsys):
+    model = Says(*b'ab', BYTES.bos, *b'cd')
+    assert ''.join(sample.stream(model, BYTES, 'x', 100)) == 'ab'
+    options = SimpleNamespace(samples=2, max_new_tokens=5, temperature=0, top_k=0, top_p=1.0)
+    sample.complete(model, BYTES, 'x', options, None)
+    assert capsys.readouterr().out == '--- 1\nxab\n--- 2\nxab\n'
+
+
+# ---- measuring
+
+def split(n=400, sources=2, seed=0):
+    """Documents of random bytes and lengths; later sources are rarer."""
+    rng = np.random.default_rng(seed)
+    docs, tokens = np.zeros(n, prepare_data.DOC), []
+    for i in range(n):
+        text = rng.integers(0, 256, rng.integers(1, 150))
+        docs[i] = len(tokens), len(text), min(rng.geometric(0.7) - 1, sources - 1), 0
+        tokens += [BYTES.bos, *text]
+    return np.array(tokens, np.uint16), docs
+
+
+def slow_bpb(table, tokens, docs):
+    nats = sum(table[t].item() for t in tokens.tolist() if t != BYTES.bos)
+    return nats / math.log(2) / docs['bytes'].sum()
+
+
+@pytest.mark.parametrize('block_size', [1, 16, 40, 50, 64, 1000])
+def test_every_token_but_bos_is_counted_once(block_size):
+    tokens, docs = split(60)
+    table = torch.rand(257)
+    result = sample.bits_per_byte(Costs(table, block_size), tokens, docs, max_tokens=500)
+    assert result['bpb'] == pytest.approx(slow_bpb(table, tokens, docs), rel=1e-6)
+    assert result['tokens'] == len(tokens) - len(docs) and result['share'] == 1 and result['error'] == 0
+    for source, bpb in result['per_source'].items():
+        mine = docs['source'] == source
+        ids = np.concatenate([part for part, m in zip(np.split(tokens, docs['start'][1:]), mine) if m])
+        assert bpb == pytest.approx(slow_bpb(table, ids, docs[mine]), rel=1e-6)
+
+
+def test_a_part_estimates_the_whole():
+    tokens, docs = split(4000, sources=3)
+    table = torch.rand(257) * torch.linspace(0, 3, 257)
+    docs['bytes'] = docs['bytes'] * np.random.default_rng(1).uniform(1, 1.5, len(docs))     # bits a byte differ by document
+    parts = {n: sample.bits_per_byte(Costs(table), tokens, docs, slices=n) for n in (2, 8, 32, 64)}
+    whole, errors = parts[64]['bpb'], [parts[n]['error'] for n in (2, 8, 32, 64)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] == 0 < errors[-2]
+    for n, part in parts.items():
+        assert part['share'] == pytest.approx(n / 64, rel=0.1)
+        assert abs(part['bpb'] - whole) <= 4 * part['error'] + 1e-12
+
+
+def test_the_standard_error_is_one():
+    """Over many splits, the estimate's distance to the whole is of the size that it says."""
+    table, z = torch.rand(257) * torch.linspace(0, 3, 257), []
+    for seed in range(40):
+        tokens, docs = split(1000, sources=2, seed=seed)
+        docs['bytes'] = docs['bytes'] * np.random.default_rng(seed).uniform(1, 2, len(docs))
+        part, whole = (sample.bits_per_byte(Costs(table), tokens, docs, slices=n) for n in (8, 64))
+        z.append((part['bpb'] - whole['bpb']) / part['error'])
+    assert 0.7 < np.sqrt(np.mean(np.square(z))) < 1.4
+
+
+def test_slices_are_stratified_and_nested():
+    _, docs = split(2000, sources=3)
+    part = sample.deal(docs)
+    for source in range(3):
+        counts = np.bincount(part[docs['source'] == source], minlength=64)
+        assert counts.max() - counts.min() <= 1
+    assert np.array_equal(part, sample.deal(docs)) and len(np.unique(part[:64])) > 30
+
+
+def test_stop_and_ranks():
+    tokens, docs = split(300)
+    model = Costs(torch.rand(257))
+    asked = []
+    early = sample.bits_per_byte(model, tokens, docs, stop=lambda: asked.append(1) or len(asked) == 4)
+    assert early['share'] == pytest.approx(0.25, abs=0.03) and early['error'] > 0
+    whole, parts = sample.bits_per_byte(model, tokens, docs, group=64), []
+    for rank in range(3):
+        sample.bits_per_byte(model, tokens, docs, group=64, rank=rank, world=3, reduce=lambda a: parts.append(a) or a)
+    summed = sample.bits_per_byte(model, tokens, docs, group=64, rank=0, world=3, reduce=lambda a: sum(parts))
+    assert summed['bpb'] == pytest.approx(whole['bpb']) and summed['share'] == 1
+
+
+# ---- pairs
+
+def pairs(n=40):
+    return [dict(kind='even' if i % 2 else 'odd', context=f'Mia {i} left the', good=' aaa', bad=' bbb') for i in range(n)]
+
+
+def table(**costs):
+    t = torch.ones(257)
+    for letter, cost in costs.items():
+        t[ord(letter)] = cost
+    return t
+
+
+def test_a_model_that_knows_is_right_and_swapped_labels_are_the_rest():
+    assert sample.pair_accuracy(Costs(table(a=0.5)), BYTES, pairs())['accuracy'] == 1
+    mixed = [p if i % 4 else p | dict(good=p['bad'], bad=p['good']) for i, p in enumerate(pairs())]
+    result = sample.pair_accuracy(Costs(table(a=0.5)), BYTES, mixed)
+    assert result['accuracy'] == 0.75 and result['pairs'] == 40 and result['per_kind'] == dict(odd=0.5, even=1.0)
+    assert result['error'] == pytest.approx(math.sqrt(0.75 * 0.25 / 40))
+    swapped = [p | dict(good=p['bad'], bad=p['good']) for p in mixed]
+    assert sample.pair_accuracy(Costs(table(a=0.5)), BYTES, swapped)['accuracy'] == 0.25
+
+
+def test_a_tie_is_wrong():
+    assert sample.pair_accuracy(Costs(torch.ones(257)), BYTES, pairs())['accuracy'] == 0
+    equal = [p | dict(bad=p['good']) for p in pairs()]
+    assert sample.pair_accuracy(Costs(torch.rand(257)), BYTES, equal)['accuracy'] == 0
+
+
+@pytest.mark.parametrize('block_size', [8, 20, 64, 100])
+def test_endings_alone_are_scored(block_size):
+    """The context costs much, and differs in cost; endings are summed (a costs what bb costs), also where it is cut."""
+    model = Costs(table(M=900, i=100, a=2.0, b=1.0), block_size)
+    for good, bad, accuracy in ((' b', ' a', 1), (' a', ' b', 0), (' a', ' bb', 0), (' a', ' bbb', 1)):
+        pair = dict(kind='x', context='Mia ' * 10, good=good, bad=bad)
+        assert sample.pair_accuracy(model, BYTES, [pair])['accuracy'] == accuracy
+
+
+class Merging:
+    """A byte tokenizer that has a token of its own for 'ts'."""
+    bos = 256
+
+    def encode(self, text):
+        return [257 if t == 'ts' else ord(t) for t in re.findall('ts|.', text, re.S)]
+
+
+def test_a_merge_over_the_seam_is_scored_on_both_sides():
+    """'cat' + 's' is c a ts, 'cat' + ' x' is c a t _ x: both are scored from the t on."""
+    costs = torch.ones(258)
+    costs[257], costs[ord('t')] = 4.0, 3.5
+    pair = dict(kind='x', context='cat', good='s', bad=' x')
+    assert sample.pair_accuracy(Costs(costs), Merging(), [pair])['accuracy'] == 1         # 4 against 3.5 + 1 + 1
+
+
+def test_the_batch_does_not_change_a_score(finished):
+    model, tokenizer = sample.load(finished[0])
+    many = [dict(kind='x', context='Mia ' * (i % 7), good=' lost' * (1 + i % 3), bad=' kite' * (1 + i % 2)) for i in range(30)]
+    one = sample.pair_accuracy(model, tokenizer, many, max_tokens=1)
+    assert one == sample.pair_accuracy(model, tokenizer, many)
+
+
+def test_shuffled_labels_give_chance():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=257, bos=256, block_size=64, n_layer=1, n_head=2, n_embd=32))
+    rng = np.random.default_rng(0)
+    letters = 'abcdefgh'
+    made = [dict(kind='x', context='Mia', good=' ' + letters[a], bad=' ' + letters[b])
+            for a, b in rng.integers(0, 8, (600, 2)) if a != b]
+    assert 0.4 < sample.pair_accuracy(model, BYTES, made)['accuracy'] < 0.6

@@ -1,0 +1,750 @@
+"""train.py: settings, data order, optimizer, clock, and whole runs as a user makes them."""
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import prepare_data
+import sample
+import train
+from conftest import ROOT, STEPS, finish, script, start
+from model import GPT, GPTConfig
+from prepare_data import UserError
+
+
+def rows(out_dir):
+    """The whole lines of metrics.jsonl."""
+    path = Path(out_dir) / 'metrics.jsonl'
+    return [json.loads(line) for line in path.read_text().split('\n')[:-1]] if path.exists() else []
+
+
+def losses(out_dir):
+    steps = [row for row in rows(out_dir) if 'train_loss' in row]
+    assert [row['step'] for row in steps] == list(range(1, len(steps) + 1))
+    return [row['train_loss'] for row in steps]
+
+
+def weights(out_dir, name='ckpt.pt'):
+    return torch.load(Path(out_dir) / name, weights_only=True)
+
+
+def wait_for_step(process, out_dir, step):
+    until = time.monotonic() + 90
+    while time.monotonic() < until and process.poll() is None:
+        if any(row['step'] >= step for row in rows(out_dir)):
+            return
+        time.sleep(0.005)
+    process.kill()
+    pytest.fail(f'step {step} never came: {process.communicate()}')
+
+
+@pytest.fixture
+def main(corpus, tmp_path, monkeypatch, capfd):
+    """train.main in this process on the small corpus; gives its folder, prints what it printed."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        train.main([*corpus.args, '--budget_minutes=10000', '--out_dir=run', '--max_steps=3', '--save_minutes=0', *args])
+        return capfd.readouterr().out
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def snapshot(folder):
+    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path(folder).iterdir()}
+
+
+# ---- settings
+
+def config(tmp_path, text, name='mine.py'):
+    (tmp_path / name).write_text(text)
+    return str(tmp_path / name)
+
+
+def mistakes(*argv):
+    with pytest.raises(UserError) as e:
+        train.read_settings(list(argv))
+    return str(e.value)
+
+
+def test_all_mistakes_at_once_with_exit_code_2(tmp_path):
+    config(tmp_path, '"""doc"""\nn_layers = 3\nn_embd = 1.5\n\nimport os\nlearning_rate = "high"\n')
+    code, out, err = script('train.py', 'mine.py', '--sed=3', '--optimizer=adamm', '--tokens_per_step=0', cwd=tmp_path)
+    assert code == 2 and 'Traceback' not in err and not out
+    for expected in ('mine.py:2: .*n_layers.* n_layer', 'mine.py:3: n_embd is 1.5, .*int', 'mine.py:5: ',
+                     'mine.py:6: learning_rate .*float', '--sed=3: .* seed', 'adamm.*muon, adamw', 'tokens_per_step is 0'):
+        assert re.search(expected, err), expected
+    assert [p.name for p in tmp_path.iterdir()] == ['mine.py']
+
+
+@pytest.mark.parametrize('line', [
+    'import os', 'seed = __import__("os").getpid()', 'seed = open("touched", "w").write("x")', 'seed = n_layer',
+    'seed = 3 if 1 else 2', 'out_dir = f"{1}"', 'seed += 1', 'def f(): pass', 'seed: int = 3', 'seed = 2 ** 10 ** 9',
+    'learning_rate = 1e200 ** 4', 'learning_rate = 1 / 0', 'learning_rate = 10 ** 64 * 1e300', 'learning_rate = (10 ** 64) ** 10', 'seed = (', 'seed = 1e999',
+    'seed = True', 'seed = None', 'overwrite = 1', 'sample_prompt = 3', 'seed = -1'])
+def test_only_literals_and_arithmetic(tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    text = mistakes(config(tmp_path, f'n_layer = 2\n{line}\n'))
+    assert 'mine.py:2: ' in text and text.startswith('1 mistake in') and not (tmp_path / 'touched').exists()
+
+
+def test_stacking_and_overrides(tmp_path):
+    a = config(tmp_path, '"""what"""\nn_layer = 2 * 3\nseed = 7\nlearning_rate = 1\nbudget_minutes = 1 / 4\n', 'a.py')
+    b = config(tmp_path, 'seed = -(-9)  # why\nsample_prompt = "Mia"\n', 'b.py')
+    s = train.read_settings([a, b])
+    assert (s.n_layer, s.seed, s.learning_rate, s.budget_minutes, s.sample_prompt) == (6, 9, 1.0, 0.25, 'Mia')
+    assert type(s.learning_rate) is float and s.out_dir == 'out/a+b' and s.n_embd == GPTConfig.n_embd
+    assert train.read_settings([b, a]).seed == 7
+    s = train.read_settings([a, '--seed=2**3', '--dataset=files:a b/c', '--out_dir=x', '--doc_mask=False', '--learning_rate=3'])
+    assert (s.seed, s.dataset, s.out_dir, s.doc_mask, s.learning_rate) == (8, 'files:a b/c', 'x', False, 3.0)
+    assert train.read_settings([]).out_dir == 'out/default'
+
+
+def test_words_for_other_mistakes(tmp_path):
+    assert 'no_such.py' in mistakes('no_such.py')
+    assert '--seed' in mistakes('--seed')
+    assert "'0.1x'" in mistakes('--learning_rate=0.1x')
+    assert 'mine.py' in mistakes(config(tmp_path, b'\xff\xfe'.decode('latin1') + '\0'))
+
+
+def test_the_readme_names_what_exists():
+    text = (ROOT / 'README.md').read_text()
+    configs, scripts = set(re.findall(r'config/\w+\.py', text)), set(re.findall(r'(?:python|torchrun\b.*?) (\w+\.py)', text))
+    assert {'config/quickstart.py', 'config/babylm.py'} <= configs and 'train.py' in scripts
+    configs -= {'config/my_idea.py'}
+    for path in configs | {str(p.relative_to(ROOT)) for p in (ROOT / 'config').glob('*.py')}:
+        s = train.read_settings([str(ROOT / path)])
+        GPTConfig(vocab_size=s.vocab_size, **{k: getattr(s, k) for k in train.MODEL_KEYS})
+        assert s.tokens_per_step % s.block_size == 0
+    assert all((ROOT / name).exists() for name in scripts)
+
+
+# ---- data
+
+def toy(n_docs=7, seed=0):
+    """Documents of 3 to 20 tokens; every token is another number."""
+    lengths = np.random.default_rng(seed).integers(3, 20, n_docs)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    docs = np.zeros(n_docs, prepare_data.DOC)
+    docs['start'] = starts
+    return np.arange(lengths.sum(), dtype=np.uint16), docs, lengths
+
+
+def test_every_token_once_an_epoch_in_an_order_of_seed_and_epoch():
+    tokens, docs, lengths = toy(50)
+    n = len(tokens)
+    stream = train.Stream(tokens, docs, 3)
+    epochs = [stream.read(e * n, n) for e in range(3)]
+    for epoch in epochs:
+        assert np.array_equal(np.sort(epoch), np.arange(n)) and epoch.dtype == np.int64
+        first = [np.flatnonzero(epoch == start)[0] for start in docs['start']]       # documents stay whole
+        assert all((np.diff(epoch[a:a + k]) == 1).all() for a, k in zip(first, lengths))
+    assert len({epoch.tobytes() for epoch in epochs}) == 3
+    assert np.array_equal(train.Stream(tokens, docs, 3).read(2 * n, n), epochs[2])    # asked for alone
+    assert not np.array_equal(train.Stream(tokens, docs, 4).read(0, n), epochs[0])
+
+
+def test_read_is_the_slow_concatenation():
+    tokens, docs, lengths = toy()
+    stream, slow = train.Stream(tokens, docs, 5), []
+    for epoch in range(6):
+        order = np.random.default_rng([5, epoch]).permutation(len(docs))
+        slow += [token for d in order for token in tokens[docs['start'][d]:docs['start'][d] + lengths[d]]]
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        first = int(rng.integers(0, 3 * len(tokens)))
+        count = int(rng.integers(1, 2 * len(tokens)))
+        assert stream.read(first, count).tolist() == slow[first:first + count]
+
+
+def prefetched(rank, world, micro, steps, first=0, rows_per_step=8, T=5):
+    tokens, docs, _ = toy(60)
+    batches = train.Prefetcher(train.Stream(tokens, docs, 1), first, rows_per_step, micro, T, rank, world, 'cpu')
+    made = [batches.next(step)[0] for step in range(first, first + steps)]
+    batches.close()
+    assert not batches.thread.is_alive()
+    return made
+
+
+def test_batches_are_a_function_of_seed_step_and_rank():
+    one = prefetched(0, 1, 2, 6)
+    assert all(len(step) == 4 and step[0][0].shape == (2, 5) for step in one)
+    two = [prefetched(rank, 2, 2, 6) for rank in (0, 1)]
+    for step in range(6):
+        both = [pair for m in range(2) for pair in (two[0][step][m], two[1][step][m])]
+        for a, b in zip(one[step], both, strict=True):
+            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    for a, b in zip(one[4:], prefetched(0, 1, 2, 2, first=4), strict=True):
+        assert all(torch.equal(x[0], y[0]) for x, y in zip(a, b))
+    whole = torch.cat([idx for step in one for idx, _ in step]).flatten()
+    targets = torch.cat([t for step in one for _, t in step]).flatten()
+    assert torch.equal(whole[1:], targets[:-1])            # nothing is lost between rows, micro-batches and steps
+
+
+def test_an_error_of_the_prefetcher_reaches_the_step():
+    class Broken:
+        def read(self, first, count):
+            raise OSError('the disk went away')
+    batches = train.Prefetcher(Broken(), 0, 4, 2, 5, 0, 1, 'cpu')
+    with pytest.raises(OSError, match='went away'):
+        batches.next(0)
+    batches.close()
+
+
+# ---- optimizer
+
+@pytest.mark.parametrize('shape', [(64, 64), (64, 256), (256, 64), (3, 64, 192), (2, 192, 64), (1, 8)])
+@pytest.mark.parametrize('kind', ['random', 'low rank plus noise', 'tiny'])
+def test_orthogonalize(shape, kind):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    if kind == 'low rank plus noise':
+        x = x[..., :, :1] @ x[..., :1, :] / shape[-1] ** 0.5 + 0.1 * torch.randn(shape)
+    x = x * 1e-4 if kind == 'tiny' else x
+    u, before, vt = torch.linalg.svd(x, full_matrices=False)
+    after = u.mT @ train.orthogonalize(x) @ vt.mT           # diagonal, if it keeps the singular vectors
+    values = after.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(after, torch.diag_embed(values), rtol=0, atol=2e-3)
+    reached = before / before.norm(dim=-1, keepdim=True) > 0.005     # what the polynomials promise to lift
+    assert reached.float().mean() > 0.9 and values.max() < 1.3
+    assert values[reached].min() > 0.7
+    assert train.orthogonalize(torch.zeros(shape)).abs().max() == 0
+
+
+def muon_step(p, grads, lr=0.02, decay=0.1, momentum=0.9):
+    optimizer = train.Muon(p, momentum, torch.float32)
+    for group in optimizer.param_groups:
+        group.update(lr=lr, weight_decay=decay)
+    for step in grads:
+        for x, g in zip(p, step):
+            x.grad = g.clone()
+        optimizer.step()
+    return optimizer
+
+
+def test_muon_is_its_plain_self():
+    torch.manual_seed(0)
+    shapes = [(16, 48), (48, 16), (16, 48), (16, 16)]
+    start_at = [torch.randn(s) for s in shapes]
+    grads = [[torch.randn(s) for s in shapes] for _ in range(3)]
+    p = [torch.nn.Parameter(x.clone()) for x in start_at]
+    muon_step(p, grads)
+    for i, x in enumerate(start_at):
+        average = torch.zeros_like(x)
+        for step in grads:
+            average = 0.9 * average + 0.1 * step[i]
+            g = 0.1 * step[i] + 0.9 * average
+            rows, cols = g.shape
+            g = g.T if rows > cols else g
+            g = g / (1.02 * g.norm() + 1e-6)
+            for a, b, c in train.POLAR_EXPRESS:
+                aa = g @ g.T
+                g = a * g + b * aa @ g + c * aa @ aa @ g
+            g = g.T if rows > cols else g
+            x = x * (1 - 0.02 * 0.1) - 0.02 * max(1, rows / cols) ** 0.5 * g
+        torch.testing.assert_close(p[i].data, x, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1, 1e3])
+def test_an_update_is_of_the_same_size_at_every_width(scale):
+    torch.manual_seed(0)
+    for n in (32, 128, 512):
+        p = torch.nn.Parameter(torch.zeros(n, n))
+        muon_step([p], [[scale * torch.randn(n, n)]], lr=0.02)
+        assert 0.7 < torch.linalg.matrix_norm(p.data, 2) / 0.02 < 1.3
+
+
+@pytest.mark.parametrize('options', [dict(), dict(tie_embeddings=True), dict(value_embeds=1, n_kv_head=1, mlp='swiglu'),
+                                     dict(vocab_size=128), dict(vocab_size=32), dict(vocab_size=16, n_kv_head=1)])
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+def test_every_parameter_has_one_optimizer(options, optimizer):
+    """Also where the vocabulary is as large as a hidden layer (128), the model's width (32) or its keys (16)."""
+    model = GPT(GPTConfig(**dict(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=32) | options))
+    s = train.read_settings([f'--optimizer={optimizer}'])
+    optimizers = train.make_optimizers(model, s, torch.float32)
+    held = [id(p) for o in optimizers for g in o.param_groups for p in g['params']]
+    missing = [name for name, p in model.named_parameters() if id(p) not in held]
+    assert not missing and len(held) == len(set(held)) == len(list(model.parameters()))
+    muon = {id(p) for o in optimizers if isinstance(o, train.Muon) for g in o.param_groups for p in g['params']}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)} | {id(model.lm_head.weight)}
+    assert not muon & tables
+    assert len(muon) == (0 if optimizer == 'adamw' else 12)
+
+
+def test_schedule():
+    s = train.read_settings(['--warmup_frac=0.1', '--cooldown_frac=0.5', '--final_lr_frac=0.2'])
+    points = [train.schedule(p, s) for p in (0, 0.05, 0.1, 0.3, 0.5, 0.75, 1)]
+    assert points == pytest.approx([0.1, 0.55, 1, 1, 1, 0.6, 0.2])
+    bare = train.read_settings(['--warmup_frac=0', '--cooldown_frac=0'])
+    assert train.schedule(0, bare) == train.schedule(1, bare) == 1
+
+
+def test_rates_and_decay_follow_progress():
+    model = GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=512, block_size=8))
+    s = train.read_settings(['--warmup_frac=0', '--weight_decay=0.2'])
+    optimizers = train.make_optimizers(model, s, torch.float32)
+    assert train.set_rates(optimizers, 0.7, s) == pytest.approx(0.5)
+    group = optimizers[0].param_groups[0]
+    assert (group['lr'], group['weight_decay']) == pytest.approx((0.5 * s.learning_rate, 0.3 * 0.2))
+    head = next(g for g in optimizers[1].param_groups if g['params'][0] is model.lm_head.weight)
+    assert (head['lr'], head['weight_decay']) == pytest.approx((0.5 * s.head_lr / 2, 0))
+
+
+# ---- clock
+
+class FakeTime:
+    now = 5.0
+
+    def __call__(self):
+        return self.now
+
+
+def drive(s, seed, pauses=(), restart_at=None, reserve=20.0):
+    """Steps of uneven length under a fake clock, evaluations and a restart between; (clock, steps, mean step)."""
+    rng, now = np.random.default_rng(seed), FakeTime()
+    clock, step, mean, seen = train.Clock(s, age=now), 0, 0.0, [0.0]
+    pauses = list(pauses)
+    while clock.fits(step, mean):
+        clock.reserve = reserve
+        left, seconds = clock.left(), float(rng.uniform(0.5, 1.5) * (3 if rng.random() < 0.05 else 1))
+        now.now += seconds
+        step += 1
+        clock.add_step(seconds, left, step)
+        mean = 0.8 * mean + 0.2 * seconds
+        assert seen[-1] <= clock.progress <= 1
+        seen.append(clock.progress)
+        if pauses and clock.progress > pauses[0]:
+            now.now += 15
+            pauses.pop(0)
+        if restart_at and clock.progress > restart_at:
+            spent, restart_at, now = clock.elapsed(), None, FakeTime()
+            now.now = 40.0                                  # a slow start
+            clock = train.Clock(s, spent, clock.trained, clock.progress, age=now)
+            clock.reserve = reserve
+    return clock, step, mean
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('pauses, restart_at', [((), None), ((0.25, 0.5, 0.75), None), ((0.3,), 0.6), ((), 0.85)])
+def test_progress_ends_with_the_budget(seed, pauses, restart_at):
+    s = train.read_settings(['--budget_minutes=10'])
+    clock, _, _ = drive(s, seed, pauses, restart_at)
+    assert clock.progress > 0.985
+    assert abs(clock.elapsed() - (600 - 20)) < 4.5 and clock.budget == 600
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_progress_is_proportional_to_time(seed):
+    s, now = train.read_settings(['--budget_minutes=10']), FakeTime()
+    clock, rng = train.Clock(s, age=now), np.random.default_rng(seed)
+    for step in range(1, 100):
+        left, seconds = clock.left(), float(rng.uniform(0.1, 5))
+        now.now += seconds
+        clock.add_step(seconds, left, step)
+        assert clock.progress == pytest.approx((now.now - 5) / 595)
+
+
+def test_steps_drive_alone_when_they_are_given():
+    s = train.read_settings(['--max_steps=8', '--budget_minutes=10'])
+    clock, step, _ = drive(s, 0)
+    assert step == 8 and clock.progress == 1
+    clock = train.Clock(s, age=FakeTime())
+    for step in range(1, 9):
+        assert clock.fits(step - 1, 1.0)
+        clock.add_step(99, clock.left(), step)
+        assert clock.progress == step / 8
+    assert not clock.fits(8, 1.0)
+    assert train.Clock(train.read_settings(['--max_tokens=1000', '--tokens_per_step=512'])).max_steps == 2
+    clock, step, _ = drive(train.read_settings(['--max_steps=100000', '--budget_minutes=2']), 0)
+    assert step < 200                                       # whichever limit comes first
+
+
+def test_budget_of_training_alone():
+    s = train.read_settings(['--budget_minutes=5', '--budget_counts=training'])
+    clock, _, _ = drive(s, 1, (0.2, 0.4, 0.6), 0.5)
+    assert abs(clock.trained - 300) < 4.5 and clock.elapsed() > 380 and clock.progress > 0.985
+
+
+# ---- files
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / 'file'
+    train.write_beside(path, lambda f: f.write(b'old'))
+    for error in (OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('unexpected pos 64 vs 0')):
+        def write(f):
+            f.write(b'half of the new')
+            raise error
+        with pytest.raises(UserError, match='could not be written'):
+            train.write_beside(path, write)
+        assert path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['file']
+    train.write_beside(path, lambda f: f.write(b'new'))
+    assert path.read_bytes() == b'new'
+
+
+def test_the_previous_checkpoint_is_kept(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        train.save_checkpoint(tmp_path, dict(version=1, step=step))
+    assert weights(tmp_path)['step'] == 3 and weights(tmp_path, 'ckpt.prev.pt')['step'] == 2
+
+    def full(state, f):
+        f.write(b'x' * 1000)
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(train.torch, 'save', full)
+    with pytest.raises(UserError, match='resume'):
+        train.save_checkpoint(tmp_path, dict(version=1, step=4))
+    assert weights(tmp_path)['step'] == 3 and weights(tmp_path, 'ckpt.prev.pt')['step'] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.prev.pt', 'ckpt.pt']
+
+
+def test_a_row_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    assert train.read_rows(path) == []
+    path.write_text('{"step": 1}\n{"step": 2, "val_bpb": 3}\n{"st')
+    assert train.read_rows(path) == [{'step': 1}, {'step': 2, 'val_bpb': 3}]
+
+
+def test_peaks_are_of_the_card_named():
+    named = {'NVIDIA GeForce RTX 4090': 165.2, 'NVIDIA GeForce RTX 4090 Laptop GPU': None, 'NVIDIA GeForce RTX 4090 D': None,
+             'NVIDIA L4': 121.0, 'NVIDIA L40S': 362.1, 'NVIDIA H100 80GB HBM3': 989.4, 'NVIDIA H100 PCIe': 756.4,
+             'NVIDIA A100-SXM4-80GB': 311.9, 'Tesla T4': None}
+    for name, peak in named.items():
+        assert train.peak_flops(name) == (peak and pytest.approx(peak * 1e12)), name
+
+
+# ---- a whole run
+
+def test_the_report(finished):
+    out_dir, out = finished
+    result = json.loads((out_dir / 'result.json').read_text())
+    for key in ('val_bpb', 'total_params', 'non_embedding_params', 'active_params', 'tokens', 'epochs', 'train_seconds',
+                'total_seconds', 'tok_per_sec', 'mfu', 'joules', 'co2_g', 'evals', 'settings', 'hardware', 'protocol'):
+        assert key in result, key
+    printed = dict(re.findall(r'^(\w+): (.+)$', out.split('\n---\n')[1], re.M))
+    for key in ('val_bpb', 'tokens', 'epochs', 'total_params', 'train_seconds', 'total_seconds', 'steps'):
+        assert float(printed[key].replace(',', '')) == pytest.approx(result[key], rel=1e-5), key
+    assert result['tokens'] == 20 * 4096 and result['steps'] == 20 and result['settings']['seed'] == 3
+    assert result['val_share'] == 1 and set(result['val_bpb_per_source']) == {'tales', 'notes'}
+    parts = sum(result[f'{k}_seconds'] for k in ('startup', 'compile', 'train', 'eval', 'save'))
+    assert 0.8 * result['total_seconds'] < parts < 1.05 * result['total_seconds']
+    assert result['data_wait_share'] < 0.5 and result['skipped_steps'] == 0
+    assert losses(out_dir)[0] == pytest.approx(math.log(257), abs=0.1) and losses(out_dir)[-1] < 4
+    assert {'train_loss', 'grad_norm', 'tok_per_sec', 'mfu', 'peak_mem_gb', 'elapsed_s', 'data_wait_s'} <= set(rows(out_dir)[0])
+    assert [row['step'] for row in rows(out_dir) if 'val_bpb' in row] in ([10, 20], [11, 20])
+    assert rows(out_dir)[-1]['val_bpb'] == result['val_bpb']
+    assert 'sample:' in out and weights(out_dir, 'ckpt.prev.pt')['step'] <= weights(out_dir)['step'] == 20
+    assert re.search(r'^settings that differ.*seed=3', out, re.M)
+
+
+@torch.no_grad()
+def test_bits_per_byte_is_the_slow_sum(finished, corpus):
+    """Document by document, window by window, unpadded, all logits."""
+    state, data = weights(finished[0]), corpus.open()
+    model = GPT(GPTConfig(**state['config']))
+    model.load_state_dict(state['model'])
+    bits, count = {}, {}
+    starts = data.docs['val']['start'].tolist() + [len(data.tokens['val'])]
+    for doc, a, b in zip(data.docs['val'], starts, starts[1:]):
+        ids, source = torch.from_numpy(data.tokens['val'][a:b].astype(np.int64)), data.meta['sources'][doc['source']]
+        assert doc['bytes'] == len(ids) - 1 and ids[0] == data.meta['bos']
+        for first in range(0, len(ids) - 1, 64):
+            piece = ids[first:first + 65]
+            log_probs = model.logits(model.trunk(piece[None, :-1]))[0].log_softmax(-1)
+            bits[source] = bits.get(source, 0) - log_probs.gather(1, piece[1:, None]).double().sum().item() / math.log(2)
+        count[source] = count.get(source, 0) + int(doc['bytes'])
+    result = json.loads((finished[0] / 'result.json').read_text())
+    assert result['val_bpb'] == pytest.approx(sum(bits.values()) / sum(count.values()), rel=1e-5)
+    assert result['val_bpb_per_source'] == pytest.approx({k: bits[k] / count[k] for k in bits}, rel=1e-5)
+    assert result['val_bpb_error'] == 0
+
+
+def test_a_finished_run_is_left_alone(finished, corpus, main):
+    out_dir, before = finished[0], snapshot(finished[0])
+    for more in ([], ['--init_from=resume']):
+        with pytest.raises(UserError, match='finished run'):
+            main(f'--out_dir={out_dir}', *more)
+    assert snapshot(out_dir) == before
+
+
+# ---- stopped, killed, gone on with
+
+@pytest.fixture(scope='module')
+def interrupted(corpus, tmp_path_factory):
+    """The run of `finished`, killed at step 6 or so, gone on with, told to stop at step 12 or so, gone on with to its end."""
+    cwd, seen = tmp_path_factory.mktemp('interrupted'), SimpleNamespace()
+    args = ['train.py', *corpus.args, *STEPS, '--out_dir=run', '--eval_interval=0.5']
+    first = start(*args, cwd=cwd)
+    wait_for_step(first, cwd / 'run', 6)
+    first.send_signal(signal.SIGKILL)
+    finish(first)
+    seen.killed_at = rows(cwd / 'run')[-1]['step']
+    seen.again = script(*args, cwd=cwd)                    # not told to resume
+    second = start(*args, '--init_from=resume', cwd=cwd)
+    wait_for_step(second, cwd / 'run', max(12, seen.killed_at + 1))
+    second.send_signal(signal.SIGTERM)
+    seen.stopped = finish(second)
+    seen.steps_done, seen.saved = rows(cwd / 'run')[-1]['step'], weights(cwd / 'run')
+    seen.last = script(*args, '--init_from=resume', cwd=cwd)
+    seen.out_dir = cwd / 'run'
+    return seen
+
+
+def test_killed_and_resumed_is_the_same_run_to_the_bit(finished, interrupted):
+    assert interrupted.killed_at < 20, 'it was killed too late to show anything'
+    assert interrupted.last[0] == 0, interrupted.last[2]
+    assert losses(interrupted.out_dir) == losses(finished[0])
+    one, other = weights(finished[0]), weights(interrupted.out_dir)
+    assert all(torch.equal(one['model'][k], other['model'][k]) for k in one['model']) and one['tokens'] == other['tokens']
+    a, b = (json.loads((d / 'result.json').read_text()) for d in (finished[0], interrupted.out_dir))
+    assert a['val_bpb'] == b['val_bpb'] and a['tokens'] == b['tokens'] and a['sample'] == b['sample']
+
+
+def test_an_unfinished_run_is_not_begun_anew(interrupted):
+    code, _, err = interrupted.again
+    assert code == 2 and 'unfinished run' in err and '--init_from=resume' in err and 'Traceback' not in err
+
+
+def test_a_signal_saves_and_exits_with_75(interrupted):
+    code, out, err = interrupted.stopped
+    assert code == 75 and 'Traceback' not in err and 'resume' in err
+    assert interrupted.saved['step'] == interrupted.steps_done < 20
+    assert interrupted.saved['elapsed'] > 0 and interrupted.saved['times']['training'] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_timed_saves_loses_at_most_a_step(corpus, tmp_path, number):
+    args = ['train.py', *corpus.args, '--budget_minutes=5', '--out_dir=run']
+    process = start(*args, cwd=tmp_path)
+    wait_for_step(process, tmp_path / 'run', 10)
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert code == 75 and 'Traceback' not in err
+    step = weights(tmp_path / 'run')['step']
+    assert rows(tmp_path / 'run')[-1]['step'] == step
+    code, _, err = script(*args, '--init_from=resume', '--budget_minutes=0.3', cwd=tmp_path)
+    assert code == 0, err
+    losses(tmp_path / 'run')                                # no step is missing, none is there twice
+
+
+def test_two_ranks_are_one_with_twice_the_accumulation(corpus, finished, tmp_path):
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    code, out, err = script('train.py', *corpus.args, *STEPS, '--out_dir=run', cwd=tmp_path, launcher=launcher)
+    assert code == 0, err
+    assert '= 1 micro-steps of 32 x 64 on 2 rank' in out and '= 2 micro-steps of 32 x 64 on 1 rank' in finished[1]
+    assert losses(tmp_path / 'run') == pytest.approx(losses(finished[0]), rel=1e-4)
+    one, two = (json.loads((d / 'result.json').read_text()) for d in (finished[0], tmp_path / 'run'))
+    assert two['val_bpb'] == pytest.approx(one['val_bpb'], rel=1e-3)
+    assert two['tokens'] == one['tokens'] and two['val_share'] == 1
+
+
+def test_one_process_has_no_group(main, monkeypatch):
+    monkeypatch.setattr(dist, 'init_process_group', lambda *a, **k: pytest.fail('a process group for one process'))
+    main()
+    assert not dist.is_initialized()
+
+
+# ---- what cannot go on
+
+def test_checkpoints_that_do_not_fit(main, corpus, tmp_path):
+    main()
+    (tmp_path / 'run' / 'result.json').unlink()
+    before = snapshot(tmp_path / 'run')
+
+    def refused(match, *args):
+        with pytest.raises(UserError, match=match) as e:
+            main('--init_from=resume', *args)
+        assert snapshot(tmp_path / 'run') == before
+        return str(e.value)
+    text = refused('another model', '--n_layer=3', '--n_embd=32')
+    assert 'n_layer 2 there, 3 here' in text and 'n_embd' in text and 'n_head' not in text
+    refused('learning_rate.*was 0.02.*now 0.5', '--learning_rate=0.5')
+    refused('vocab', '--tokenizer=bpe', '--vocab_size=300')
+    refused('no ckpt.pt', '--out_dir=elsewhere')
+    other = tmp_path / 'other' / 'text'
+    shutil.copytree(corpus.source, other)
+    (other / 'tales.train').write_text((other / 'tales.train').read_text().replace('kite', 'flag'))
+    refused('not the data', f'--dataset=files:{other}', f'--data_dir={tmp_path / "data"}')
+    whole = (tmp_path / 'run' / 'ckpt.pt').read_bytes()
+    for damaged in (whole[:len(whole) // 2], whole[:100], b'', b'no checkpoint at all'):
+        (tmp_path / 'run' / 'ckpt.pt').write_bytes(damaged)
+        before = snapshot(tmp_path / 'run')
+        assert 'ckpt.prev.pt' in refused('cut off or not a checkpoint')
+    os.replace(tmp_path / 'run' / 'ckpt.prev.pt', tmp_path / 'run' / 'ckpt.pt')
+    main('--init_from=resume')
+
+
+def test_weights_of_another_run(main, tmp_path):
+    main()
+    out = main('--init_from=run', '--out_dir=second', '--seed=9')
+    assert losses(tmp_path / 'second')[0] < losses(tmp_path / 'run')[0] - 0.3 and '---' in out
+    assert json.loads((tmp_path / 'second' / 'result.json').read_text())['steps'] == 3
+
+
+def test_overwrite(main, tmp_path):
+    main()
+    main('--overwrite=True', '--seed=2')
+    assert len(losses(tmp_path / 'run')) == 3 and weights(tmp_path / 'run')['settings']['seed'] == 2
+
+
+def test_overwrite_leaves_no_other_tokenizer(main, tmp_path):
+    for tokenizer in ('bpe', 'bytes', 'bpe'):
+        main(f'--tokenizer={tokenizer}', '--vocab_size=300', '--overwrite=True', f'--data_dir={tmp_path / "data"}')
+        model, loaded = sample.load(tmp_path / 'run')
+        assert loaded.kind == tokenizer and loaded.vocab_size == model.config.vocab_size
+
+
+def test_a_checkpoint_that_finds_no_room_does_not_end_the_run(main, tmp_path, monkeypatch):
+    save, calls = train.save_checkpoint, []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise UserError('the disk is full')
+        save(*args)
+    monkeypatch.setattr(train, 'save_checkpoint', full)
+    assert 'the disk is full' in main() and weights(tmp_path / 'run')['step'] == 3
+
+
+def test_data_that_cannot_be_trained_on(corpus, main, tmp_path, capfd):
+    def refused(match, *args):
+        with pytest.raises(UserError, match=match):
+            main(*args)
+        assert not (tmp_path / 'run').exists()
+    refused('less than one block', '--block_size=262144', '--tokens_per_step=262144')
+    data = tmp_path / 'data'
+    shutil.copytree(corpus.data_dir, data)
+    path = data / corpus.folder.name / 'train.bin'
+    whole = path.read_bytes()
+    for cut in (len(whole) // 4 * 2, len(whole) - 1, 0):
+        path.write_bytes(whole[:cut])
+        refused('train.bin .*overwrite', f'--data_dir={data}')
+    path.write_bytes(bytes(len(whole)))
+    refused('train.bin is not the file', f'--data_dir={data}')
+    refused('could not be prepared', '--dataset=files:no/such/folder')
+    assert 'no/such/folder' in capfd.readouterr().err
+    refused('there is no data set', '--dataset=storys')
+
+
+@pytest.mark.parametrize('wrong', ['--n_head=0', '--n_kv_head=3', '--n_layer=0', '--block_size=0', '--head_dim=7', '--mlp=gelu',
+                                   '--tokens_per_step=500', '--beta1=1.0', '--out_dir=file', '--out_dir=file/run'])
+def test_settings_that_cannot_work(main, tmp_path, wrong):
+    (tmp_path / 'file').write_text('in the way')
+    with pytest.raises(UserError):
+        main(wrong)
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+
+
+@pytest.mark.parametrize('options', [
+    ['--block_size=40', '--tokens_per_step=640'], ['--n_kv_head=1'], ['--grad_clip=0'], ['--optimizer=adamw'],
+    ['--logit_softcap=10'], ['--value_embeds=1'], ['--sample_tokens=0'], ['--max_steps=0', '--max_tokens=1500'],
+    ['--tie_embeddings=True'], ['--mlp=swiglu'], ['--sample_prompt=Mia'], ['--dtype=bfloat16']], ids=' '.join)
+def test_options_run(main, tmp_path, options):
+    main(*options)
+    assert len(losses(tmp_path / 'run')) == 3
+    assert math.isfinite(json.loads((tmp_path / 'run' / 'result.json').read_text())['val_bpb'])
+
+
+# ---- steps that are not finite
+
+def broken_steps(monkeypatch, broken):
+    """train_step, except that the calls for which broken(number) holds see a loss that is not a number."""
+    step, calls = train.train_step, []
+
+    def maybe(step_model, *args, **kwargs):
+        calls.append(1)
+        number = len(calls)
+        return step((lambda *a: step_model(*a) * math.nan) if broken(number) else step_model, *args, **kwargs)
+    monkeypatch.setattr(train, 'train_step', maybe)
+
+
+def test_single_bad_steps_are_skipped_and_counted(main, tmp_path, monkeypatch):
+    broken_steps(monkeypatch, lambda n: n in (3, 6))
+    out = main('--max_steps=10')
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert result['skipped_steps'] == 2 and result['steps'] == 10 and result['val_bpb'] < 8
+    assert all(v.isfinite().all() for v in weights(tmp_path / 'run')['model'].values()) and 'again' not in out
+
+
+def test_a_few_bad_steps_go_back_to_the_checkpoint(main, tmp_path, monkeypatch):
+    broken_steps(monkeypatch, lambda n: 4 <= n < 4 + train.BAD_STEPS)
+    out = main('--max_steps=15')
+    assert 'weights and optimizer of step 3 again' in out
+    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['skipped_steps'] == train.BAD_STEPS
+    assert len(losses(tmp_path / 'run')) == 15
+
+
+def test_bad_steps_for_ever_end_the_run(corpus, tmp_path):
+    args = [*corpus.args, '--max_steps=60', '--save_minutes=0', '--head_lr=1e38', '--out_dir=run']
+    code, out, err = script('train.py', *args, cwd=tmp_path)
+    assert code == 3 and 'not finite' in err and 'lower learning_rate' in err and 'Traceback' not in err
+    assert 'again, on new batches' in out and not (tmp_path / 'run' / 'result.json').exists()
+    assert rows(tmp_path / 'run')[-1]['skipped'] == 2 * train.BAD_STEPS
+
+
+# ---- time
+
+def test_dry_run_writes_nothing(main, tmp_path):
+    began = time.monotonic()
+    out = main('--dry_run=True', '--max_steps=0', '--budget_minutes=60', '--dollars_per_hour=0.4')
+    said = dict(re.findall(r'^(\w+): (.+)$', out.split('---')[1], re.M))
+    assert int(said['tokens'].replace(',', '')) > 0 and float(said['epochs']) > 0 and said['dollars'].startswith('0.40')
+    assert not list(tmp_path.iterdir()) and time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize('more', [['--budget_minutes=0.0001', '--max_steps=0'], ['--max_steps=1']])
+def test_dry_run_of_little(main, tmp_path, more):
+    assert 'tokens: ' in main('--dry_run=True', *more) and not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_a_run_to_go_on_with(main, tmp_path):
+    main()
+    (tmp_path / 'run' / 'result.json').unlink()
+    before = snapshot(tmp_path / 'run')
+    assert 'tokens: ' in main('--dry_run=True', '--init_from=resume') and snapshot(tmp_path / 'run') == before
+
+
+def timed(corpus, cwd, minutes, *more):
+    args = [*corpus.args, f'--budget_minutes={minutes}', '--eval_interval=0.25', '--out_dir=run', *more]
+    began = time.monotonic()
+    code, out, err = script('train.py', *args, cwd=cwd, timeout=60 * minutes + 60)
+    assert code == 0, err
+    return time.monotonic() - began, json.loads((cwd / 'run' / 'result.json').read_text())
+
+
+def test_a_short_run_ends_in_time(corpus, tmp_path):
+    seconds, result = timed(corpus, tmp_path, 0.3)
+    assert 14 < seconds < 23 and result['total_seconds'] == pytest.approx(seconds, abs=2)
+    last = [row for row in rows(tmp_path / 'run') if 'progress' in row][-1]
+    assert last['progress'] > 0.97 and result['val_bpb'] < 3.5
+    assert result['startup_seconds'] < 20
+
+
+@pytest.mark.slow
+def test_a_minute_is_a_minute(corpus, tmp_path):
+    seconds, result = timed(corpus, tmp_path, 1)
+    assert abs(seconds - 60) < 1.2 and abs(result['total_seconds'] - seconds) < 1.2
+
+
+@pytest.mark.slow
+def test_a_step_longer_than_the_budget_is_cut(corpus, tmp_path):
+    seconds, result = timed(corpus, tmp_path, 0.3, '--tokens_per_step=1048576')
+    assert seconds < 23 and result['steps'] == 1 and 0 < result['tokens'] < 1048576
+
+
+@pytest.mark.slow
+def test_no_step_waits_for_data(corpus, tmp_path):
+    _, result = timed(corpus, tmp_path, 0.5, '--tokens_per_step=4096')
+    assert result['data_wait_share'] < 0.01
