@@ -1,11 +1,14 @@
-"""Measure the machine: what a training step of halfhour costs here, beside a plain GPT-2 trainer in the same process.
+"""Measure the machine: what a training step costs here, beside a plain GPT-2 trainer in the same process.
 
-    python bench_mfu.py config/babylm.py config/cpu.py                    speed, ours and the rival's, interleaved
-    python bench_mfu.py config/babylm.py config/cpu.py --rival_lr=1e-3    train the rival for budget_minutes, evaluate it as we do
+    python bench_mfu.py config/babylm.py config/cpu.py
+        speed, ours and the rival's, interleaved
+    python bench_mfu.py config/babylm.py config/cpu.py --rival_lr=1e-3
+        train the rival for budget_minutes, evaluate it as we do
 
-Configs and overrides are train.py's, and so is the step that is measured. The rival is what nanoGPT does on this device:
-LayerNorm, GELU, learned positions, scaled_dot_product_attention, all logits at once, AdamW, random windows of the token
-stream, torch.compile; in fp32 on a CPU, as nanoGPT runs there, and in bf16 autocast too, where the hardware has it.
+Configs and overrides are train.py's, and so is the step that is measured. The rival is what nanoGPT does on
+this device: LayerNorm, GELU, learned positions, scaled_dot_product_attention, all logits at once, AdamW,
+random windows of the token stream, torch.compile; in fp32 on a CPU, as nanoGPT runs there, and in bf16
+autocast too, where the hardware has it.
 """
 import json
 import math
@@ -22,12 +25,10 @@ import torch.nn.functional as F
 
 import sample
 import train
-from model import GPT, GPTConfig
+from model import GPT
 from prepare_data import UserError
 
-# ------------------------------------------------------------------------------------------------------------------
-# the rival
-
+# ---- the rival ---------------------------------------------------------------------------------------------
 
 class PlainBlock(nn.Module):
     def __init__(self, C, n_head):
@@ -39,14 +40,15 @@ class PlainBlock(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.qkv(self.ln_1(x)).split(C, dim=2))
+        qkv = self.qkv(self.ln_1(x)).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in qkv)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(o.transpose(1, 2).reshape(B, T, C))
         return x + self.down(F.gelu(self.up(self.ln_2(x))))
 
 
 class PlainGPT(nn.Module):
-    """GPT-2 (Radford 2019) with the initialisation and the tied head of its paper; the interface of model.GPT."""
+    """GPT-2 (Radford 2019), its paper's initialisation and tied head; the interface of model.GPT."""
 
     def __init__(self, config):
         super().__init__()
@@ -66,7 +68,8 @@ class PlainGPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = F.linear(self.ln_f(x), self.wte.weight)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction=reduction)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
+                               reduction=reduction)
         return loss if reduction == 'mean' else loss.view_as(targets)
 
 
@@ -77,23 +80,27 @@ class PlainTrainer:
         torch.manual_seed(s.seed)
         self.model = PlainGPT(config).to(device)
         self.step_model = torch.compile(self.model, dynamic=False) if compile else self.model
-        self.tokens, self.micro, self.T, self.device, self.lr = tokens, micro, config.block_size, device, learning_rate
+        self.tokens, self.micro, self.T = tokens, micro, config.block_size
+        self.device, self.lr = device, learning_rate
         self.accum = s.tokens_per_step // (micro * config.block_size)
         self.autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else nullcontext()
         decay = [p for p in self.model.parameters() if p.ndim == 2]
         rest = [p for p in self.model.parameters() if p.ndim != 2]
-        self.optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)],
-                                           lr=learning_rate, betas=(0.9, 0.95), fused=True)
+        groups = [dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
     def batch(self):
         first = torch.randint(len(self.tokens) - self.T, (self.micro,))
-        idx = torch.stack([torch.from_numpy(self.tokens[i:i + self.T].astype(np.int64)) for i in first])
-        targets = torch.stack([torch.from_numpy(self.tokens[i + 1:i + 1 + self.T].astype(np.int64)) for i in first])
+        idx, targets = (torch.stack([torch.from_numpy(self.tokens[i:i + self.T].astype(np.int64))
+                                     for i in starts]) for starts in (first, first + 1))
         return idx.to(self.device), targets.to(self.device)
 
     def step(self, progress=0.5):
-        """One optimizer step; a linear rise over the first 2 %, then a cosine to a tenth, driven by progress."""
-        rate = progress / 0.02 if progress < 0.02 else 0.1 + 0.45 * (1 + math.cos(math.pi * (progress - 0.02) / 0.98))
+        """One optimizer step; a linear rise over 2% of progress, then a cosine to a tenth."""
+        if progress < 0.02:
+            rate = progress / 0.02
+        else:
+            rate = 0.1 + 0.45 * (1 + math.cos(math.pi * (progress - 0.02) / 0.98))
         for group in self.optimizer.param_groups:
             group['lr'] = self.lr * rate
         total = 0.0
@@ -102,16 +109,16 @@ class PlainTrainer:
             with self.autocast():
                 loss = self.step_model(idx, targets) / self.accum
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total
+        return float(total)
 
 
-def train_rival(s, config, data, micro, device, bf16, learning_rate):
-    """Train the rival for budget_minutes of training alone (start-up, compilation and evaluation are given to it free)."""
-    rival = PlainTrainer(config, data.tokens['train'], s, micro, device, bf16, learning_rate)
+def train_rival(s, config, data, micro, device, bf16, learning_rate, compile):
+    """Train the rival for budget_minutes of training alone: start-up, compilation and evaluation are free."""
+    rival = PlainTrainer(config, data.tokens['train'], s, micro, device, bf16, learning_rate, compile)
     rival.step(0.0)                                  # compiles
     budget, began, steps, progress = 60 * s.budget_minutes, time.monotonic(), 0, 0.0
     while progress < 1:
@@ -119,22 +126,21 @@ def train_rival(s, config, data, micro, device, bf16, learning_rate):
         steps += 1
         progress = (time.monotonic() - began) / budget
         if steps % 50 == 0:
-            print(f'{steps:8d} {progress:8.4f} {loss:9.4f} {steps * s.tokens_per_step / (time.monotonic() - began):9,.0f} tok/s',
-                  flush=True)
+            speed = steps * s.tokens_per_step / (time.monotonic() - began)
+            print(f'{steps:8d} {progress:8.4f} {loss:9.4f} {speed:9,.0f} tok/s', flush=True)
+    seconds = time.monotonic() - began
     rival.model.eval()
     with rival.autocast():
         result = sample.bits_per_byte(rival.model, data.tokens['val'], data.docs['val'])
-    return dict(learning_rate=learning_rate, bf16=bf16, val_bpb=result['bpb'], steps=steps, tokens=steps * s.tokens_per_step,
-                train_seconds=time.monotonic() - began, total_params=sum(p.numel() for p in rival.model.parameters()),
-                val_share=result['share'])
+    return dict(learning_rate=learning_rate, bf16=bf16, val_bpb=result['bpb'], steps=steps,
+                tokens=steps * s.tokens_per_step, train_seconds=seconds,
+                total_params=sum(p.numel() for p in rival.model.parameters()), val_share=result['share'])
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# measuring
-
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 def matmul_flops(config, tokens, device, dtype, seconds=0.3):
-    """FLOP/s of the model's own largest products, (tokens, C) x (C, 4C) and back: the best of several runs."""
+    """FLOP/s of the model's largest products, (tokens, C) x (C, 4C) and back: the best of several runs."""
     a = torch.randn(tokens, config.n_embd, device=device, dtype=dtype)
     b = torch.randn(config.n_embd, config.mlp_hidden, device=device, dtype=dtype)
     best, began = math.inf, time.monotonic()
@@ -158,7 +164,8 @@ def ours(s, config, data, micro, device, dtype, compile, optimizer):
     optimizers = train.make_optimizers(model, settings, dtype)
     step_model = torch.compile(model, dynamic=False) if compile else model
     stream = train.Stream(data.tokens['train'], data.docs['train'], s.seed)
-    batches = train.Prefetcher(stream, 0, s.tokens_per_step // config.block_size, micro, config.block_size, 0, 1, device)
+    batches = train.Prefetcher(stream, 0, s.tokens_per_step // config.block_size, micro, config.block_size, 0,
+                               1, device)
     number = iter(range(10 ** 9))
 
     def step():
@@ -168,22 +175,22 @@ def ours(s, config, data, micro, device, dtype, compile, optimizer):
 
 
 def compare(s, config, data, micro, device, dtype, compile, rounds):
-    """Step times of ours and of the rival, one after another in every round, so that a drifting machine hits all alike."""
+    """Step times of ours and of the rival, in turn in every round: a drifting machine hits all alike."""
     contestants = {}
     flops = config.flops_per_token()
-    for name, options in {'ours, Muon': dict(dtype=dtype, optimizer='muon'), 'ours, AdamW': dict(dtype=dtype, optimizer='adamw'),
-                          'ours, AdamW, fp32': dict(dtype=torch.float32, optimizer='adamw')}.items():
-        contestants[name] = ours(s, config, data, micro, device, compile=compile, **options)[0], options['dtype']
+    for name, kind, optimizer in (('ours, Muon', dtype, 'muon'), ('ours, AdamW', dtype, 'adamw'),
+                                  ('ours, AdamW, fp32', torch.float32, 'adamw')):
+        contestants[name] = ours(s, config, data, micro, device, kind, compile, optimizer)[0], kind
     for name, bf16 in {'plain GPT-2, fp32': False, 'plain GPT-2, bf16 autocast': True}.items():
         rival = PlainTrainer(config, data.tokens['train'], s, micro, device, bf16, compile=compile)
         contestants[name] = rival.step, torch.bfloat16 if bf16 else torch.float32
     for step, _ in contestants.values():               # compile, and settle
         step()
         step()
-    times, gemm = {name: [] for name in contestants}, {}
+    times, gemm, n = {name: [] for name in contestants}, {}, micro * config.block_size
     for _ in range(rounds):
         for name, (step, kind) in contestants.items():
-            gemm.setdefault(kind, []).append(matmul_flops(config, micro * config.block_size, device, kind, 0.05))
+            gemm.setdefault(kind, []).append(matmul_flops(config, n, device, kind, 0.05))
             if device == 'cuda':
                 torch.cuda.synchronize()
             began = time.perf_counter()
@@ -194,10 +201,12 @@ def compare(s, config, data, micro, device, dtype, compile, rounds):
     rows = []
     for name, (_, kind) in contestants.items():
         median = statistics.median(times[name])
-        rows.append(dict(name=name, step_ms=1e3 * median, min_ms=1e3 * min(times[name]), max_ms=1e3 * max(times[name]),
-                         tok_per_sec=s.tokens_per_step / median, flops_per_sec=flops * s.tokens_per_step / median,
-                         of_gemm=flops * s.tokens_per_step / median / statistics.median(gemm[kind]),
-                         speedup=statistics.median(b / a for a, b in zip(times[name], times['plain GPT-2, fp32']))))
+        speed = flops * s.tokens_per_step / median
+        ratios = [b / a for a, b in zip(times[name], times['plain GPT-2, fp32'])]
+        rows.append(dict(name=name, step_ms=1e3 * median, min_ms=1e3 * min(times[name]),
+                         max_ms=1e3 * max(times[name]), tok_per_sec=s.tokens_per_step / median,
+                         flops_per_sec=speed, of_gemm=speed / statistics.median(gemm[kind]),
+                         speedup=statistics.median(ratios)))
     return rows, {str(k).removeprefix('torch.'): statistics.median(v) for k, v in gemm.items()}
 
 
@@ -206,30 +215,38 @@ def main(argv):
     for arg in [a for a in argv if a.startswith('--') and a[2:].split('=')[0] in own]:
         name, _, value = arg[2:].partition('=')
         argv = [a for a in argv if a != arg]
+        kind = type(own[name])
         try:
-            own[name] = type(own[name])(value if name != 'rival_bf16' else value == 'True')
-        except ValueError as e:
-            raise UserError(f'--{name} is {value!r}, it must be {type(own[name]).__name__}') from e
+            own[name] = {'True': True, 'False': False}[value] if kind is bool else kind(value)
+        except (ValueError, KeyError) as e:
+            raise UserError(f'--{name} is {value!r}, it must be {kind.__name__}') from e
+    if own['rounds'] < 1 or not 0 <= own['rival_lr'] < math.inf:
+        raise UserError(f'--rounds is {own["rounds"]} and --rival_lr {own["rival_lr"]}: '
+                        f'they must be 1 or more, and not negative')
     s = train.read_settings(argv)
-    device = s.device if s.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = train.choose_device(s)
     data = train.open_or_build(s, 0)
-    config = GPTConfig(vocab_size=data.meta['vocab_size'], bos=data.meta['bos'], **{k: getattr(s, k) for k in train.MODEL_KEYS})
+    config = train.model_config(s, data)
     dtype, compiling, micro, adapted = train.adapt(s, device, 1)
     compiling = s.compile != 'off'
     name = train.hardware(device)
-    print(f'{name}; {config.describe()}\n{s.tokens_per_step:,} tokens a step in micro-batches of {micro} x {s.block_size}')
+    print(f'{name}; {config.describe()}\n'
+          f'{s.tokens_per_step:,} tokens a step in micro-batches of {micro} x {s.block_size}')
     if own['rival_lr']:
-        result = train_rival(s, config, data, micro, device, own['rival_bf16'], own['rival_lr'])
+        result = train_rival(s, config, data, micro, device, own['rival_bf16'], own['rival_lr'], compiling)
         for key, value in result.items():
             print(f'{key}: {value}')
     else:
         rows, gemm = compare(s, config, data, micro, device, getattr(torch, dtype), compiling, own['rounds'])
         result = dict(hardware=name, rows=rows, gemm=gemm)
-        print('measured matrix products: ' + ', '.join(f'{k} {v / 1e9:,.0f} GFLOP/s' for k, v in gemm.items()))
-        print(f'{"":30}{"step ms":>9}{"min":>8}{"max":>8}{"tok/s":>9}{"GFLOP/s":>9}{"of GEMM":>9}{"x plain":>9}')
+        products = (f'{k} {v / 1e9:,.0f} GFLOP/s' for k, v in gemm.items())
+        print('measured matrix products: ' + ', '.join(products))
+        print(f'{"":30}{"step ms":>9}{"min":>8}{"max":>8}'
+              f'{"tok/s":>9}{"GFLOP/s":>9}{"of GEMM":>9}{"x plain":>9}')
         for r in rows:
-            print(f'{r["name"]:30}{r["step_ms"]:9.0f}{r["min_ms"]:8.0f}{r["max_ms"]:8.0f}{r["tok_per_sec"]:9,.0f}'
-                  f'{r["flops_per_sec"] / 1e9:9,.0f}{r["of_gemm"]:9.0%}{r["speedup"]:9.2f}')
+            print(f'{r["name"]:30}{r["step_ms"]:9.0f}{r["min_ms"]:8.0f}{r["max_ms"]:8.0f}'
+                  f'{r["tok_per_sec"]:9,.0f}{r["flops_per_sec"] / 1e9:9,.0f}'
+                  f'{r["of_gemm"]:9.0%}{r["speedup"]:9.2f}')
     if own['json']:
         train.write_beside(own['json'], lambda f: f.write(json.dumps(result, indent=1).encode()))
 

@@ -1,10 +1,11 @@
 """The model of halfhour: a small decoder-only transformer, and the operations it stands on.
 
     part 1   the model        GPTConfig, GPT (Attention, MLP, Block), counts and FLOPs, generate
-    part 2   the operations   rms_norm, rotary, attention, linear_cross_entropy: the reference in plain PyTorch,
+    part 2   the operations   rms_norm, rotary, attention, linear_cross_entropy: the reference in PyTorch,
                               what a CPU runs, and the seams where hand-written kernels take over
 
-Letters in shape comments: B batch, T time, C = n_embd, H = n_head, G = n_head / n_kv_head, D = head_dim, V vocabulary.
+Letters in shape comments: B batch, T time, C = n_embd, H = n_head, G = n_head / n_kv_head, D = head_dim,
+V vocabulary.
 
     python -c "import model; print(model.GPTConfig().describe())"
 """
@@ -15,13 +16,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------------------------------------------------------
-# part 1: the model
-
+# ---- part 1: the model -------------------------------------------------------------------------------------
 
 @dataclass
 class GPTConfig:
-    """Everything that decides the shape and the arithmetic of a model; every field is also a setting of train.py."""
+    """What decides the shape and the arithmetic of a model; every field is also a setting of train.py."""
     vocab_size: int = 8192      # V; train.py takes it from the data set
     bos: int = 0                # id that begins every document, and so ends the one before; from the data set
     block_size: int = 512       # T, the most tokens a query can look back over
@@ -30,20 +29,25 @@ class GPTConfig:
     n_kv_head: int = 0          # key and value heads, dividing n_head; 0 means n_head
     n_embd: int = 256           # C
     head_dim: int = 0           # D, even; 0 means n_embd / n_head
-    mlp: str = 'relu2'          # 'relu2': squared ReLU (So 2021, 2109.08668); 'swiglu': gated (Shazeer 2020, 2002.05202)
-    mlp_hidden: int = 0         # width inside the MLP; 0 means 4C for relu2 and 8C/3 rounded up to 32 for swiglu
+    mlp: str = 'relu2'          # 'relu2' (So 2021, 2109.08668) or gated, 'swiglu' (Shazeer 2020, 2002.05202)
+    mlp_hidden: int = 0         # width inside the MLP; 0 means 4C for relu2, 8C/3 rounded up to 32 for swiglu
     qk_norm: bool = True        # RMS-normalise queries and keys per head (Henry 2020, 2010.04245)
-    rope_base: float = 10000.0  # rotary wavelengths run from 2 pi to 2 pi rope_base tokens (Su 2021, 2104.09864)
+    rope_base: float = 10000.0  # rotary wavelengths: 2 pi to 2 pi rope_base tokens (Su 2021, 2104.09864)
     tie_embeddings: bool = False  # one matrix for input embedding and head
-    value_embeds: int = 0       # in how many of the last layers a second token embedding is added to the values
+    value_embeds: int = 0       # in how many last layers a second token embedding is added to the values
     logit_softcap: float = 0.0  # logits become cap * tanh(logits / cap) (Gemma 2, 2408.00118); 0 is off
     doc_mask: bool = True       # a token attends only within its document
 
     def __post_init__(self):
+        for name in ('n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} is {getattr(self, name)}, it must be at least 1')
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
-        self.mlp_hidden = self.mlp_hidden or (4 * self.n_embd if self.mlp == 'relu2' else -(-self.n_embd // 12) * 32)
-        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'mlp_hidden'):
+        hidden = 4 * self.n_embd if self.mlp == 'relu2' else -(-self.n_embd // 12) * 32
+        self.mlp_hidden = self.mlp_hidden or hidden
+        for name in ('vocab_size', 'block_size', 'n_layer', 'n_kv_head', 'head_dim', 'mlp_hidden',
+                     'rope_base'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}, it must be at least 1')
         if self.mlp not in ('relu2', 'swiglu'):
@@ -51,12 +55,14 @@ class GPTConfig:
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}')
         if self.head_dim % 2:
-            raise ValueError(f'head_dim is {self.head_dim}, rotary embedding needs it even: change n_embd or n_head')
+            raise ValueError(f'head_dim is {self.head_dim}, rotary embedding needs it even: '
+                             f'change n_embd or n_head')
         if not 0 <= self.value_embeds <= self.n_layer:
-            raise ValueError(f'value_embeds is {self.value_embeds}, it counts layers and n_layer is {self.n_layer}')
+            raise ValueError(f'value_embeds is {self.value_embeds}, it counts layers and '
+                             f'n_layer is {self.n_layer}')
 
     def params(self):
-        """Parameter counts: dict of total, embedding (token tables, and the head where it is one), non_embedding."""
+        """Parameter counts: dict of total, embedding (token tables and an untied head), non_embedding."""
         q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         tables = self.vocab_size * (self.n_embd + self.value_embeds * kv)
         layer = self.n_embd * (2 * q + 2 * kv + (3 if self.mlp == 'swiglu' else 2) * self.mlp_hidden)
@@ -65,10 +71,11 @@ class GPTConfig:
         return dict(total=tables + head + body, embedding=tables + head, non_embedding=body)
 
     def flops_per_token(self, attended=None):
-        """Model FLOPs of one training token, forward and backward (6 a multiplied weight, 12 D an attended pair and head).
+        """Model FLOPs of one training token, forward and backward: 6 a weight, 12 D a head and attended pair.
 
-        attended: mean number of positions that a token attends to, itself included; the causal mean (T + 1) / 2 by
-        default, T for the convention of Chowdhery 2022 (2204.02311). Norms, softmax, lookups, the optimizer: not counted.
+        attended: mean number of positions a token attends to, itself included; the causal mean (T + 1) / 2 by
+        default, T for the convention of Chowdhery 2022 (2204.02311). Norms, softmax, lookups and the
+        optimizer are not counted.
         """
         attended = (self.block_size + 1) / 2 if attended is None else attended
         p = self.params()
@@ -77,9 +84,11 @@ class GPTConfig:
 
     def describe(self):
         p = self.params()
-        return (f'{self.n_layer} layers, {self.n_embd} wide, {self.n_head} heads of {self.head_dim} ({self.n_kv_head} for '
-                f'keys and values), {self.mlp} {self.mlp_hidden}, vocabulary {self.vocab_size}: {p["total"]:,} parameters '
-                f'({p["non_embedding"]:,} without embeddings), {self.flops_per_token() / 1e6:.1f}M FLOPs a training token')
+        return (f'{self.n_layer} layers, {self.n_embd} wide, {self.n_head} heads of {self.head_dim} '
+                f'({self.n_kv_head} for keys and values), {self.mlp} {self.mlp_hidden}, '
+                f'vocabulary {self.vocab_size}: {p["total"]:,} parameters '
+                f'({p["non_embedding"]:,} without embeddings), '
+                f'{self.flops_per_token() / 1e6:.1f}M FLOPs a training token')
 
 
 class Linear(nn.Linear):
@@ -104,12 +113,13 @@ class Attention(nn.Module):
         self.v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.proj = Linear(self.n_head * self.head_dim, config.n_embd)
         has_table = layer >= config.n_layer - config.value_embeds
-        self.value_embed = nn.Embedding(config.vocab_size, self.n_kv_head * self.head_dim) if has_table else None
+        width = self.n_kv_head * self.head_dim
+        self.value_embed = nn.Embedding(config.vocab_size, width) if has_table else None
         self.value_gain = nn.Parameter(torch.empty(())) if has_table else None
 
     def forward(self, x, idx, cos, sin, doc_start, cache=None):
         B, T, C = x.shape
-        qkv = torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(x.dtype)  # one product instead of three
+        qkv = torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(x.dtype)  # one product, not three
         heads = F.linear(x, qkv).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, H + 2 H_kv, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if self.value_embed is not None:
@@ -144,7 +154,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
-        self.mix = nn.Parameter(torch.empty(2))  # weights of the residual stream and of the token embedding beneath it
+        self.mix = nn.Parameter(torch.empty(2))  # weights of the residual stream and of the token embedding
 
     def forward(self, x, x0, *context):
         x = self.mix[0].to(x.dtype) * x + self.mix[1].to(x.dtype) * x0
@@ -157,14 +167,14 @@ class GPT(nn.Module):
 
     Initialisation (N is normal with the standard deviation given; the forward pass normalises the embedding):
 
-        | weight                          | init           | why                                                    |
-        | ------------------------------- | -------------- | ------------------------------------------------------ |
-        | token embedding, untied         | N(1)           | normalised at once, so only its angle matters          |
-        | token embedding, tied; the head | N(0.5 / C)     | logits begin near 0: loss begins at log V at any width |
-        | value embedding, its gain       | N(1), 0.5      | same size as a value of a normalised token             |
-        | q, k, v, MLP up                 | N(1 / sqrt C)  | unit outputs from unit inputs at any width             |
-        | attention out, MLP down         | 0              | every block begins as the identity (Zhang 2019, 1901.09321) |
-        | mix of a block                  | 1, 0           | a plain residual stream                                |
+        | weight                    | init          | why                                                    |
+        | ------------------------- | ------------- | ------------------------------------------------------ |
+        | token embedding, untied   | N(1)          | normalised at once, so only its angle matters          |
+        | the head, a tied table    | N(0.5 / C)    | logits begin near 0: loss begins at log V at any width |
+        | value embedding, its gain | N(1), 0.5     | same size as a value of a normalised token             |
+        | q, k, v, MLP up           | N(1 / sqrt C) | unit outputs from unit inputs at any width             |
+        | attention out, MLP down   | 0             | blocks begin as the identity (Zhang 2019, 1901.09321)  |
+        | mix of a block            | 1, 0          | a plain residual stream                                |
     """
 
     def __init__(self, config):
@@ -223,10 +233,10 @@ class GPT(nn.Module):
         return start
 
     def forward(self, idx, targets, reduction='mean'):
-        """Cross-entropy in nats: mean over targets >= 0, or with reduction='none' one value a token, 0 where target < 0."""
+        """Cross-entropy in nats: mean over targets >= 0, or with 'none' one a token, 0 where target < 0."""
         x = self.trunk(idx)
-        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.logit_softcap,
-                                    reduction)
+        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                    self.config.logit_softcap, reduction)
         return loss if reduction == 'mean' else loss.view_as(targets)
 
     def logits(self, x):
@@ -235,9 +245,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-        """Continue idx (B, T) and yield the new ids, (B,) at a time; the caller stops at bos, the end of a document.
+        """Continue idx (B, T) and yield new ids, (B,) at a time; the caller stops at bos, a document's end.
 
-        temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Past block_size the older half is forgotten.
+        temperature 0 is greedy; top_k 0 and top_p 1 keep all. Past block_size the older half is forgotten.
         """
         block_size = self.config.block_size
         idx = idx[:, -block_size:]
@@ -257,19 +267,20 @@ class KVCache:
     def __init__(self, model, batch_size):
         c, weight = model.config, model.wte.weight
         shape = (2, batch_size, c.n_kv_head, c.block_size, c.head_dim)
-        self.store = {b.attn: torch.empty(shape, dtype=model.compute_dtype, device=weight.device) for b in model.blocks}
+        self.store = {block.attn: torch.empty(shape, dtype=model.compute_dtype, device=weight.device)
+                      for block in model.blocks}
         self.length = 0
         self.doc_start = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
 
     def append(self, layer, k, v):
-        """Add k, v (B, H_kv, T, D) and return all that the layer has seen; the model moves `length` after the last layer."""
+        """Add k, v (B, H_kv, T, D), return all the layer has seen; `length` moves after the last layer."""
         kv, end = self.store[layer], self.length + k.shape[2]
         kv[0, :, :, self.length:end], kv[1, :, :, self.length:end] = k, v
         return kv[0, :, :, :end], kv[1, :, :, :end]
 
 
 def sample_token(logits, temperature, top_k, top_p, generator=None):
-    """One id (B,) from logits (B, V): scaled, cut to the top_k likeliest, then to the smallest set of mass top_p."""
+    """One id (B,) from logits (B, V): scaled, cut to the top_k likeliest, then the fewest of mass top_p."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, order = (logits / temperature).sort(dim=-1, descending=True)
@@ -277,13 +288,11 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
     if top_k:
         probs[:, top_k:] = 0
     probs = probs / probs.sum(-1, keepdim=True)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0      # what comes before a kept token holds less than top_p; one stays
+    probs[probs.cumsum(-1) - probs >= top_p] = 0      # what comes before a kept token holds less than top_p
     return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# part 2: the operations
-
+# ---- part 2: the operations --------------------------------------------------------------------------------
 
 def rms_norm(x, eps=1e-6):
     """x / sqrt(mean(x^2) + eps) over the last dimension (Zhang 2019, 1910.07467); statistics in fp32."""
@@ -301,7 +310,7 @@ def rotary_table(length, head_dim, base):
 
 
 def rotary(x, cos, sin):
-    """Rotate the pairs (x_i, x_{i + D/2}) of x (B, H, T, D) by their position's angle; cos, sin (T, D / 2)."""
+    """Rotate the pairs (x_i, x_{i + D/2}) of x (B, H, T, D) by their position's angle; cos, sin (T, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -309,9 +318,9 @@ def rotary(x, cos, sin):
 def attention(q, k, v, doc_start, rows=128):
     """Causal attention within documents: softmax(q k^T / sqrt D) v over doc_start[i] <= j <= i.
 
-    q (B, H, T, D) are the last T positions of k, v (B, H_kv, S, D); doc_start (B, T) counts in S. Returns (B, H, T, D).
-    Blocks of `rows` queries read only the keys up to their last one: on a CPU this takes half the time of
-    F.scaled_dot_product_attention with a mask, and in bf16 a third (README, "measured").
+    q (B, H, T, D) are the last T positions of k, v (B, H_kv, S, D); doc_start (B, T) counts in S.
+    Returns (B, H, T, D). Blocks of `rows` queries read only the keys up to their last one: on a CPU this
+    takes half the time of F.scaled_dot_product_attention with a mask, in bf16 a third (README, "measured").
     """
     B, H, T, D = q.shape
     H_kv, S = k.shape[1], k.shape[2]
@@ -319,12 +328,13 @@ def attention(q, k, v, doc_start, rows=128):
         i, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
         seen = (j <= i) & (j >= doc_start[:, None, :, None])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=H != H_kv)
-    q = (q * D ** -0.5).view(B, H_kv, H // H_kv, T, D)                # the G query heads of one key head side by side
+    q = (q * D ** -0.5).view(B, H_kv, H // H_kv, T, D)      # the G query heads of a key head side by side
     out = []
     for first in range(0, T, rows):
         last = min(first + rows, T)
         end = S - T + last
-        i, j = torch.arange(end - last + first, end, device=q.device)[:, None], torch.arange(end, device=q.device)
+        i = torch.arange(end - last + first, end, device=q.device)[:, None]
+        j = torch.arange(end, device=q.device)
         hidden = (j > i) | (j < doc_start[:, first:last, None])        # (B, rows, end)
         bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, float('-inf'))
         scores = q[:, :, :, first:last].reshape(B, H_kv, -1, D) @ k[:, :, :end].transpose(-1, -2)
@@ -334,10 +344,11 @@ def attention(q, k, v, doc_start, rows=128):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of softcap(x weight^T), `rows` tokens at a time, the gradient made in the forward pass.
+    """Mean cross-entropy of softcap(x weight^T), `rows` tokens at a time, gradient made in the forward pass.
 
-    The (tokens, V) logits, the largest tensor of a small model, never exist: each block of rows is multiplied, turned into
-    its loss and its gradient, and multiplied back while it is still in cache. d loss / d logits = (softmax - onehot) / n.
+    The (tokens, V) logits, the largest tensor of a small model, never exist: each block of rows is
+    multiplied, turned into its loss and its gradient, and multiplied back while it is still in cache.
+    d loss / d logits = (softmax - onehot) / n.
     """
 
     @staticmethod
@@ -369,20 +380,23 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dx * grad.to(dx.dtype), dw * grad, None, None, None
 
 
-def linear_cross_entropy(x, weight, targets, cap=0.0, reduction='mean', rows=512):
-    """Cross-entropy in nats of targets (N,) under softcap(x weight^T), x (N, C), weight (V, C); targets < 0 are left out.
+def linear_cross_entropy(x, weight, targets, cap=0.0, reduction='mean', rows=None):
+    """Cross-entropy in nats of targets (N,) under softcap(x weight^T), x (N, C), weight (V, C).
 
-    reduction 'mean' (differentiable) or 'none', (N,) fp32 with 0 where left out.
+    reduction 'mean' (differentiable) or 'none', (N,) fp32. Targets < 0 are left out; with 'none' they give 0.
     """
+    rows = rows or (8192 if x.is_cuda else 512)    # a GPU wants large products, a CPU small logits
     if reduction == 'mean':
         return LinearCrossEntropy.apply(x, weight, targets, cap, rows)
     w = weight.to(x.dtype)
-    return torch.cat([F.cross_entropy(softcap((xs @ w.t()).float(), cap), ys, ignore_index=-1, reduction='none')
+    return torch.cat([F.cross_entropy(softcap((xs @ w.t()).float(), cap), ys, ignore_index=-1,
+                                      reduction='none')
                       for xs, ys in zip(x.split(rows), targets.split(rows))])
 
 
 def implementations(device):
     """Which code runs each operation on this device, and why; train.py prints it once."""
-    where = 'matrix products over blocks of 128 queries' if device == 'cpu' else 'scaled_dot_product_attention, masked'
-    return {'attention': where, 'linear_cross_entropy': 'blocks of 512 tokens, gradient in the forward pass',
+    on_cpu = device == 'cpu'
+    where = 'matrix products over blocks of 128 queries' if on_cpu else 'scaled_dot_product_attention, masked'
+    return {'attention': where, 'linear_cross_entropy': 'blocks of tokens, gradient in the forward pass',
             'rms_norm, rotary, MLP': 'torch operations, fused by torch.compile where it is on'}

@@ -36,7 +36,7 @@ def test_the_rival_trains_and_is_evaluated_as_we_are(corpus, capsys, monkeypatch
     monkeypatch.setattr(torch, 'compile', compile)
     bench_mfu.main([*corpus.args, '--rival_lr=1e-3', '--budget_minutes=0.05'])
     said = dict(re.findall(r'^(\w+): (.+)$', capsys.readouterr().out, re.M))
-    assert 1 < float(said['val_bpb']) < 8.5 and int(said['steps']) > 0 and float(said['val_share']) == 1
+    assert 0.1 < float(said['val_bpb']) < 8.5 and int(said['steps']) > 0 and float(said['val_share']) == 1
     assert float(said['train_seconds']) < 60 and float(said['learning_rate']) == 1e-3
 
 

@@ -1,5 +1,6 @@
 """sample.py: what it prints, and the two measures that train.py reports."""
 import io
+import json
 import math
 import re
 import shutil
@@ -12,7 +13,7 @@ import torch
 
 import prepare_data
 import sample
-from conftest import script
+from conftest import ROOT, script
 from model import GPT, GPTConfig
 from prepare_data import UserError
 
@@ -174,11 +175,12 @@ def test_a_part_estimates_the_whole():
     tokens, docs = split(4000, sources=3)
     table = torch.rand(257) * torch.linspace(0, 3, 257)
     docs['bytes'] = docs['bytes'] * np.random.default_rng(1).uniform(1, 1.5, len(docs))     # bits a byte differ by document
-    parts = {n: sample.bits_per_byte(Costs(table), tokens, docs, slices=n) for n in (2, 8, 32, 64)}
-    whole, errors = parts[64]['bpb'], [parts[n]['error'] for n in (2, 8, 32, 64)]
+    sizes = (32, 128, 512, sample.SLICES)
+    parts = {n: sample.bits_per_byte(Costs(table), tokens, docs, slices=n) for n in sizes}
+    whole, errors = parts[sample.SLICES]['bpb'], [parts[n]['error'] for n in sizes]
     assert errors == sorted(errors, reverse=True) and errors[-1] == 0 < errors[-2]
     for n, part in parts.items():
-        assert part['share'] == pytest.approx(n / 64, rel=0.1)
+        assert part['share'] == pytest.approx(n / sample.SLICES, rel=0.1)
         assert abs(part['bpb'] - whole) <= 4 * part['error'] + 1e-12
 
 
@@ -188,7 +190,7 @@ def test_the_standard_error_is_one():
     for seed in range(40):
         tokens, docs = split(1000, sources=2, seed=seed)
         docs['bytes'] = docs['bytes'] * np.random.default_rng(seed).uniform(1, 2, len(docs))
-        part, whole = (sample.bits_per_byte(Costs(table), tokens, docs, slices=n) for n in (8, 64))
+        part, whole = (sample.bits_per_byte(Costs(table), tokens, docs, slices=n) for n in (128, sample.SLICES))
         z.append((part['bpb'] - whole['bpb']) / part['error'])
     assert 0.7 < np.sqrt(np.mean(np.square(z))) < 1.4
 
@@ -197,9 +199,9 @@ def test_slices_are_stratified_and_nested():
     _, docs = split(2000, sources=3)
     part = sample.deal(docs)
     for source in range(3):
-        counts = np.bincount(part[docs['source'] == source], minlength=64)
+        counts = np.bincount(part[docs['source'] == source], minlength=sample.SLICES)
         assert counts.max() - counts.min() <= 1
-    assert np.array_equal(part, sample.deal(docs)) and len(np.unique(part[:64])) > 30
+    assert np.array_equal(part, sample.deal(docs)) and len(np.unique(part[:64])) > 50
 
 
 def test_stop_and_ranks():
@@ -208,10 +210,11 @@ def test_stop_and_ranks():
     asked = []
     early = sample.bits_per_byte(model, tokens, docs, stop=lambda: asked.append(1) or len(asked) == 4)
     assert early['share'] == pytest.approx(0.25, abs=0.03) and early['error'] > 0
-    whole, parts = sample.bits_per_byte(model, tokens, docs, group=64), []
+    whole, parts = sample.bits_per_byte(model, tokens, docs), [[], [], []]
     for rank in range(3):
-        sample.bits_per_byte(model, tokens, docs, group=64, rank=rank, world=3, reduce=lambda a: parts.append(a) or a)
-    summed = sample.bits_per_byte(model, tokens, docs, group=64, rank=0, world=3, reduce=lambda a: sum(parts))
+        sample.bits_per_byte(model, tokens, docs, rank=rank, world=3, reduce=lambda a: parts[rank].append(a) or a)
+    sums = map(sum, zip(*parts))
+    summed = sample.bits_per_byte(model, tokens, docs, rank=0, world=3, reduce=lambda a: next(sums))
     assert summed['bpb'] == pytest.approx(whole['bpb']) and summed['share'] == 1
 
 
@@ -284,3 +287,21 @@ def test_shuffled_labels_give_chance():
     made = [dict(kind='x', context='Mia', good=' ' + letters[a], bad=' ' + letters[b])
             for a, b in rng.integers(0, 8, (600, 2)) if a != b]
     assert 0.4 < sample.pair_accuracy(model, BYTES, made)['accuracy'] < 0.6
+
+
+@pytest.mark.slow
+def test_a_short_run_understands_stories_and_a_shuffled_control_does_not(tmp_path):
+    """Two and a half minutes on a CPU beat chance clearly on the pairs; the same scores against shuffled labels do not."""
+    code, out, err = script('train.py', ROOT / 'config/quickstart.py', '--budget_minutes=2.5', '--out_dir=run', '--data_dir=data',
+                            cwd=tmp_path, timeout=240)
+    assert code == 0, err
+    model, tokenizer = sample.load(tmp_path / 'run')
+    model.compute_dtype = torch.float32
+    text = next(tmp_path.glob('data/stories*/pairs.jsonl')).read_text()
+    made = [json.loads(line) for line in text.splitlines()[:400]]
+    told = sample.pair_accuracy(model, tokenizer, made)
+    assert told['accuracy'] > 0.5 + 4 * told['error'], told
+    rng = np.random.default_rng(0)
+    shuffled = [p if keep else p | dict(good=p['bad'], bad=p['good']) for p, keep in zip(made, rng.integers(0, 2, len(made)))]
+    control = sample.pair_accuracy(model, tokenizer, shuffled)
+    assert abs(control['accuracy'] - 0.5) < 4 * control['error'], control

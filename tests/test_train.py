@@ -520,7 +520,7 @@ def test_a_signal_saves_and_exits_with_75(interrupted):
     code, out, err = interrupted.stopped
     assert code == 75 and 'Traceback' not in err and 'resume' in err
     assert interrupted.saved['step'] == interrupted.steps_done < 20
-    assert interrupted.saved['elapsed'] > 0 and interrupted.saved['times']['training'] > 0
+    assert interrupted.saved['elapsed'] > 0 and interrupted.saved['times']['train'] > 0
 
 
 @pytest.mark.slow
@@ -539,13 +539,16 @@ def test_a_signal_between_timed_saves_loses_at_most_a_step(corpus, tmp_path, num
     losses(tmp_path / 'run')                                # no step is missing, none is there twice
 
 
-def test_two_ranks_are_one_with_twice_the_accumulation(corpus, finished, tmp_path):
+def test_two_ranks_are_one_with_twice_the_accumulation(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')        # as torchrun sets it: sums in the same order on both sides
+    code, alone, err = script('train.py', *corpus.args, *STEPS, '--out_dir=one', cwd=tmp_path)
+    assert code == 0, err
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     code, out, err = script('train.py', *corpus.args, *STEPS, '--out_dir=run', cwd=tmp_path, launcher=launcher)
     assert code == 0, err
-    assert '= 1 micro-steps of 32 x 64 on 2 rank' in out and '= 2 micro-steps of 32 x 64 on 1 rank' in finished[1]
-    assert losses(tmp_path / 'run') == pytest.approx(losses(finished[0]), rel=1e-4)
-    one, two = (json.loads((d / 'result.json').read_text()) for d in (finished[0], tmp_path / 'run'))
+    assert '= 1 micro-steps of 32 x 64 on 2 rank' in out and '= 2 micro-steps of 32 x 64 on 1 rank' in alone
+    assert losses(tmp_path / 'run') == pytest.approx(losses(tmp_path / 'one'), rel=1e-5)
+    one, two = (json.loads((d / 'result.json').read_text()) for d in (tmp_path / 'one', tmp_path / 'run'))
     assert two['val_bpb'] == pytest.approx(one['val_bpb'], rel=1e-3)
     assert two['tokens'] == one['tokens'] and two['val_share'] == 1
 
@@ -681,7 +684,7 @@ def test_single_bad_steps_are_skipped_and_counted(main, tmp_path, monkeypatch):
 def test_a_few_bad_steps_go_back_to_the_checkpoint(main, tmp_path, monkeypatch):
     broken_steps(monkeypatch, lambda n: 4 <= n < 4 + train.BAD_STEPS)
     out = main('--max_steps=15')
-    assert 'weights and optimizer of step 3 again' in out
+    assert 'weights and optimizer of step 2 again' in out        # step 3's may be the cause
     assert json.loads((tmp_path / 'run' / 'result.json').read_text())['skipped_steps'] == train.BAD_STEPS
     assert len(losses(tmp_path / 'run')) == 15
 
@@ -704,7 +707,7 @@ def test_dry_run_writes_nothing(main, tmp_path):
     assert not list(tmp_path.iterdir()) and time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize('more', [['--budget_minutes=0.0001', '--max_steps=0'], ['--max_steps=1']])
+@pytest.mark.parametrize('more', [['--budget_minutes=0.01', '--max_steps=0'], ['--max_steps=1']])
 def test_dry_run_of_little(main, tmp_path, more):
     assert 'tokens: ' in main('--dry_run=True', *more) and not list(tmp_path.iterdir())
 
