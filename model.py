@@ -126,7 +126,8 @@ class Attention(nn.Module):
             table = self.value_embed(idx).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
             v = v + (self.value_gain * table).to(v.dtype)
         if self.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
+            # scores of up to 15: unit heads alone reach sqrt D, too flat a softmax to pick out one token
+            q, k = 15 * self.head_dim ** -0.5 * rms_norm(q), rms_norm(k)
         q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self, k, v)

@@ -116,17 +116,18 @@ def deal(docs, slices=SLICES):
 
 
 @torch.no_grad()
-def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=lambda: False, rank=0, world=1,
+def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None, rank=0, world=1,
                   reduce=lambda sums: sums):
     """Bits per raw UTF-8 byte of a split, over its first `slices` of 1,024 stratified parts (by default all).
 
     tokens, docs: a split of prepare_data.open_data. model(idx, targets, reduction='none') gives nats a token.
-    stop() is asked at every sixteenth of the way, and must answer alike on every rank; reduce adds an array
-    over ranks. Each document is read from its BOS in windows of block_size; neither BOS nor the end of the
-    document is counted. Returns bpb, its standard error over documents (0 for the whole split), loss, share
-    of bytes, tokens, and bpb per source index.
+    stop(), if given, is asked at every sixteenth of the way, and must answer alike on every rank; reduce adds
+    an array over ranks. Each document is read from its BOS in windows of block_size; neither BOS nor the end
+    of the document is counted. Returns bpb, its standard error over documents (0 for the whole split), loss,
+    share of bytes, tokens, and bpb per source index.
     """
-    block_size, device, group = model.config.block_size, next(model.parameters()).device, -(-slices // 16)
+    block_size, device = model.config.block_size, next(model.parameters()).device
+    group = -(-slices // 16) if stop else slices
     part, n_sources = deal(docs), int(docs['source'].max()) + 1
     ends = np.append(docs['start'][1:], len(tokens))
     sums = np.zeros((n_sources, 7))       # documents, bytes, bits, bytes^2, bits^2, bytes bits, tokens

@@ -759,7 +759,7 @@ def main(argv):
             return e
         times['save'] += time.monotonic() - began
 
-    def evaluate(slices, stop=lambda: False, keep=True):
+    def evaluate(slices, stop=None, keep=True):
         began = time.monotonic()
         model.eval()
         result = sample.bits_per_byte(model, data.tokens['val'], data.docs['val'], slices,

