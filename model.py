@@ -34,6 +34,7 @@ class GPTConfig:
     qk_norm: bool = True        # RMS-normalise queries and keys per head (Henry 2020, 2010.04245)
     rope_base: float = 10000.0  # rotary wavelengths: 2 pi to 2 pi rope_base tokens (Su 2021, 2104.09864)
     tie_embeddings: bool = False  # one matrix for input embedding and head
+    token_shift: bool = True    # embeddings and keys take in the token before (Peng 2023, 2305.13048)
     value_embeds: int = 0       # in how many last layers a second token embedding is added to the values
     logit_softcap: float = 0.0  # logits become cap * tanh(logits / cap) (Gemma 2, 2408.00118); 0 is off
     doc_mask: bool = True       # a token attends only within its document
@@ -67,8 +68,12 @@ class GPTConfig:
         tables = self.vocab_size * (self.n_embd + self.value_embeds * kv)
         layer = self.n_embd * (2 * q + 2 * kv + (3 if self.mlp == 'swiglu' else 2) * self.mlp_hidden)
         head = 0 if self.tie_embeddings else self.vocab_size * self.n_embd
-        body = self.n_layer * layer + 2 * self.n_layer + self.value_embeds
+        body = self.n_layer * layer + self.scalars()
         return dict(total=tables + head + body, embedding=tables + head, non_embedding=body)
+
+    def scalars(self):
+        """How many parameters multiply one channel or one tensor, and so take no part in a matrix product."""
+        return 2 * self.n_layer + self.value_embeds + self.token_shift * self.n_embd
 
     def flops_per_token(self, attended=None):
         """Model FLOPs of one training token, forward and backward: 6 a weight, 12 D a head and attended pair.
@@ -78,8 +83,7 @@ class GPTConfig:
         optimizer are not counted.
         """
         attended = (self.block_size + 1) / 2 if attended is None else attended
-        p = self.params()
-        weights = p['non_embedding'] - 2 * self.n_layer - self.value_embeds + self.vocab_size * self.n_embd
+        weights = self.params()['non_embedding'] - self.scalars() + self.vocab_size * self.n_embd
         return 6 * weights + 12 * self.n_layer * self.n_head * self.head_dim * attended
 
     def describe(self):
@@ -102,12 +106,18 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: grouped-query heads, rotary positions, QK-norm, optional value embedding."""
+    """Causal self-attention: grouped-query heads, rotary positions, QK-norm, optional value embedding.
+
+    With token_shift the slowly rotating half of a key is that of the token before: a query finds the places
+    where its own token was followed by something, and can copy what that was, in one layer instead of two.
+    """
 
     def __init__(self, config, layer):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.qk_norm = config.qk_norm
+        self.qk_norm, self.bos = config.qk_norm, config.bos
+        slow = torch.arange(self.head_dim) % (self.head_dim // 2) >= (self.head_dim + 3) // 4
+        self.register_buffer('from_before', slow if config.token_shift else None, persistent=False)
         self.q = Linear(config.n_embd, self.n_head * self.head_dim)
         self.k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
@@ -125,6 +135,8 @@ class Attention(nn.Module):
         if self.value_embed is not None:
             table = self.value_embed(idx).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
             v = v + (self.value_gain * table).to(v.dtype)
+        if self.from_before is not None:
+            k = torch.where(self.from_before, shift(k, (idx != self.bos)[:, None, :, None], self, cache), k)
         if self.qk_norm:
             # scores of up to 15: unit heads alone reach sqrt D, too flat a softmax to pick out one token
             q, k = 15 * self.head_dim ** -0.5 * rms_norm(q), rms_norm(k)
@@ -173,15 +185,19 @@ class GPT(nn.Module):
         | token embedding, untied   | N(1)          | normalised at once, so only its angle matters          |
         | the head, a tied table    | N(0.5 / C)    | logits begin near 0: loss begins at log V at any width |
         | value embedding, its gain | N(1), 0.5     | same size as a value of a normalised token             |
-        | q, k, v, MLP up           | N(1 / sqrt C) | unit outputs from unit inputs at any width             |
-        | attention out, MLP down   | 0             | blocks begin as the identity (Zhang 2019, 1901.09321)  |
+        | q, v, MLP up              | N(1 / sqrt C) | unit outputs from unit inputs at any width             |
+        | k                         | as q          | a token looks for its like (Trockman 2023, 2305.09828) |
+        | attention out             | 0.3 v^T       | and copies what it finds there (same source)           |
+        | MLP down                  | 0             | MLPs begin as the identity (Zhang 2019, 1901.09321)    |
         | mix of a block            | 1, 0          | a plain residual stream                                |
+        | token_shift, a channel    | 0 ... 1       | some channels know the token, some the one before      |
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.shift = nn.Parameter(torch.empty(config.n_embd)) if config.token_shift else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
@@ -197,10 +213,17 @@ class GPT(nn.Module):
         C = self.config.n_embd
         self.wte.weight.normal_(std=1.0)
         self.lm_head.weight.normal_(std=0.5 / C)   # last, so that a tied table gets the head's init
+        if self.shift is not None:
+            self.shift.copy_(torch.linspace(0, 1, C))
         for block in self.blocks:
-            for linear in (block.attn.q, block.attn.k, block.attn.v, block.mlp.up):
+            attn = block.attn
+            for linear in (attn.q, attn.v, block.mlp.up):
                 linear.weight.normal_(std=C ** -0.5)
-            block.attn.proj.weight.zero_()
+            group = attn.n_head // attn.n_kv_head      # the query heads of a key head, side by side
+            heads = attn.q.weight.view(attn.n_kv_head, group, attn.head_dim, C)
+            attn.k.weight.copy_(heads[:, 0].flatten(0, 1))
+            values = attn.v.weight.view(attn.n_kv_head, 1, attn.head_dim, C).expand_as(heads)
+            attn.proj.weight.copy_(0.3 * values.reshape(-1, C).t())
             block.mlp.down.weight.zero_()
             block.mix.copy_(torch.tensor([1.0, 0.0]))
             if block.attn.value_embed is not None:
@@ -215,7 +238,11 @@ class GPT(nn.Module):
             raise ValueError(f'{past + T} positions, block_size is {self.config.block_size}')
         doc_start = self.doc_starts(idx, past, cache)
         cos, sin = (t[past:past + T].to(self.compute_dtype) for t in (self.cos, self.sin))
-        x = x0 = rms_norm(self.wte(idx).to(self.compute_dtype))
+        x = rms_norm(self.wte(idx).to(self.compute_dtype))
+        if self.shift is not None:
+            before = shift(x, (idx != self.config.bos)[..., None], self, cache)
+            x = rms_norm(x + self.shift.to(x.dtype) * before)
+        x0 = x
         for block in self.blocks:
             x = block(x, x0, idx, cos, sin, doc_start, cache)
         if cache is not None:
@@ -263,14 +290,15 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every layer, (B, H_kv, block_size, D) each, filled up to `length`."""
+    """Keys and values of every layer, (B, H_kv, block_size, D) each, filled up to `length`; and what `shift`
+    needs of the last position."""
 
     def __init__(self, model, batch_size):
         c, weight = model.config, model.wte.weight
         shape = (2, batch_size, c.n_kv_head, c.block_size, c.head_dim)
         self.store = {block.attn: torch.empty(shape, dtype=model.compute_dtype, device=weight.device)
                       for block in model.blocks}
-        self.length = 0
+        self.length, self.last = 0, {}
         self.doc_start = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
 
     def append(self, layer, k, v):
@@ -302,6 +330,18 @@ def rms_norm(x, eps=1e-6):
 
 def softcap(logits, cap):
     return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def shift(x, follows, owner, cache=None):
+    """x (..., T, D), each position's from the one before; 0 where `follows` says that nothing goes before.
+
+    What goes before the first position is 0, or what `owner` left in the cache the last time.
+    """
+    first = cache.last.get(owner) if cache is not None else None
+    if cache is not None:
+        cache.last[owner] = x[..., -1:, :]
+    first = torch.zeros_like(x[..., :1, :]) if first is None else first
+    return torch.cat([first, x[..., :-1, :]], dim=-2) * follows
 
 
 def rotary_table(length, head_dim, base):

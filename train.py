@@ -544,15 +544,15 @@ def open_run(s, out_dir):
     if blocked := next((p for p in [out_dir, *out_dir.parents] if p.exists() and not p.is_dir()), None):
         raise UserError(f'{blocked} is a file, and the run would be written to the folder {out_dir}: '
                         f'choose another --out_dir')
-    finished, saved = (out_dir / 'result.json').exists(), (out_dir / 'ckpt.pt').exists()
+    finished = (out_dir / 'result.json').exists()
+    saved = (out_dir / 'ckpt.pt').exists() or (out_dir / 'ckpt.prev.pt').exists()   # killed between two moves
     if s.init_from == 'resume':
         refuse(finished and not s.overwrite,
                f'{out_dir} holds a finished run, there is nothing to resume: choose another --out_dir')
-        refuse(not saved and not (out_dir / 'ckpt.prev.pt').exists(),
-               f'{out_dir} has no ckpt.pt to resume from: leave --init_from away to start afresh')
+        refuse(not saved, f'{out_dir} has no ckpt.pt to resume from: leave --init_from away to start afresh')
         return sample.read_checkpoint(out_dir)
     if not (s.overwrite or s.dry_run):
-        refuse(finished, f'{out_dir} holds a finished run: choose another --out_dir, or say --overwrite=True')
+        refuse(finished, f'{out_dir} holds a finished run: choose another --out_dir, or --overwrite=True')
         refuse(saved, f'{out_dir} holds an unfinished run: go on with --init_from=resume, choose another '
                f'--out_dir, or say --overwrite=True')
     return None if s.init_from == 'scratch' else sample.read_checkpoint(s.init_from)

@@ -1,8 +1,9 @@
 """Five minutes on whatever is here: a small model learns the generated world of `stories` and tells one at the end.
 
-A million parameters, a vocabulary of 2,048. On two CPU cores it reads most of the world's stories once; what it has
-understood is the closing report's coherence: of two endings, which one does the story allow? Small and
-quick on purpose: in five minutes many steps teach more than many parameters.
+1.3 million parameters, a vocabulary of 2,048. On two CPU cores it reads most of the world's stories once; what it has
+understood is the closing report's coherence: of two endings, which one does the story allow? Small and quick on purpose: in
+five minutes many steps teach more than many parameters. Steps are of few tokens, so their gradients are noisy: the longer
+momentum and the lower rate average them, without which nothing is ever copied from the story's beginning to its end.
 """
 dataset = 'stories'
 vocab_size = 2048
@@ -11,7 +12,10 @@ n_layer = 4
 n_head = 2
 n_embd = 128
 block_size = 256
-tie_embeddings = True
 tokens_per_step = 4096
 micro_batch_size = 16
+learning_rate = 0.008
+momentum = 0.99
+beta1 = 0.9
+beta2 = 0.99
 log_interval = 50

@@ -14,7 +14,8 @@ SMALL = dict(vocab_size=97, bos=0, block_size=64, n_layer=3, n_head=4, n_embd=32
 SHAPES = [dict(), dict(n_kv_head=2), dict(n_kv_head=1, mlp='swiglu'), dict(tie_embeddings=True),
           dict(value_embeds=2, n_kv_head=2),
           dict(value_embeds=3, tie_embeddings=True, mlp='swiglu', mlp_hidden=40), dict(head_dim=6, logit_softcap=5.0),
-          dict(qk_norm=False, doc_mask=False)]
+          dict(qk_norm=False, doc_mask=False),
+          dict(token_shift=False, value_embeds=1)]
 
 
 def make(seed=0, std=0.15, **options):
@@ -129,9 +130,54 @@ def test_a_config_that_makes_no_model_is_a_ValueError(wrong):
         GPTConfig(**SMALL | wrong)
 
 
+# ---- looking at the token before
+
+def test_shift_moves_by_one_stops_at_a_document_and_goes_on_from_the_cache():
+    x, follows = torch.randn(2, 3, 9, 4), torch.ones(2, 1, 9, 1, dtype=torch.bool)
+    follows[1, 0, 5] = False
+    expected = torch.zeros_like(x)
+    for t in range(1, 9):
+        expected[:, :, t] = x[:, :, t - 1]
+    expected[1, :, 5] = 0
+    assert torch.equal(m.shift(x, follows, 'any'), expected)
+    cache = m.KVCache(make(), 2)
+    parts = [m.shift(x[:, :, a:b], follows[:, :, a:b], 'any', cache) for a, b in ((0, 1), (1, 6), (6, 9))]
+    assert torch.equal(torch.cat(parts, 2), expected)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(n_kv_head=2), dict(head_dim=6, n_kv_head=1)])
+def test_attention_begins_by_copying_what_is_alike(options):
+    model = GPT(GPTConfig(**SMALL | options))
+    c = model.config
+    for block in model.blocks:
+        q, k, v = (w.weight.view(-1, c.head_dim, c.n_embd) for w in (block.attn.q, block.attn.k, block.attn.v))
+        out = block.attn.proj.weight.t().reshape(c.n_head, c.head_dim, c.n_embd)
+        for head in range(c.n_head):
+            of = head // (c.n_head // c.n_kv_head)
+            assert torch.equal(out[head], 0.3 * v[of])
+        assert torch.equal(k, q[::c.n_head // c.n_kv_head])
+
+
+def test_copying_from_the_context_is_learned_in_thirty_steps():
+    """The second half of a row is the first, turned by a different number of places each step, so that only a
+    search by content helps. Without token_shift the same model stays at ln 63 = 4.14 for more than a hundred."""
+    import train
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=64, block_size=48, n_layer=2, n_head=2, n_embd=64))
+    s = train.read_settings([])
+    optimizers, losses = train.make_optimizers(model, s, torch.float32), []
+    for _ in range(30):
+        half = torch.randint(1, 64, (32, 24))
+        row = torch.cat([half, half.roll(int(torch.randint(24, ())), 1)], 1)
+        targets = F.pad(row[:, 1:], (0, 1), value=-1)
+        targets[:, :24] = -1
+        losses.append(train.train_step(model, model, optimizers, [(row, targets)], 0.3, s)[0])
+    assert losses[0] > 3.9 and sum(losses[-5:]) / 5 < 1.5
+
+
 # ---- generating
 
-GOLDEN = [83, 2, 66, 83, 36, 68, 54, 64, 19, 45, 53, 90, 36, 49, 36, 73, 79, 73, 53, 23, 54, 65, 64, 61]
+GOLDEN = [36, 54, 22, 49, 42, 18, 36, 68, 49, 50, 30, 42, 23, 19, 3, 54, 11, 64, 95, 36, 54, 54, 68, 96]
 
 
 def greedy(model, idx, n):

@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -516,6 +517,16 @@ def test_an_unfinished_run_is_not_begun_anew(interrupted):
     assert code == 2 and 'unfinished run' in err and '--init_from=resume' in err and 'Traceback' not in err
 
 
+def test_killed_between_the_two_moves_of_a_save(tmp_path):
+    """Then only the earlier checkpoint stands there: still a run to go on with, and not one to write over."""
+    (tmp_path / 'run').mkdir()
+    train.save_checkpoint(tmp_path / 'run', dict(version=1, step=3))
+    os.replace(tmp_path / 'run' / 'ckpt.pt', tmp_path / 'run' / 'ckpt.prev.pt')
+    with pytest.raises(UserError, match='unfinished run'):
+        train.open_run(train.read_settings([]), tmp_path / 'run')
+    assert train.open_run(train.read_settings(['--init_from=resume']), tmp_path / 'run')['step'] == 3
+
+
 def test_a_signal_saves_and_exits_with_75(interrupted):
     code, out, err = interrupted.stopped
     assert code == 75 and 'Traceback' not in err and 'resume' in err
@@ -750,6 +761,22 @@ def test_a_minute_is_a_minute(corpus, tmp_path):
 def test_a_step_longer_than_the_budget_is_cut(corpus, tmp_path):
     seconds, result = timed(corpus, tmp_path, 0.3, '--tokens_per_step=1048576', '--n_layer=8', '--n_embd=256')
     assert seconds < 23 and result['steps'] == 1 and 0 < result['tokens'] < 1048576
+
+
+@pytest.mark.slow
+def test_minutes_of_training_teach_coherence_and_shuffled_labels_show_none(tmp_path):
+    """The quickstart, by steps and with its own data: more of the world than pronouns must be understood."""
+    code, out, err = script('train.py', ROOT / 'config' / 'quickstart.py', '--max_tokens=6000000', '--sample_tokens=0',
+                            '--eval_interval=0', cwd=tmp_path, timeout=1800)
+    assert code == 0, err
+    result = json.loads((tmp_path / 'out' / 'quickstart' / 'result.json').read_text())['evals']['coherence']
+    assert result['pairs'] == 2000 and result['accuracy'] > 0.55 and 'coherence' in out
+    assert sum(share > 0.6 for share in result['per_kind'].values()) >= 3
+    model, tokenizer = sample.load(tmp_path / 'out' / 'quickstart')
+    pairs = [json.loads(row) for row in next((tmp_path / 'data').glob('*/pairs.jsonl')).read_text().splitlines()]
+    coin = random.Random(0)
+    shuffled = [p | dict(good=p['bad'], bad=p['good']) if coin.random() < 0.5 else p for p in pairs]
+    assert abs(sample.pair_accuracy(model, tokenizer, shuffled)['accuracy'] - 0.5) < 0.04
 
 
 @pytest.mark.slow
