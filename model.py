@@ -109,7 +109,8 @@ class Attention(nn.Module):
     """Causal self-attention: grouped-query heads, rotary positions, QK-norm, optional value embedding.
 
     With token_shift the slowly rotating half of a key is that of the token before: a query finds the places
-    where its own token was followed by something, and can copy what that was, in one layer instead of two.
+    where its own token was followed by something, and can copy what that was, in one layer instead of two
+    (the "partial key offset" of modded-nanogpt, 2025).
     """
 
     def __init__(self, config, layer):
@@ -187,7 +188,7 @@ class GPT(nn.Module):
         | value embedding, its gain | N(1), 0.5     | same size as a value of a normalised token             |
         | q, v, MLP up              | N(1 / sqrt C) | unit outputs from unit inputs at any width             |
         | k                         | as q          | a token looks for its like (Trockman 2023, 2305.09828) |
-        | attention out             | 0.3 v^T       | and copies what it finds there (same source)           |
+        | attention out             | 0.3 v^T       | and copies what it finds there (README, "measured")    |
         | MLP down                  | 0             | MLPs begin as the identity (Zhang 2019, 1901.09321)    |
         | mix of a block            | 1, 0          | a plain residual stream                                |
         | token_shift, a channel    | 0 ... 1       | some channels know the token, some the one before      |

@@ -2,8 +2,8 @@
 
 1.3 million parameters, a vocabulary of 2,048. On two CPU cores it reads most of the world's stories once; what it has
 understood is the closing report's coherence: of two endings, which one does the story allow? Small and quick on purpose: in
-five minutes many steps teach more than many parameters. Steps are of few tokens, so their gradients are noisy: the longer
-momentum and the lower rate average them, without which nothing is ever copied from the story's beginning to its end.
+five minutes many steps teach more than many parameters. Gradients of so few tokens are noisy: a longer momentum and a lower
+rate average them.
 """
 dataset = 'stories'
 vocab_size = 2048
