@@ -770,7 +770,8 @@ def test_minutes_of_training_teach_coherence_and_shuffled_labels_show_none(tmp_p
                             '--eval_interval=0', cwd=tmp_path, timeout=1800)
     assert code == 0, err
     result = json.loads((tmp_path / 'out' / 'quickstart' / 'result.json').read_text())['evals']['coherence']
-    assert result['pairs'] == 2000 and result['accuracy'] > 0.535 and 'coherence' in out   # chance + 3 sigma
+    assert result['pairs'] >= 1000 and 'coherence' in out               # a busy machine has time for fewer
+    assert result['accuracy'] > 0.5 + 3 * result['error']
     assert sum(share > 0.6 for share in result['per_kind'].values()) >= 2
     model, tokenizer = sample.load(tmp_path / 'out' / 'quickstart')
     pairs = [json.loads(row) for row in next((tmp_path / 'data').glob('*/pairs.jsonl')).read_text().splitlines()]
