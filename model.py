@@ -2,7 +2,8 @@
 
     part 1   the model        GPTConfig, GPT (Attention, MLP, Block), counts and FLOPs, generate
     part 2   the operations   rms_norm, rotary, attention, linear_cross_entropy: the reference in PyTorch,
-                              what a CPU runs, and the seams where hand-written kernels take over
+                              what a CPU runs, and choose_kernels, which says what runs instead on a GPU
+    part 3   the kernels      the same operations in Triton, fused, forward and backward
 
 Letters in shape comments: B batch, T time, C = n_embd, H = n_head, G = n_head / n_kv_head, D = head_dim,
 V vocabulary.
@@ -10,11 +11,21 @@ V vocabulary.
     python -c "import model; print(model.GPTConfig().describe())"
 """
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+try:
+    import triton
+    import triton.language as tl
+    jit, constexpr = triton.jit, tl.constexpr
+except ImportError:                     # then PyTorch does everything
+    triton, jit, constexpr = None, lambda function: function, float
 
 # ---- part 1: the model -------------------------------------------------------------------------------------
 
@@ -38,6 +49,9 @@ class GPTConfig:
     value_embeds: int = 0       # in how many last layers a second token embedding is added to the values
     logit_softcap: float = 0.0  # logits become cap * tanh(logits / cap) (Gemma 2, 2408.00118); 0 is off
     doc_mask: bool = True       # a token attends only within its document
+    window: int = 0             # and only to so many tokens, itself included; 0 is off
+    rotary_dim: int = 0         # channels of a head that rotary embedding turns, even; 0 means all D
+    z_loss: float = 0.0         # weight of the squared log of the softmax's sum (Chowdhery 2022, 2204.02311)
 
     def __post_init__(self):
         for name in ('n_head', 'n_embd'):
@@ -47,8 +61,9 @@ class GPTConfig:
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         hidden = 4 * self.n_embd if self.mlp == 'relu2' else -(-self.n_embd // 12) * 32
         self.mlp_hidden = self.mlp_hidden or hidden
+        self.rotary_dim = self.rotary_dim or self.head_dim
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_kv_head', 'head_dim', 'mlp_hidden',
-                     'rope_base'):
+                     'rope_base', 'rotary_dim'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}, it must be at least 1')
         if self.mlp not in ('relu2', 'swiglu'):
@@ -58,6 +73,9 @@ class GPTConfig:
         if self.head_dim % 2:
             raise ValueError(f'head_dim is {self.head_dim}, rotary embedding needs it even: '
                              f'change n_embd or n_head')
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(f'rotary_dim is {self.rotary_dim}, it must be even and at most '
+                             f'head_dim {self.head_dim}')
         if not 0 <= self.value_embeds <= self.n_layer:
             raise ValueError(f'value_embeds is {self.value_embeds}, it counts layers and '
                              f'n_layer is {self.n_layer}')
@@ -78,11 +96,13 @@ class GPTConfig:
     def flops_per_token(self, attended=None):
         """Model FLOPs of one training token, forward and backward: 6 a weight, 12 D a head and attended pair.
 
-        attended: mean number of positions a token attends to, itself included; the causal mean (T + 1) / 2 by
-        default, T for the convention of Chowdhery 2022 (2204.02311). Norms, softmax, lookups and the
-        optimizer are not counted.
+        attended: mean number of positions a token attends to, itself included; by default that of one long
+        document, (T + 1) / 2 without a window; T is the convention of Chowdhery 2022 (2204.02311). Norms,
+        softmax, lookups and the optimizer are not counted.
         """
-        attended = (self.block_size + 1) / 2 if attended is None else attended
+        T = self.block_size
+        W = min(self.window or T, T)
+        attended = W - W * (W - 1) / (2 * T) if attended is None else attended
         weights = self.params()['non_embedding'] - self.scalars() + self.vocab_size * self.n_embd
         return 6 * weights + 12 * self.n_layer * self.n_head * self.head_dim * attended
 
@@ -117,8 +137,9 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.qk_norm, self.bos = config.qk_norm, config.bos
-        slow = torch.arange(self.head_dim) % (self.head_dim // 2) >= (self.head_dim + 3) // 4
-        self.register_buffer('from_before', slow if config.token_shift else None, persistent=False)
+        self.token_shift, self.rotary_dim = config.token_shift, config.rotary_dim
+        # scores of up to 15: unit heads alone reach sqrt D, too flat a softmax to pick out one token
+        self.scale = 15 / self.head_dim if config.qk_norm else self.head_dim ** -0.5
         self.q = Linear(config.n_embd, self.n_head * self.head_dim)
         self.k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
@@ -128,24 +149,31 @@ class Attention(nn.Module):
         self.value_embed = nn.Embedding(config.vocab_size, width) if has_table else None
         self.value_gain = nn.Parameter(torch.empty(())) if has_table else None
 
-    def forward(self, x, idx, cos, sin, doc_start, cache=None):
+    def forward(self, x, idx, cos, sin, first, last, cache=None):
         B, T, C = x.shape
-        qkv = torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(x.dtype)  # one product, not three
-        heads = F.linear(x, qkv).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, H + 2 H_kv, T, D)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])          # one product, not three
+        qkv = F.linear(x, weight.to(x.dtype)).view(B, T, -1, self.head_dim)        # (B, T, H + 2 H_kv, D)
         if self.value_embed is not None:
-            table = self.value_embed(idx).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-            v = v + (self.value_gain * table).to(v.dtype)
-        if self.from_before is not None:
-            k = torch.where(self.from_before, shift(k, (idx != self.bos)[:, None, :, None], self, cache), k)
-        if self.qk_norm:
-            # scores of up to 15: unit heads alone reach sqrt D, too flat a softmax to pick out one token
-            q, k = 15 * self.head_dim ** -0.5 * rms_norm(q), rms_norm(k)
-        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+            table = (self.value_gain * self.value_embed(idx)).to(x.dtype).view(B, T, self.n_kv_head, -1)
+            qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
+            qkv = torch.cat([qk, v + table], dim=2)
+        if cache is None and 'attention' in IN_USE:
+            return self.proj(attend(self, qkv, idx, cos, sin, first, last).flatten(2))
+        q, k, v = self.heads(qkv, idx, cos, sin, cache)
         if cache is not None:
             k, v = cache.append(self, k, v)
-        o = attention(q, k, v, doc_start)                             # (B, H, T, D)
+        o = attention(q, k, v, first, self.scale)                     # (B, H, T, D)
         return self.proj(o.transpose(1, 2).reshape(B, T, -1))
+
+    def heads(self, qkv, idx, cos, sin, cache=None):
+        """q (B, H, T, D), k, v (B, H_kv, T, D) as attention takes them."""
+        q, k, v = qkv.transpose(1, 2).split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        if self.token_shift:
+            before = shift(k, (idx != self.bos)[:, None, :, None], self, cache)
+            k = torch.where(slow_channels(self.head_dim, self.rotary_dim, k.device), before, k)
+        if self.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        return rotary(q, cos, sin), rotary(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -156,6 +184,9 @@ class MLP(nn.Module):
         self.down = Linear(config.mlp_hidden, config.n_embd)
 
     def forward(self, x):
+        if 'mlp' in IN_USE:
+            up, down = self.up.weight.to(x.dtype), self.down.weight.to(x.dtype)
+            return mlp_forward(x.flatten(0, 1), up, down, self.gated)[0].view_as(x)
         x = self.up(x)
         if self.gated:
             gate, x = x.chunk(2, dim=-1)
@@ -172,8 +203,8 @@ class Block(nn.Module):
 
     def forward(self, x, x0, *context):
         x = self.mix[0].to(x.dtype) * x + self.mix[1].to(x.dtype) * x0
-        x = x + self.attn(rms_norm(x), *context)
-        return x + self.mlp(rms_norm(x))
+        x, h = add_norm(x, self.attn(rms_norm(x), *context))
+        return x + self.mlp(h)
 
 
 class GPT(nn.Module):
@@ -203,7 +234,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
-        cos, sin = rotary_table(config.block_size, config.head_dim, config.rope_base)
+        cos, sin = rotary_table(config.block_size, config.rotary_dim, config.rope_base)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
         self.compute_dtype = torch.float32       # what the blocks compute in; parameters stay fp32
@@ -237,21 +268,24 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if past + T > self.config.block_size:
             raise ValueError(f'{past + T} positions, block_size is {self.config.block_size}')
-        doc_start = self.doc_starts(idx, past, cache)
-        cos, sin = (t[past:past + T].to(self.compute_dtype) for t in (self.cos, self.sin))
+        first = self.first_visible(idx, past, cache)
+        last = None
+        if 'attention' in IN_USE and cache is None:         # the kernels want both ends of what is visible
+            first, last = first.int(), last_visible_to(first).int()
+        cos, sin = self.cos[past:past + T], self.sin[past:past + T]
         x = rms_norm(self.wte(idx).to(self.compute_dtype))
         if self.shift is not None:
             before = shift(x, (idx != self.config.bos)[..., None], self, cache)
             x = rms_norm(x + self.shift.to(x.dtype) * before)
         x0 = x
         for block in self.blocks:
-            x = block(x, x0, idx, cos, sin, doc_start, cache)
+            x = block(x, x0, idx, cos, sin, first, last, cache)
         if cache is not None:
             cache.length += T
         return rms_norm(x)
 
-    def doc_starts(self, idx, past, cache):
-        """(B, T): the first position that each token may attend to, its document's BOS."""
+    def first_visible(self, idx, past=0, cache=None):
+        """(B, T): the first position each token attends to: its document's BOS, or the window's start."""
         position = torch.arange(past, past + idx.shape[1], device=idx.device)
         start = position * (idx == self.config.bos) if self.config.doc_mask else torch.zeros_like(idx)
         if cache is not None:
@@ -259,13 +293,13 @@ class GPT(nn.Module):
         start = start.cummax(dim=1).values
         if cache is not None:
             cache.doc_start = start[:, -1]
-        return start
+        return torch.maximum(start, position - self.config.window + 1) if self.config.window else start
 
-    def forward(self, idx, targets, reduction='mean'):
+    def forward(self, idx, targets, reduction='mean', soft=()):
         """Cross-entropy in nats: mean over targets >= 0, or with 'none' one a token, 0 where target < 0."""
         x = self.trunk(idx)
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                    self.config.logit_softcap, reduction)
+                                    self.config.logit_softcap, reduction, self.config.z_loss, soft)
         return loss if reduction == 'mean' else loss.view_as(targets)
 
     def logits(self, x):
@@ -329,6 +363,14 @@ def rms_norm(x, eps=1e-6):
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
+def add_norm(x, branch):
+    """s = x + branch and rms_norm(s)."""
+    if 'rms_norm' in IN_USE:
+        return add_norm_forward(x, branch, None, 1e-6)[:2]
+    x = x + branch
+    return x, rms_norm(x)
+
+
 def softcap(logits, cap):
     return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -352,15 +394,29 @@ def rotary_table(length, head_dim, base):
 
 
 def rotary(x, cos, sin):
-    """Rotate the pairs (x_i, x_{i + D/2}) of x (B, H, T, D) by their position's angle; cos, sin (T, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """Rotate the pairs (x_i, x_{i + R/2}) of x (B, H, T, D) by their position's angle; cos, sin (T, R/2)."""
+    half = cos.shape[1]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def attention(q, k, v, doc_start, rows=128):
-    """Causal attention within documents: softmax(q k^T / sqrt D) v over doc_start[i] <= j <= i.
+def slow_channels(D, R, device=None):
+    """(D,): the half of a head's channels that rotary embedding turns least, or not at all (R <= D turn)."""
+    channel = torch.arange(D, device=device)
+    return (channel >= R) | (channel % (R // 2) >= (R + 3) // 4)
 
-    q (B, H, T, D) are the last T positions of k, v (B, H_kv, S, D); doc_start (B, T) counts in S.
+
+def last_visible_to(first):
+    """(B, T): the last position that each token is attended to from; `first` (B, T) never falls in a row."""
+    position = torch.arange(first.shape[1], device=first.device).expand_as(first).contiguous()
+    return torch.searchsorted(first, position, right=True) - 1
+
+
+def attention(q, k, v, first, scale, rows=128):
+    """Causal attention: softmax(scale q k^T) v over first[i] <= j <= i.
+
+    q (B, H, T, D) are the last T positions of k, v (B, H_kv, S, D); first (B, T) counts in S.
     Returns (B, H, T, D). Blocks of `rows` queries read only the keys up to their last one: on a CPU this
     takes half the time of F.scaled_dot_product_attention with a mask, in bf16 a third (README, "measured").
     """
@@ -368,20 +424,20 @@ def attention(q, k, v, doc_start, rows=128):
     H_kv, S = k.shape[1], k.shape[2]
     if q.is_cuda:
         i, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
-        seen = (j <= i) & (j >= doc_start[:, None, :, None])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=H != H_kv)
-    q = (q * D ** -0.5).view(B, H_kv, H // H_kv, T, D)      # the G query heads of a key head side by side
+        seen = (j <= i) & (j >= first[:, None, :, None])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=H != H_kv)
+    q = (q * scale).view(B, H_kv, H // H_kv, T, D)      # the G query heads of a key head side by side
     out = []
-    for first in range(0, T, rows):
-        last = min(first + rows, T)
-        end = S - T + last
-        i = torch.arange(end - last + first, end, device=q.device)[:, None]
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        end = S - T + stop
+        i = torch.arange(end - stop + start, end, device=q.device)[:, None]
         j = torch.arange(end, device=q.device)
-        hidden = (j > i) | (j < doc_start[:, first:last, None])        # (B, rows, end)
+        hidden = (j > i) | (j < first[:, start:stop, None])        # (B, rows, end)
         bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, float('-inf'))
-        scores = q[:, :, :, first:last].reshape(B, H_kv, -1, D) @ k[:, :, :end].transpose(-1, -2)
-        scores = scores.view(B, H_kv, -1, last - first, end) + bias[:, None, None]
-        out.append((scores.softmax(-1).view(B, H_kv, -1, end) @ v[:, :, :end]).view(B, H, last - first, D))
+        scores = q[:, :, :, start:stop].reshape(B, H_kv, -1, D) @ k[:, :, :end].transpose(-1, -2)
+        scores = scores.view(B, H_kv, -1, stop - start, end) + bias[:, None, None]
+        out.append((scores.softmax(-1).view(B, H_kv, -1, end) @ v[:, :, :end]).view(B, H, stop - start, D))
     return torch.cat(out, dim=2)
 
 
@@ -390,24 +446,26 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     The (tokens, V) logits, the largest tensor of a small model, never exist: each block of rows is
     multiplied, turned into its loss and its gradient, and multiplied back while it is still in cache.
-    d loss / d logits = (softmax - onehot) / n.
+    d loss / d logits = (softmax (1 + 2 z_loss lse) - targets) / n, lse the log of the softmax's sum.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, cap, rows):
+    def forward(ctx, x, weight, targets, cap, z_loss, soft, rows):
         n = (targets >= 0).sum().clamp(min=1)
         w = weight.to(x.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         dx, dw = [], torch.zeros_like(weight, dtype=torch.float32)
         minus_one = torch.full((rows, 1), -1.0, device=x.device)
         for xs, ys in zip(x.split(rows), targets.split(rows)):
-            keep = ys >= 0
+            keep, gold = ys >= 0, ys.clamp(min=0)[:, None]
             z = softcap((xs @ w.t()).float(), cap)
             lse = z.logsumexp(dim=-1)
-            gold = z.gather(1, ys.clamp(min=0)[:, None])[:, 0]
-            loss = loss + ((lse - gold) * keep).sum()
+            q = soft_targets(gold, soft) if soft else None
+            mean_z = (q * z).sum(-1) if soft else z.gather(1, gold)[:, 0]
+            loss = loss + ((lse - mean_z + z_loss * lse.square()) * keep).sum()
             g = z.sub(lse[:, None]) if cap else z.sub_(lse[:, None])
-            g.exp_().scatter_add_(1, ys.clamp(min=0)[:, None], minus_one[:len(ys)])
+            g = g.exp_().mul_(1 + 2 * z_loss * lse[:, None]) if z_loss else g.exp_()
+            g = g.sub_(q) if soft else g.scatter_add_(1, gold, minus_one[:len(ys)])
             if cap:
                 g.mul_(1 - (z / cap).square_())
             g = g.mul_((keep / n)[:, None]).to(x.dtype)
@@ -419,26 +477,800 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dw * grad, None, None, None
+        return dx * grad.to(dx.dtype), dw * grad, None, None, None, None, None
 
 
-def linear_cross_entropy(x, weight, targets, cap=0.0, reduction='mean', rows=None):
+def soft_targets(gold, soft):
+    """(rows, V): alpha on the gold token (rows, 1), the rest shared out by similarity.
+
+    soft: table (V, r), norm (V,), alpha (). Token j gets (1 - alpha) 2^(table_gold table_j - norm_gold), and
+    norm (`similarity_norm`) makes that sum to 1 - alpha: syntactic smoothing without a matrix of V x V
+    (Diehl Martinez 2024, 2410.11462); a table of zeros is label smoothing.
+    """
+    table, norm, alpha = soft
+    gold = gold[:, 0]
+    share = torch.exp2(table[gold] @ table.t() - norm[gold, None])
+    return ((1 - alpha) * share).scatter_(1, gold[:, None], alpha.expand(len(gold), 1))
+
+
+def similarity_norm(table, rows=1024):
+    """(V,): log2 of the sum over all other tokens j of 2^(table_i table_j)."""
+    norms = []
+    for i in range(0, len(table), rows):
+        s = table[i:i + rows] @ table.t()
+        s[torch.arange(len(s)), torch.arange(i, i + len(s))] = float('-inf')
+        norms.append(s.mul_(math.log(2)).logsumexp(1) / math.log(2))
+    return torch.cat(norms)
+
+
+def linear_cross_entropy(x, weight, targets, cap=0.0, reduction='mean', z_loss=0.0, soft=(), rows=None):
     """Cross-entropy in nats of targets (N,) under softcap(x weight^T), x (N, C), weight (V, C).
 
-    reduction 'mean' (differentiable) or 'none', (N,) fp32. Targets < 0 are left out; with 'none' they give 0.
+    reduction 'mean' (differentiable; there z_loss and soft count, see soft_targets) or 'none', (N,) fp32.
+    Targets < 0 are left out; with 'none' they give 0.
     """
     rows = rows or (8192 if x.is_cuda else 512)    # a GPU wants large products, a CPU small logits
-    if reduction == 'mean':
-        return LinearCrossEntropy.apply(x, weight, targets, cap, rows)
+    mean = reduction == 'mean'
+    if 'cross_entropy' in IN_USE:
+        soft = soft if mean and soft else (None, None, None)
+        both = cross_entropy_forward(x, weight, targets, *soft, cap, z_loss * mean, mean, rows)
+        return both[0] if mean else both[1]
+    if mean:
+        return LinearCrossEntropy.apply(x, weight, targets, cap, z_loss, soft, rows)
     w = weight.to(x.dtype)
     return torch.cat([F.cross_entropy(softcap((xs @ w.t()).float(), cap), ys, ignore_index=-1,
                                       reduction='none')
                       for xs, ys in zip(x.split(rows), targets.split(rows))])
 
 
-def implementations(device):
-    """Which code runs each operation on this device, and why; train.py prints it once."""
-    on_cpu = device == 'cpu'
-    where = 'matrix products over blocks of 128 queries' if on_cpu else 'scaled_dot_product_attention, masked'
-    return {'attention': where, 'linear_cross_entropy': 'blocks of tokens, gradient in the forward pass',
-            'rms_norm, rotary, MLP': 'torch operations, fused by torch.compile where it is on'}
+# ---- which code runs each operation
+
+KERNELS = {'attention': 'attention, causal, within documents and windows',
+           'qk_norm': 'token shift, QK-norm and rotary embedding in one pass (inside attention)',
+           'rms_norm': 'residual add and RMSNorm in one pass',
+           'cross_entropy': 'the loss and its gradient in one pass over a block of logits',
+           'mlp': 'activation at the end of a matrix product'}
+IN_USE = set()              # names of KERNELS; empty on a CPU
+
+
+def kernels_named(names):
+    """A set of kernels from 'all', 'none', or names with commas; '-mlp' is all but that one. ValueError."""
+    words = [w for w in names.split(',') if w not in ('', 'all', 'none')]
+    unknown = [w for w in words if w.removeprefix('-') not in KERNELS]
+    if unknown:
+        raise ValueError(f"kernels names {unknown[0]!r}; there are {', '.join(KERNELS)}, all and none")
+    but = {w[1:] for w in words if w.startswith('-')}
+    named = {w for w in words if not w.startswith('-')}
+    return (set() if names == 'none' else named or set(KERNELS)) - but
+
+
+def choose_kernels(names, config, device, dtype):
+    """Decide what runs each operation from here on: fills IN_USE, returns {operation: what runs it and why}.
+
+    Every kernel is tried once on a layer of this width, loss and all gradients against PyTorch's: one that
+    does not build on this card, or computes something else, stays out, and the run goes on without it.
+    """
+    named = kernels_named(names)
+    IN_USE.clear()
+    table = {name: 'torch, switched off' for name in KERNELS if name not in named}
+    why = ('this is not a GPU' if device != 'cuda' else 'Triton is not installed' if triton is None else
+           '' if torch.cuda.get_device_capability() >= (8, 0) else 'the card is older than Ampere (sm_80)')
+    width = '' if config.head_dim in (16, 32, 64, 128) else \
+        f'head_dim {config.head_dim} is not 16, 32, 64 or 128'
+    reasons = {name: why or (width if name in ('attention', 'qk_norm') else '') for name in KERNELS}
+    probe = None
+    for name in (k for k in KERNELS if k in named):
+        if name == 'qk_norm' and 'attention' not in IN_USE:
+            reasons[name] = reasons[name] or 'it is part of the attention kernel, which does not run'
+        if not reasons[name]:
+            probe = probe or Probe(config, device, dtype)
+            reasons[name] = probe.fault(name)
+        if not reasons[name]:
+            IN_USE.add(name)
+        table[name] = f'torch: {reasons[name]}' if reasons[name] else f'kernel: {KERNELS[name]}'
+    return {name: table[name] for name in KERNELS}
+
+
+class Probe:
+    """One layer of a model, all its weights random, and what PyTorch makes of it."""
+
+    def __init__(self, config, device, dtype):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.model = GPT(dataclasses.replace(config, n_layer=1, value_embeds=0)).to(device)
+            self.model.compute_dtype = dtype
+            for p in self.model.parameters():
+                nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else nn.init.uniform_(p, 0.5, 1)
+            self.idx = torch.randint(0, config.vocab_size, (2, config.block_size + 1)).to(device)
+        self.idx[:, ::100] = config.bos
+        self.expected = self.gradients()
+
+    def gradients(self):
+        """Gradients of all weights, and the loss."""
+        self.model.zero_grad()
+        loss = self.model(self.idx[:, :-1].contiguous(), self.idx[:, 1:].contiguous())
+        loss.backward()
+        return [p.grad for p in self.model.parameters()] + [loss.detach()]
+
+    def fault(self, name):
+        """What is wrong with a kernel: why it does not run here, or how far it is off; '' if nothing is."""
+        IN_USE.add(name)
+        try:
+            pairs = zip(self.gradients(), self.expected)
+            error = max(((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in pairs)
+            return '' if error < 0.05 else f'its result differs by {error:.0%}'
+        except Exception as e:                 # whatever a compiler or a driver may throw: torch can do it
+            return f'it does not run here ({type(e).__name__}: {str(e).strip().splitlines()[0][:80]})'
+        finally:
+            IN_USE.discard(name)
+
+
+# ---- part 3: the kernels -----------------------------------------------------------------------------------
+#
+# A Triton kernel is one program, started on a grid of indices: it loads tiles through pointers, computes on
+# them in registers and stores tiles. All of these keep to a few rules: statistics in fp32; scalars as
+# constexpr (torch.compile hands a Python float over as fp64); row offsets in int64; nothing atomic, so that
+# two runs give the same bits; tiles by width, dtype and shared memory, never by the name of a card.
+
+def launch(kernel, grid, *args, **options):
+    """Start a kernel, but not for torch.compile's fake tensors, which only ask for shapes.
+
+    bench_mfu.py --kernels=compile-only puts something in this place that compiles the kernel instead.
+    """
+    if not any(isinstance(a, FakeTensor) for a in args):
+        kernel[grid](*args, **options)
+
+
+def op(function):
+    """Make a function from tensors to new tensors one node of torch.compile's graph."""
+    node = torch.library.custom_op(f'halfhour::{function.__name__}', mutates_args=())(function)
+    node.register_fake(function)               # launch does nothing there, and the shapes are right
+    return node
+
+
+def shared_memory(x):
+    """Bytes of shared memory one program may have where x is: 101,376 on an RTX 4090, 232,448 on an H100."""
+    if x.device.type != 'cuda':
+        return 101376
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+
+
+LOG2E = constexpr(math.log2(math.e))
+
+
+def blocks(n, size):
+    return -(-n // size)
+
+
+# ---- residual add and RMSNorm
+#
+#   s = x + y        u = s r        h = gain u        r = 1 / sqrt(mean(s^2) + eps)
+#   dx = dy = ds + r (gain dh - u mean(gain dh u))    dgain = sum over rows of dh u
+
+@jit
+def add_norm_kernel(x_ptr, y_ptr, gain_ptr, s_ptr, h_ptr, rstd_ptr, n_rows, C: constexpr, EPS: constexpr,
+                    BLOCK_M: constexpr, BLOCK_C: constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_C)
+    inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
+    at = rows[:, None] * C + cols[None, :]
+    s = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if y_ptr is not None:
+        y = tl.load(y_ptr + at, mask=inside, other=0.0)
+        s = (s + y.to(tl.float32)).to(y.dtype)         # as it will be read again
+        tl.store(s_ptr + at, s, mask=inside)
+        s = s.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(s * s, axis=1) / C + EPS)
+    h = s * rstd[:, None]
+    if gain_ptr is not None:
+        h *= tl.load(gain_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(h_ptr + at, h, mask=inside)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+
+
+@jit
+def add_norm_backward_kernel(ds_ptr, dh_ptr, s_ptr, rstd_ptr, gain_ptr, dx_ptr, dgain_ptr, n_rows,
+                             C: constexpr, STEPS: constexpr, BLOCK_M: constexpr, BLOCK_C: constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_C)
+    dgain = tl.zeros([BLOCK_C], tl.float32)
+    for step in range(STEPS):
+        rows = (program * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
+        at = rows[:, None] * C + cols[None, :]
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
+        unit = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd
+        dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if gain_ptr is not None:
+            dgain += tl.sum(dh * unit, axis=0)
+            dh *= tl.load(gain_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+        dx = rstd * (dh - unit * (tl.sum(dh * unit, axis=1) / C)[:, None])
+        if ds_ptr is not None:
+            dx += tl.load(ds_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + at, dx, mask=inside)
+    if gain_ptr is not None:
+        tl.store(dgain_ptr + program * C + cols, dgain, mask=cols < C)
+
+
+def norm_tile(C):
+    """Some 4,096 numbers a program, whole rows."""
+    width = triton.next_power_of_2(C)
+    return dict(BLOCK_M=max(1, 4096 // width), BLOCK_C=width, num_warps=4 if width <= 4096 else 8)
+
+
+@op
+def add_norm_forward(x: Tensor, y: Tensor | None, gain: Tensor | None,
+                     eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """s, h, rstd of x and y (..., C); s is empty where y is None, as it would be x."""
+    C, n_rows, tile = x.shape[-1], x.numel() // x.shape[-1], norm_tile(x.shape[-1])
+    x, y = x.contiguous(), y if y is None else y.contiguous()
+    s, h = x.new_empty(0) if y is None else torch.empty_like(x), torch.empty_like(x)
+    rstd = x.new_empty(n_rows, dtype=torch.float32)
+    grid = blocks(n_rows, tile['BLOCK_M']),
+    launch(add_norm_kernel, grid, x, y, gain, s, h, rstd, n_rows, C, eps, **tile)
+    return s, h, rstd
+
+
+@op
+def add_norm_backward(ds: Tensor | None, dh: Tensor, s: Tensor, rstd: Tensor,
+                      gain: Tensor | None) -> tuple[Tensor, Tensor]:
+    C, n_rows, tile, steps = s.shape[-1], len(rstd), norm_tile(s.shape[-1]), 1 if gain is None else 16
+    programs = blocks(n_rows, tile['BLOCK_M'] * steps)
+    ds, dh, s = ds if ds is None else ds.contiguous(), dh.contiguous(), s.contiguous()
+    dx, dgain = torch.empty_like(s), s.new_empty((0 if gain is None else programs, C), dtype=torch.float32)
+    launch(add_norm_backward_kernel, (programs,), ds, dh, s, rstd, gain, dx, dgain, n_rows, C, steps, **tile)
+    return dx, dgain.sum(0)
+
+
+def add_norm_save(ctx, inputs, output):
+    (x, y, gain, _), (s, _, rstd) = inputs, output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if y is None else s, rstd, gain)
+    ctx.has_y = y is not None
+
+
+def add_norm_gradient(ctx, ds, dh, _):
+    s, rstd, gain = ctx.saved_tensors
+    dh = torch.zeros_like(s) if dh is None else dh
+    dx, dgain = add_norm_backward(ds if ctx.has_y else None, dh, s, rstd, gain)
+    return dx, dx if ctx.has_y else None, gain if gain is None else dgain.to(gain.dtype), None
+
+
+add_norm_forward.register_autograd(add_norm_gradient, setup_context=add_norm_save)
+
+
+# ---- QK-norm and rotary embedding, on packed queries, keys and values (B, T, H + 2 H_kv, D)
+#
+#   x      a query head's row, or a key's with its slow channels from the token before (token_shift)
+#   u      x / sqrt(mean(x^2) + eps)                             u = x without qk_norm
+#   y_i    u_i cos - u_j sin,  y_j = u_j cos + u_i sin           j = i + R / 2, R <= D rotated channels
+#
+# Backward: a rotation keeps scalar products, so du = r (g - u mean(g u)) is made of dy and y while both are
+# turned, and turned back afterwards: x need not be kept. Every channel of the gradient has one writer: a
+# shifted one is written where it came from, and set to 0 where no token follows.
+
+@jit
+def slow_channel(c, R: constexpr):
+    """Whether channel c turns slowly; with token_shift a key has it from the token before."""
+    return (c >= R) | (c % (R // 2) >= (R + 3) // 4)
+
+
+@jit
+def qk_kernel(qkv_ptr, qk_ptr, rstd_ptr, idx_ptr, cos_ptr, sin_ptr, n_rows, T, H: constexpr, HK: constexpr,
+              D: constexpr, R: constexpr, BOS: constexpr, NORM: constexpr, SHIFT: constexpr, EPS: constexpr,
+              BLOCK_M: constexpr, BLOCK_D: constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)      # of (B, T, H + H_kv)
+    token, head = row // (H + HK), row % (H + HK)
+    c = tl.arange(0, BLOCK_D)
+    pair = tl.where(c < R // 2, c + R // 2, tl.where(c < R, c - R // 2, c))    # the channel c turns with
+    inside = (row < n_rows)[:, None] & (c < D)[None, :]
+    at, present = token[:, None] * ((H + 2 * HK) * D) + head[:, None] * D, inside
+    if SHIFT:
+        idx = tl.load(idx_ptr + token, mask=row < n_rows, other=BOS)
+        back = (head >= H)[:, None] & slow_channel(c, R)[None, :]
+        present = inside & ~(back & ((idx == BOS) | (token % T == 0))[:, None])
+        at = tl.where(back, at - (H + 2 * HK) * D, at)
+    x = tl.load(qkv_ptr + at + c[None, :], mask=present, other=0.0).to(tl.float32)
+    other = tl.load(qkv_ptr + at + pair[None, :], mask=present, other=0.0).to(tl.float32)
+    turn = (token % T)[:, None] * (R // 2) + (c % (R // 2))[None, :]
+    cos = tl.load(cos_ptr + turn, mask=inside & (c < R)[None, :], other=1.0)
+    sin = tl.load(sin_ptr + turn, mask=inside & (c < R)[None, :], other=0.0)
+    y = x * cos + tl.where(c < R // 2, -1.0, 1.0)[None, :] * other * sin
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)
+        y *= rstd[:, None]
+        tl.store(rstd_ptr + row, rstd, mask=row < n_rows)
+    tl.store(qk_ptr + row[:, None] * D + c[None, :], y, mask=inside)
+
+
+@jit
+def qk_backward_kernel(dqk_ptr, qk_ptr, rstd_ptr, idx_ptr, cos_ptr, sin_ptr, dqkv_ptr, n_rows, T,
+                       H: constexpr, HK: constexpr, D: constexpr, R: constexpr, BOS: constexpr,
+                       NORM: constexpr, SHIFT: constexpr, BLOCK_M: constexpr, BLOCK_D: constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, head = row // (H + HK), row % (H + HK)
+    c = tl.arange(0, BLOCK_D)
+    pair = tl.where(c < R // 2, c + R // 2, tl.where(c < R, c - R // 2, c))
+    inside = (row < n_rows)[:, None] & (c < D)[None, :]
+    at = row[:, None] * D
+    g = tl.load(dqk_ptr + at + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(dqk_ptr + at + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        rstd = tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)[:, None]
+        y = tl.load(qk_ptr + at + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        other_y = tl.load(qk_ptr + at + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+        mean = (tl.sum(g * y, axis=1) / D)[:, None]
+        g, other = rstd * (g - y * mean), rstd * (other - other_y * mean)
+    turn = (token % T)[:, None] * (R // 2) + (c % (R // 2))[None, :]
+    cos = tl.load(cos_ptr + turn, mask=inside & (c < R)[None, :], other=1.0)
+    sin = tl.load(sin_ptr + turn, mask=inside & (c < R)[None, :], other=0.0)
+    dx = g * cos + tl.where(c < R // 2, 1.0, -1.0)[None, :] * other * sin
+    at, present = token[:, None] * ((H + 2 * HK) * D) + head[:, None] * D + c[None, :], inside
+    if SHIFT:
+        idx = tl.load(idx_ptr + token, mask=row < n_rows, other=BOS)
+        has_next = (row < n_rows) & (token % T < T - 1)
+        after = tl.load(idx_ptr + token + 1, mask=has_next, other=BOS)
+        back = (head >= H)[:, None] & slow_channel(c, R)[None, :]
+        tl.store(dqkv_ptr + at, tl.zeros_like(dx), mask=inside & back & (after == BOS)[:, None])
+        present = inside & ~(back & ((idx == BOS) | (token % T == 0))[:, None])
+        at = tl.where(back, at - (H + 2 * HK) * D, at)
+    tl.store(dqkv_ptr + at, dx, mask=present)
+
+
+# ---- attention: causal, within documents and windows, grouped-query heads
+#
+#   s_ij = SCALE q_i k_j where first_i <= j <= i    p_ij = 2^(s_ij - lse_i)    lse_i = log2 sum_j 2^s_ij
+#   o_i = sum_j p_ij v_j, by online softmax (Milakov 2018, 1805.02867; Dao 2022, 2205.14135)
+#   delta_i = do_i o_i      ds_ij = p_ij (do_i v_j - delta_i)
+#   dq_i = scale sum_j ds_ij k_j      dk_j = scale sum_i ds_ij q_i      dv_j = sum_i p_ij do_i
+#
+# first_i is the first position that token i sees, last_j the last one that sees token j: neither ever falls,
+# so one number each bounds a block's loop. Documents and windows are only two ways to fill these two arrays.
+# A loop goes over whole blocks without a mask, and over those at the edges (`EDGE`) with one.
+
+@jit
+def tile_of(x_ptr, rows, T, STRIDE: constexpr, D: constexpr, EDGE: constexpr):
+    """x[rows], (len(rows), D), 0 from T on; without EDGE all rows are known to be there."""
+    at = x_ptr + rows.to(tl.int64)[:, None] * STRIDE + tl.arange(0, D)[None, :]
+    if EDGE:
+        x = tl.load(at, mask=(rows < T)[:, None], other=0.0)
+    else:
+        x = tl.load(at)
+    return x
+
+
+@jit
+def attend_keys(n, acc, total, top, q, k_ptr, v_ptr, rows, first, T, SCALE: constexpr, STRIDE_QK: constexpr,
+                STRIDE_V: constexpr, D: constexpr, BLOCK_N: constexpr, PRECISION: constexpr,
+                EDGE: constexpr):
+    """One block of keys and values for one of queries."""
+    cols = n + tl.arange(0, BLOCK_N)
+    k, v = tile_of(k_ptr, cols, T, STRIDE_QK, D, EDGE), tile_of(v_ptr, cols, T, STRIDE_V, D, EDGE)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if EDGE:
+        s = tl.where((first[:, None] <= cols[None, :]) & (cols[None, :] <= rows[:, None]), s, float('-inf'))
+    new_top = tl.maximum(top, tl.max(s, axis=1) * SCALE)
+    p = tl.exp2(s * SCALE - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    total = total * fade + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return acc, total, new_top
+
+
+@jit
+def attention_kernel(qk_ptr, v_ptr, o_ptr, lse_ptr, first_ptr, T, SCALE: constexpr, STRIDE_QK: constexpr,
+                     STRIDE_V: constexpr, H: constexpr, HK: constexpr, D: constexpr, PRECISION: constexpr,
+                     BLOCK_M: constexpr, BLOCK_N: constexpr):
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M      # the longest rows begin first
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    qk_ptr, first_ptr = qk_ptr + b * T * STRIDE_QK, first_ptr + b * T
+    k_ptr, v_ptr = qk_ptr + (H + h * HK // H) * D, v_ptr + b * T * STRIDE_V + h * HK // H * D
+    rows, d = m0 + tl.arange(0, BLOCK_M), tl.arange(0, D)
+    inside = rows < T
+    q = tile_of(qk_ptr + h * D, rows, T, STRIDE_QK, D, True)
+    first = tl.load(first_ptr + rows, mask=inside, other=0)
+    end = tl.minimum(m0 + BLOCK_M, T)
+    low = tl.load(first_ptr + m0) // BLOCK_N * BLOCK_N
+    whole = tl.minimum(tl.cdiv(tl.load(first_ptr + end - 1), BLOCK_N) * BLOCK_N, m0)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    total, top = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], -1e30, tl.float32)
+    for n in range(whole, m0, BLOCK_N):                             # all of these rows see all of these keys
+        acc, total, top = attend_keys(n, acc, total, top, q, k_ptr, v_ptr, rows, first, T, SCALE, STRIDE_QK,
+                                      STRIDE_V, D, BLOCK_N, PRECISION, False)
+    for i in range((whole - low) // BLOCK_N + tl.cdiv(end - m0, BLOCK_N)):
+        n = low + i * BLOCK_N
+        n = tl.where(n < whole, n, n - whole + m0)                  # where documents begin, then the diagonal
+        acc, total, top = attend_keys(n, acc, total, top, q, k_ptr, v_ptr, rows, first, T, SCALE, STRIDE_QK,
+                                      STRIDE_V, D, BLOCK_N, PRECISION, True)
+    at = (b * T + rows)[:, None] * (H * D) + h * D + d[None, :]
+    tl.store(o_ptr + at, acc / total[:, None], mask=inside[:, None])
+    tl.store(lse_ptr + (b * H + h) * T + rows, top + tl.log2(total), mask=inside)
+
+
+@jit
+def gradient_from_keys(n, dq, q, do, lse, delta, k_ptr, v_ptr, rows, first, T, SCALE: constexpr,
+                       STRIDE_QK: constexpr, STRIDE_V: constexpr, D: constexpr, BLOCK_N: constexpr,
+                       PRECISION: constexpr, EDGE: constexpr):
+    cols = n + tl.arange(0, BLOCK_N)
+    k, v = tile_of(k_ptr, cols, T, STRIDE_QK, D, EDGE), tile_of(v_ptr, cols, T, STRIDE_V, D, EDGE)
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE - lse[:, None])
+    if EDGE:
+        p = tl.where((first[:, None] <= cols[None, :]) & (cols[None, :] <= rows[:, None]), p, 0.0)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@jit
+def attention_dq_kernel(qk_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dqk_ptr, first_ptr, T,
+                        SCALE: constexpr, STRIDE_QK: constexpr, STRIDE_V: constexpr, STRIDE_DQK: constexpr,
+                        H: constexpr, HK: constexpr, D: constexpr, PRECISION: constexpr,
+                        BLOCK_M: constexpr, BLOCK_N: constexpr):
+    """dq, and delta for the kernel below."""
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    qk_ptr, first_ptr = qk_ptr + b * T * STRIDE_QK, first_ptr + b * T
+    k_ptr, v_ptr = qk_ptr + (H + h * HK // H) * D, v_ptr + b * T * STRIDE_V + h * HK // H * D
+    rows, d = m0 + tl.arange(0, BLOCK_M), tl.arange(0, D)
+    inside = rows < T
+    q = tile_of(qk_ptr + h * D, rows, T, STRIDE_QK, D, True)
+    do = tile_of(do_ptr + b * T * (H * D) + h * D, rows, T, H * D, D, True)
+    o = tile_of(o_ptr + b * T * (H * D) + h * D, rows, T, H * D, D, True)
+    stat = (b * H + h) * T + rows
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+    tl.store(delta_ptr + stat, delta, mask=inside)
+    lse = tl.load(lse_ptr + stat, mask=inside, other=0.0)
+    first = tl.load(first_ptr + rows, mask=inside, other=0)
+    end = tl.minimum(m0 + BLOCK_M, T)
+    low = tl.load(first_ptr + m0) // BLOCK_N * BLOCK_N
+    whole = tl.minimum(tl.cdiv(tl.load(first_ptr + end - 1), BLOCK_N) * BLOCK_N, m0)
+    dq = tl.zeros([BLOCK_M, D], tl.float32)
+    for n in range(whole, m0, BLOCK_N):
+        dq = gradient_from_keys(n, dq, q, do, lse, delta, k_ptr, v_ptr, rows, first, T, SCALE, STRIDE_QK,
+                                STRIDE_V, D, BLOCK_N, PRECISION, False)
+    for i in range((whole - low) // BLOCK_N + tl.cdiv(end - m0, BLOCK_N)):
+        n = low + i * BLOCK_N
+        n = tl.where(n < whole, n, n - whole + m0)
+        dq = gradient_from_keys(n, dq, q, do, lse, delta, k_ptr, v_ptr, rows, first, T, SCALE, STRIDE_QK,
+                                STRIDE_V, D, BLOCK_N, PRECISION, True)
+    at = (b * T + rows)[:, None] * STRIDE_DQK + h * D + d[None, :]
+    tl.store(dqk_ptr + at, dq * (SCALE / LOG2E), mask=inside[:, None])
+
+
+@jit
+def gradient_from_queries(m, dk, dv, k, v, cols, q_ptr, do_ptr, lse_ptr, delta_ptr, first_ptr, T,
+                          SCALE: constexpr, STRIDE_QK: constexpr, STRIDE_O: constexpr, D: constexpr,
+                          BLOCK_M: constexpr, PRECISION: constexpr, EDGE: constexpr):
+    rows = m + tl.arange(0, BLOCK_M)
+    q, do = tile_of(q_ptr, rows, T, STRIDE_QK, D, EDGE), tile_of(do_ptr, rows, T, STRIDE_O, D, EDGE)
+    lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
+    delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
+    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE - lse[None, :])    # (keys, queries)
+    if EDGE:
+        first = tl.load(first_ptr + rows, mask=rows < T, other=T)
+        p = tl.where((first[None, :] <= cols[:, None]) & (cols[:, None] <= rows[None, :]), p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
+
+
+@jit
+def attention_dkdv_kernel(qk_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dqk_ptr, dv_ptr, first_ptr, last_ptr, T,
+                          SCALE: constexpr, STRIDE_QK: constexpr, STRIDE_V: constexpr,
+                          STRIDE_DQK: constexpr, STRIDE_DV: constexpr, H: constexpr, HK: constexpr,
+                          D: constexpr, PRECISION: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr):
+    n0 = tl.program_id(0) * BLOCK_N
+    b, hk = (tl.program_id(1) // HK).to(tl.int64), tl.program_id(1) % HK
+    qk_ptr, first_ptr, last_ptr = qk_ptr + b * T * STRIDE_QK, first_ptr + b * T, last_ptr + b * T
+    cols, d = n0 + tl.arange(0, BLOCK_N), tl.arange(0, D)
+    k = tile_of(qk_ptr + (H + hk) * D, cols, T, STRIDE_QK, D, True)
+    v = tile_of(v_ptr + b * T * STRIDE_V + hk * D, cols, T, STRIDE_V, D, True)
+    end = tl.load(last_ptr + tl.minimum(n0 + BLOCK_N, T) - 1) + 1   # no query from here on sees any of these
+    whole = tl.maximum((tl.load(last_ptr + n0) + 1 - n0) // BLOCK_M * BLOCK_M + n0, n0 + BLOCK_N)
+    diagonal = tl.cdiv(tl.minimum(n0 + BLOCK_N, end) - n0, BLOCK_M)
+    dk, dv = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, D], tl.float32)
+    for g in range(H // HK):
+        h = hk * (H // HK) + g
+        q_ptr, o_ptr = qk_ptr + h * D, do_ptr + b * T * (H * D) + h * D
+        l_ptr, d_ptr = lse_ptr + (b * H + h) * T, delta_ptr + (b * H + h) * T
+        for m in range(n0 + BLOCK_N, whole, BLOCK_M):                   # all of these queries see all keys
+            dk, dv = gradient_from_queries(m, dk, dv, k, v, cols, q_ptr, o_ptr, l_ptr, d_ptr, first_ptr, T,
+                                           SCALE, STRIDE_QK, H * D, D, BLOCK_M, PRECISION, False)
+        for i in range(diagonal + tl.cdiv(tl.maximum(end - whole, 0), BLOCK_M)):
+            m = tl.where(i < diagonal, n0 + i * BLOCK_M, whole + (i - diagonal) * BLOCK_M)
+            dk, dv = gradient_from_queries(m, dk, dv, k, v, cols, q_ptr, o_ptr, l_ptr, d_ptr, first_ptr, T,
+                                           SCALE, STRIDE_QK, H * D, D, BLOCK_M, PRECISION, True)
+    at, inside = (b * T + cols)[:, None], (cols < T)[:, None]
+    tl.store(dqk_ptr + at * STRIDE_DQK + (H + hk) * D + d[None, :], dk * (SCALE / LOG2E), mask=inside)
+    tl.store(dv_ptr + at * STRIDE_DV + hk * D + d[None, :], dv, mask=inside)
+
+
+def attention_tiles(D, itemsize, limit):
+    """BLOCK_M, BLOCK_N, num_warps, num_stages of the forward, dq and dk/dv kernels.
+
+    By `bench_mfu.py --kernels=compile-only`: at D = 64 in bf16 registers bind, at D = 128 shared memory does
+    (70,400 of the 101,376 bytes of an RTX 4090, one program a multiprocessor; at D = 64 two to four fit).
+    A tile of 64 queries computes 12.5 % more than the exact triangle at T = 512, one of 128 25 %.
+    """
+    if itemsize == 4 or limit < 101376:
+        return (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)
+    if D <= 64:
+        return (64, 64, 4, 3), (64, 32, 4, 2), (32, 64, 4, 2)
+    return (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2)
+
+
+def tile(sizes):
+    return dict(zip(('BLOCK_M', 'BLOCK_N', 'num_warps', 'num_stages'), sizes))
+
+
+def qk_tile(D):
+    return dict(BLOCK_M=max(1, 2048 // triton.next_power_of_2(D)), BLOCK_D=triton.next_power_of_2(D))
+
+
+@op
+def attend_forward(qkv: Tensor, idx: Tensor, first: Tensor, last: Tensor, cos: Tensor, sin: Tensor, H: int,
+                   scale: float, norm: bool, shift: bool, bos: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o (B, T, H, D); for the backward pass qk (B, T, H + H_kv, D), rstd of its rows, lse (B, H, T).
+
+    qkv (B, T, H + 2 H_kv, D) contiguous; idx, first, last (B, T), the latter two int32; cos, sin
+    (T, R / 2) fp32. Where R is 0 queries and keys are taken as they come.
+    """
+    B, T, N, D = qkv.shape
+    HK, R, as_given = (N - H) // 2, 2 * cos.shape[1], cos.shape[1] == 0
+    qk = qkv.new_empty(0) if as_given else qkv.new_empty((B, T, H + HK, D))
+    rstd = qkv.new_empty(B * T * (H + HK) if norm else 0, dtype=torch.float32)
+    o, lse = qkv.new_empty((B, T, H, D)), qkv.new_empty((B, H, T), dtype=torch.float32)
+    if not as_given:
+        rows, small = B * T * (H + HK), qk_tile(D)
+        launch(qk_kernel, (blocks(rows, small['BLOCK_M']),), qkv, qk, rstd, idx, cos, sin, rows, T, H, HK, D,
+               R, bos, norm, shift, 1e-6, **small)
+    source, v = qkv if as_given else qk, qkv[:, :, H + HK:]
+    sizes = tile(attention_tiles(D, qkv.element_size(), shared_memory(qkv))[0])
+    launch(attention_kernel, (blocks(T, sizes['BLOCK_M']), B * H), source, v, o, lse, first, T,
+           scale * math.log2(math.e), source.shape[2] * D, N * D, H, HK, D, precision(qkv), **sizes)
+    return o, qk, rstd, lse
+
+
+@op
+def attend_backward(do: Tensor, qkv: Tensor, o: Tensor, qk: Tensor, rstd: Tensor, lse: Tensor, idx: Tensor,
+                    first: Tensor, last: Tensor, cos: Tensor, sin: Tensor, scale: float, norm: bool,
+                    shift: bool, bos: int) -> Tensor:
+    """The gradient of qkv."""
+    (B, T, N, D), H = qkv.shape, o.shape[2]
+    HK, R, as_given, do = (N - H) // 2, 2 * cos.shape[1], cos.shape[1] == 0, do.contiguous()
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    dqk, qk = (dqkv, qkv) if as_given else (torch.empty_like(qk), qk)
+    v, dv = qkv[:, :, H + HK:], dqkv[:, :, H + HK:]
+    shape = dict(SCALE=scale * math.log2(math.e), STRIDE_QK=qk.shape[2] * D, STRIDE_V=N * D,
+                 STRIDE_DQK=dqk.shape[2] * D, H=H, HK=HK, D=D, PRECISION=precision(qkv))
+    _, dq_sizes, dkdv_sizes = map(tile, attention_tiles(D, qkv.element_size(), shared_memory(qkv)))
+    launch(attention_dq_kernel, (blocks(T, dq_sizes['BLOCK_M']), B * H), qk, v, o, do, lse, delta, dqk,
+           first, T, **shape, **dq_sizes)
+    launch(attention_dkdv_kernel, (blocks(T, dkdv_sizes['BLOCK_N']), B * HK), qk, v, do, lse, delta, dqk, dv,
+           first, last, T, STRIDE_DV=N * D, **shape, **dkdv_sizes)
+    if not as_given:
+        rows, small = B * T * (H + HK), qk_tile(D)
+        launch(qk_backward_kernel, (blocks(rows, small['BLOCK_M']),), dqk, qk, rstd, idx, cos, sin, dqkv,
+               rows, T, H, HK, D, R, bos, norm, shift, **small)
+    return dqkv
+
+
+def precision(x):
+    """fp32 is multiplied exactly, not in tf32: who asks for float32 wants to check something."""
+    return 'ieee' if x.dtype == torch.float32 else 'tf32'
+
+
+def attend(layer, qkv, idx, cos, sin, first, last):
+    """o (B, T, H, D) of an Attention layer's packed qkv: all between its two products."""
+    flags = layer.qk_norm, layer.token_shift
+    if 'qk_norm' not in IN_USE:
+        qkv = torch.cat(layer.heads(qkv, idx, cos, sin), dim=1).transpose(1, 2).contiguous()
+        cos, sin, flags = cos[:, :0], sin[:, :0], (False, False)
+    return attend_forward(qkv, idx, first, last, cos, sin, layer.n_head, layer.scale, *flags, layer.bos)[0]
+
+
+def attend_save(ctx, inputs, output):
+    qkv, idx, first, last, cos, sin, _, *ctx.rest = inputs
+    o, qk, rstd, lse = output
+    ctx.save_for_backward(qkv, o, qk, rstd, lse, idx, first, last, cos, sin)
+
+
+def attend_gradient(ctx, do, *_):
+    return attend_backward(do, *ctx.saved_tensors, *ctx.rest), *[None] * 10
+
+
+attend_forward.register_autograd(attend_gradient, setup_context=attend_save)
+
+
+# ---- linear and cross-entropy: a block of logits at a time, turned into their own gradient where they stand
+#
+#   z = softcap(x W^T)     p = softmax(z)     q = the targets' distribution, sum 1
+#   loss = lse - sum_j q_j z_j + Z_LOSS lse^2             lse = log sum_j e^z_j
+#   dz = p (1 + 2 Z_LOSS lse) - q                         times 1 - (z / cap)^2 for the soft-cap
+#   q_y = alpha, q_j = (1 - alpha) 2^(table_y table_j - norm_y) for j other than the gold token y
+
+@jit
+def capped(z, CAP: constexpr):
+    return CAP * (2.0 * tl.sigmoid(2.0 / CAP * z) - 1.0)            # CAP tanh(z / CAP)
+
+
+@jit
+def soft_weights(gold, cols, table_ptr, norm, V: constexpr, RANK: constexpr):
+    """(rows, cols): how much of what the gold token gives away goes to each other one."""
+    r = tl.arange(0, RANK)
+    mine = tl.load(table_ptr + gold[:, None] * RANK + r[None, :])
+    theirs = tl.load(table_ptr + cols[:, None] * RANK + r[None, :], mask=(cols < V)[:, None], other=0.0)
+    w = tl.exp2(tl.dot(mine, tl.trans(theirs), input_precision='ieee') - norm[:, None])
+    return tl.where((cols[None, :] == gold[:, None]) | (cols >= V)[None, :], 0.0, w)
+
+
+@jit
+def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, table_ptr, norm_ptr, alpha_ptr, n_rows,
+                         V: constexpr, CAP: constexpr, Z_LOSS: constexpr, GRAD: constexpr, RANK: constexpr,
+                         BLOCK_M: constexpr, BLOCK_V: constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    target = tl.load(target_ptr + rows, mask=rows < n_rows, other=-1)
+    keep, gold = target >= 0, tl.maximum(target, 0)
+    alpha = 1.0
+    if RANK:
+        alpha, norm = tl.load(alpha_ptr), tl.load(norm_ptr + gold)
+    top, total = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    mean_z = tl.zeros([BLOCK_M], tl.float32)                          # of z under q
+    for start in range(0, V, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        inside = (rows < n_rows)[:, None] & (cols < V)[None, :]
+        z = tl.load(z_ptr + rows[:, None] * V + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        if CAP > 0:
+            z = capped(z, CAP)
+        q = tl.where(cols[None, :] == gold[:, None], alpha, 0.0)
+        if RANK:
+            q += (1 - alpha) * soft_weights(gold, cols, table_ptr, norm, V, RANK)
+        mean_z += tl.sum(q * z, axis=1)
+        z = tl.where((cols < V)[None, :], z * LOG2E, float('-inf'))
+        new_top = tl.maximum(top, tl.max(z, axis=1))
+        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(z - new_top[:, None]), axis=1)
+        top = new_top
+    lse = top + tl.log2(total)                                        # base 2
+    nats = lse / LOG2E
+    tl.store(loss_ptr + rows, tl.where(keep, nats - mean_z + Z_LOSS * nats * nats, 0.0), mask=rows < n_rows)
+    if GRAD:
+        share = tl.where(keep, 1.0 / tl.load(count_ptr), 0.0)
+        for start in range(0, V, BLOCK_V):
+            cols = start + tl.arange(0, BLOCK_V)
+            inside = (rows < n_rows)[:, None] & (cols < V)[None, :]
+            at = z_ptr + rows[:, None] * V + cols[None, :]
+            z = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            if CAP > 0:
+                z = capped(z, CAP)
+            g = tl.exp2(z * LOG2E - lse[:, None]) * (1.0 + 2.0 * Z_LOSS * nats)[:, None]
+            g -= tl.where(cols[None, :] == gold[:, None], alpha, 0.0)
+            if RANK:
+                g -= (1 - alpha) * soft_weights(gold, cols, table_ptr, norm, V, RANK)
+            if CAP > 0:
+                g *= 1.0 - (z / CAP) * (z / CAP)
+            tl.store(at, g * share[:, None], mask=inside)
+
+
+@op
+def cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, table: Tensor | None,
+                          norm: Tensor | None, alpha: Tensor | None, cap: float, z_loss: float, grad: bool,
+                          rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The losses' mean over targets >= 0; all losses (N,), 0 where one is left out; dx (N, C), dW (V, C).
+
+    table (V, a power of two from 16 on), norm (V,), alpha (), all fp32, are those of `soft_targets`, or None.
+    """
+    (N, C), V, w = x.shape, len(weight), weight.to(x.dtype)
+    losses, count = x.new_empty(N, dtype=torch.float32), (targets >= 0).sum().clamp(min=1).float()
+    dx, dw = torch.empty_like(x) if grad else x.new_empty(0), torch.zeros_like(weight if grad else weight[:0])
+    soft = table is not None
+    block = 256 if soft else min(triton.next_power_of_2(V), 4096)
+    for i in range(0, N, rows):
+        xs, ys = x[i:i + rows], targets[i:i + rows]
+        z = xs @ w.t()
+        launch(cross_entropy_kernel, (blocks(len(xs), 16 if soft else 1),), z, ys, losses[i:i + rows], count,
+               table, norm, alpha, len(xs), V, cap, z_loss, grad, table.shape[1] if soft else 0,
+               BLOCK_M=16 if soft else 1, BLOCK_V=block, num_warps=8)
+        if grad:
+            torch.mm(z, w, out=dx[i:i + rows])
+            dw += z.t() @ xs
+    return losses.sum() / count, losses, dx, dw
+
+
+def cross_entropy_save(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:])
+
+
+def cross_entropy_gradient(ctx, grad, *_):
+    dx, dw = ctx.saved_tensors
+    return dx * grad.to(dx.dtype), dw * grad, *[None] * 8
+
+
+cross_entropy_forward.register_autograd(cross_entropy_gradient, setup_context=cross_entropy_save)
+
+
+# ---- the MLP: its activation at the end of a matrix product, so that what is not yet activated never exists
+#
+#   relu2     a = relu(x U^T)^2                   da -> dh = 2 sqrt(a) da: a alone is kept
+#   swiglu    g, u = x U^T, a = silu(g) u         dg = da u sigma(g) (1 + g (1 - sigma(g))), du = da silu(g)
+#
+# Forward multiplies x (M, K) by U (N, K), for swiglu (2N, K), gate first; backward dy (M, K) by down (K, N).
+
+@jit
+def mlp_kernel(x_ptr, w_ptr, h_ptr, out_ptr, M, N: constexpr, K: constexpr, STRIDE_N: constexpr,
+               STRIDE_K: constexpr, GATED: constexpr, BACKWARD: constexpr, PRECISION: constexpr,
+               BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr):
+    # eight rows of tiles at a time, so that what one tile has read another finds in the L2 cache
+    down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (8 * across) * 8
+    high = tl.minimum(down - group, 8)
+    m0 = (group + tl.program_id(0) % (8 * across) % high) * BLOCK_M
+    n0 = tl.program_id(0) % (8 * across) // high * BLOCK_N
+    rows, cols, k = m0.to(tl.int64) + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    x_ptr += (rows % M)[:, None] * K + k[None, :]
+    w_ptr += (cols % N)[None, :] * STRIDE_N + k[:, None] * STRIDE_K
+    acc, gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        left = k < K - k0
+        x = tl.load(x_ptr + k0, mask=left[None, :], other=0.0)
+        w = tl.load(w_ptr + k0 * STRIDE_K, mask=left[:, None], other=0.0)
+        if GATED and not BACKWARD:
+            gate = tl.dot(x, w, gate, input_precision=PRECISION)
+            w = tl.load(w_ptr + N * STRIDE_N + k0 * STRIDE_K, mask=left[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    at = rows[:, None] * N + cols[None, :]
+    wide = rows[:, None] * (2 * N) + cols[None, :]               # the gate, and N further the other half
+    if GATED and BACKWARD:
+        gate = tl.load(h_ptr + wide, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(h_ptr + wide + N, mask=inside, other=0.0).to(tl.float32)
+        sigma = tl.sigmoid(gate)
+        tl.store(out_ptr + wide, acc * u * sigma * (1.0 + gate * (1.0 - sigma)), mask=inside)
+        tl.store(out_ptr + wide + N, acc * gate * sigma, mask=inside)
+    elif GATED:
+        tl.store(h_ptr + wide, gate, mask=inside)
+        tl.store(h_ptr + wide + N, acc, mask=inside)
+        tl.store(out_ptr + at, gate * tl.sigmoid(gate) * acc, mask=inside)
+    elif BACKWARD:
+        a = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, 2.0 * tl.sqrt(a) * acc, mask=inside)
+    else:
+        acc = tl.maximum(acc, 0.0)
+        tl.store(out_ptr + at, acc * acc, mask=inside)
+
+
+def launch_mlp(x, w, h, out, N, strides, gated, backward):
+    M, K = x.shape
+    small = x.element_size() == 4 or shared_memory(x) < 101376
+    BLOCK_M, BLOCK_N, BLOCK_K = (64, 64, 32) if small else (128, 64 if gated else 128, 64)
+    launch(mlp_kernel, (blocks(M, BLOCK_M) * blocks(N, BLOCK_N),), x, w, h, out, M, N, K, *strides, gated,
+           backward, precision(x), BLOCK_M, BLOCK_N, BLOCK_K, num_warps=4 if small else 8,
+           num_stages=2 if small else 3)
+
+
+@op
+def mlp_forward(x: Tensor, up: Tensor, down: Tensor, gated: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y (M, C) of x (M, C); for the backward pass a (M, N), and if gated h (M, 2N)."""
+    M, N = len(x), down.shape[1]
+    a, h = x.new_empty((M, N)), x.new_empty((M, 2 * N) if gated else 0)
+    launch_mlp(x, up, h, a, N, up.stride(), gated, False)
+    return a @ down.t(), a, h
+
+
+@op
+def mlp_backward(dy: Tensor, x: Tensor, up: Tensor, down: Tensor, a: Tensor, h: Tensor,
+                 gated: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dy = dy.contiguous()
+    dh = torch.empty_like(h if gated else a)
+    launch_mlp(dy, down, h if gated else a, dh, a.shape[1], down.stride()[::-1], gated, True)
+    return dh @ up, dh.t() @ x, dy.t() @ a
+
+
+def mlp_save(ctx, inputs, output):
+    (*tensors, ctx.gated), (_, a, h) = inputs, output
+    ctx.save_for_backward(*tensors, a, h)
+
+
+def mlp_gradient(ctx, dy, *_):
+    return *mlp_backward(dy, *ctx.saved_tensors, ctx.gated), None
+
+
+mlp_forward.register_autograd(mlp_gradient, setup_context=mlp_save)

@@ -53,7 +53,7 @@ import torch.distributed as dist
 
 import prepare_data
 import sample
-from model import GPT, GPTConfig, Linear, implementations
+from model import GPT, GPTConfig, Linear, choose_kernels, kernels_named
 from prepare_data import UserError
 
 
@@ -83,6 +83,7 @@ class Settings:
     device: str = 'auto'              # 'auto', 'cuda' or 'cpu'
     dtype: str = 'auto'               # 'auto' (bfloat16 where the hardware has it), 'bfloat16' or 'float32'
     compile: str = 'auto'             # 'auto' (on where it pays), 'on' or 'off'
+    kernels: str = 'all'              # model.py's, on a GPU: 'all', 'none', 'attention,mlp', '-mlp' (all but)
     tokens_per_step: int = 65536      # over all ranks and micro-steps; a multiple of block_size
     micro_batch_size: int = 64        # sequences a rank reads at once, at most; lowered to what fits
     optimizer: str = 'muon'           # 'muon' (matrices; AdamW for the rest) or 'adamw' (for everything)
@@ -480,6 +481,7 @@ def choose_device(s):
 
 def model_config(s, data):
     try:
+        kernels_named(s.kernels)
         shape = {k: getattr(s, k) for k in MODEL_KEYS}
         return GPTConfig(vocab_size=data.meta['vocab_size'], bos=data.meta['bos'], **shape)
     except ValueError as e:
@@ -691,13 +693,11 @@ def main(argv):
         differ = [f'{k} {theirs.get(k)} there, {ours[k]} here' for k in ours if theirs.get(k) != ours[k]]
         refuse(differ, f'the checkpoint is of another model: {"; ".join(differ)}')
         refuse(checkpoint['tokenizer'] != data.meta['tokenizer_sha256'],
-               f'the checkpoint was trained with another vocabulary than {data.folder} has: name its data '
-               f'set')
+               f'the checkpoint was trained with another vocabulary than {data.folder} has: use its data')
         model.load_state_dict(checkpoint['model'])
     if s.init_from == 'resume':
         refuse(checkpoint['fingerprint'] != fingerprint,
-               f'{data.folder} is not the data that the run in {out_dir} began with: restore it, or start '
-               f'afresh')
+               f'{data.folder} is not the data that {out_dir} began with: restore it, or start afresh')
         theirs, ours = checkpoint['settings'], vars(s)
         differ = [f'{k} (was {theirs.get(k)!r}, now {ours[k]!r})'
                   for k in ours if k in STEP_KEYS and theirs.get(k) != ours[k]]
@@ -723,7 +723,7 @@ def main(argv):
     say(f'model: {config.describe()}')
     say(f'step: {s.tokens_per_step:,} tokens = {accum} micro-steps of {micro} x {s.block_size} '
         f'on {world} rank(s), {dtype_name}, torch.compile {"on" if compiling else "off"}, {s.optimizer}')
-    for op, where in implementations(device).items():
+    for op, where in choose_kernels(s.kernels, config, device, model.compute_dtype).items():
         say(f'  {op}: {where}')
     if master and not s.dry_run:
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,14 @@
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'        # read as model.py is imported: kernels run on the CPU, one number at a time
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import prepare_data

@@ -15,7 +15,7 @@ SHAPES = [dict(), dict(n_kv_head=2), dict(n_kv_head=1, mlp='swiglu'), dict(tie_e
           dict(value_embeds=2, n_kv_head=2),
           dict(value_embeds=3, tie_embeddings=True, mlp='swiglu', mlp_hidden=40), dict(head_dim=6, logit_softcap=5.0),
           dict(qk_norm=False, doc_mask=False),
-          dict(token_shift=False, value_embeds=1)]
+          dict(token_shift=False, value_embeds=1), dict(window=9, rotary_dim=4), dict(doc_mask=False, window=20, n_kv_head=2)]
 
 
 def make(seed=0, std=0.15, **options):
@@ -94,7 +94,8 @@ def test_flops_are_those_of_the_products_made(options):
         logits(model, tokens(2, 64))                      # one block of queries: every token meets all 64 positions
     assert 3 * counter.get_total_flops() == 2 * 64 * model.config.flops_per_token(attended=64)
     c = model.config
-    assert c.flops_per_token() == pytest.approx(c.flops_per_token(64) - 12 * c.n_layer * c.n_head * c.head_dim * 31.5)
+    attended = sum(min(t + 1, c.window or 64) for t in range(64)) / 64        # of one document
+    assert c.flops_per_token() == c.flops_per_token(attended)
 
 
 @pytest.mark.parametrize('options', [*SHAPES, dict(n_embd=128, vocab_size=1000)])
@@ -238,7 +239,7 @@ def test_attention_is_sdpa_with_a_mask(T, S, H, H_kv):
     seen = ((j <= i) & (j >= first[:, :, None]))[:, None]
     grouped = (x.repeat_interleave(H // H_kv, dim=1) for x in (k, v))
     expected = F.scaled_dot_product_attention(q, *grouped, attn_mask=seen)
-    got, weight = m.attention(q, k, v, first), torch.randn(2, H, T, 8)
+    got, weight = m.attention(q, k, v, first, 8 ** -0.5), torch.randn(2, H, T, 8)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad((o * weight).sum(), (q, k, v)) for o in (got, expected))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

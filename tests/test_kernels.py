@@ -1,0 +1,352 @@
+"""model.py, part 3: every kernel against the same operation in float64, forward and backward, in Triton's interpreter where
+there is no GPU (so in fp32 and fp16: the interpreter gets bf16 wrong without saying so)."""
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import model as m
+from conftest import ROOT
+from model import GPT, Attention, GPTConfig
+
+pytest.importorskip('triton')
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+LIMITS = {torch.float32: (1e-5, 1e-5), torch.float16: (4e-3, 1e-2), torch.bfloat16: (4e-3, 1e-2)}
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == 'cuda')
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that nobody has written holds NaN, and every kernel is in use."""
+    monkeypatch.setattr(m, 'IN_USE', set(m.KERNELS))
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(5).isnan().all() and torch.zeros(3).new_empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def guarded(x):
+    """x in the middle of NaN: what is read beside it shows."""
+    band = torch.full((x.numel() + 256,), float('nan') if x.is_floating_point() else 2 ** 30, dtype=x.dtype, device=x.device)
+    band[128:-128] = x.flatten()
+    return band[128:-128].view(x.shape)
+
+
+def error(a, b):
+    assert a.shape == b.shape and torch.isfinite(a).all()
+    return ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def agree(ours, reference, plain, inputs, dtype):
+    """Outputs and gradients of a kernel are near those in float64, and not much further off than PyTorch in the same dtype."""
+    def run(function, dtype, wrap=lambda x: x):
+        leaves = [wrap(x.to(DEVICE, dtype)).requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.manual_seed(1)
+        grads = [torch.randn(o.shape, dtype=torch.float64).to(o.device, o.dtype) for o in outputs]
+        return outputs, torch.autograd.grad(outputs, leaves, grads)
+
+    expected, mine, theirs = run(reference, torch.float64), run(ours, dtype, guarded), run(plain, dtype)
+    for results, base, truth, limit in zip(mine, theirs, expected, LIMITS[dtype]):
+        for a, b, c in zip(results, base, truth):
+            assert error(a, c) < limit
+            assert error(a, c) < 2 * error(b, c) + 1e-6
+
+
+# ---- attention
+
+def documents(B, T, kind):
+    """idx (B, T) with documents of a kind: 'one', 'each' token its own, or of random lengths."""
+    idx = torch.randint(1, 50, (B, T))
+    if kind == 'one':
+        idx[:, 0] = 0
+    elif kind == 'each':
+        idx[:] = 0
+    else:
+        idx[torch.rand(B, T) < kind] = 0
+    return idx.to(DEVICE)
+
+
+CASES = [   # T, D, H, H_kv, documents, window, other options
+    (64, 32, 2, 2, 'one', 0, {}), (17, 32, 4, 1, 0.2, 0, {}), (1, 64, 2, 1, 'one', 0, {}), (130, 64, 2, 2, 0.03, 0, {}),
+    (100, 32, 2, 1, 0.05, 20, {}), (96, 16, 2, 2, 'each', 0, {}), (129, 32, 3, 3, 'one', 50, dict(doc_mask=False)),
+    (70, 32, 2, 2, 0.1, 0, dict(qk_norm=False, token_shift=False)), (70, 32, 2, 1, 0.1, 0, dict(rotary_dim=12)),
+    (40, 32, 2, 2, 0.1, 0, dict(token_shift=False))]
+MORE = [(513, 64, 2, 1, 0.01, 0, {}), (511, 32, 2, 2, 0.02, 100, {}), (512, 128, 1, 1, 0.005, 0, {}), (200, 128, 2, 1, 0.05, 64, {}),
+        (257, 64, 4, 2, 'each', 0, dict(rotary_dim=32)), (512, 64, 1, 1, 'one', 0, dict(doc_mask=False))]
+
+
+def check_attention(case, dtype, in_use=None):
+    T, D, H, H_kv, kind, window, options = case
+    config = GPTConfig(vocab_size=50, block_size=T, n_layer=1, n_head=H, n_kv_head=H_kv, head_dim=D, n_embd=32, window=window,
+                       **options)
+    layer, gpt = Attention(config, 0), GPT(config)
+    idx = documents(2, T, kind)
+    first = gpt.first_visible(idx)
+    last = m.last_visible_to(first)
+    cos, sin = gpt.cos.to(DEVICE), gpt.sin.to(DEVICE)
+
+    def ours(qkv):
+        return m.attend(layer, qkv, guarded(idx), guarded(cos), guarded(sin), guarded(first.int()), guarded(last.int()))
+
+    def plain(qkv):
+        q, k, v = layer.heads(qkv, idx, cos, sin)
+        return m.attention(q, k, v, first, layer.scale).transpose(1, 2)
+
+    def reference(qkv):
+        q, k, v = layer.heads(qkv, idx, cos, sin)
+        i, j = torch.arange(T, device=DEVICE)[:, None], torch.arange(T, device=DEVICE)
+        seen = (j <= i) & (j >= first[:, None, :, None])
+        k, v = (t.repeat_interleave(H // H_kv, 1) for t in (k, v))
+        p = (layer.scale * q @ k.mT).masked_fill(~seen, float('-inf')).softmax(-1)
+        return (p @ v).transpose(1, 2)
+
+    agree(ours, reference, plain, [torch.randn(2, T, H + 2 * H_kv, D, dtype=torch.float64)], dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('case', CASES)
+def test_attention(case, dtype):
+    check_attention(case, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('case', MORE)
+def test_attention_at_the_sizes_that_are_trained(case, dtype):
+    check_attention(case, dtype)
+
+
+def attend_rows(rows, config, layer, gpt, qkv):
+    """o of documents, each (length, seed of its numbers), packed into rows."""
+    idx = torch.ones(len(rows), config.block_size, dtype=torch.long, device=DEVICE)
+    for row, docs in enumerate(rows):
+        at = 0
+        for first, length in docs:
+            idx[row, at] = 0
+            at += length
+    first = gpt.first_visible(idx)
+    return m.attend(layer, qkv, idx, gpt.cos.to(DEVICE), gpt.sin.to(DEVICE), first.int(), m.last_visible_to(first).int())
+
+
+def packed(rows, source):
+    return torch.stack([torch.cat([source[first:first + length] for first, length in docs]) for docs in rows])
+
+
+def test_documents_may_stand_anywhere_and_do_not_touch_each_other():
+    config = GPTConfig(vocab_size=50, block_size=70, n_layer=1, n_head=2, n_embd=64)
+    layer, gpt = Attention(config, 0), GPT(config)
+    source = torch.randn(140, 6, 32, device=DEVICE)                # document (a, n) is source[a:a + n]
+    one = [[(0, 33), (33, 37)], [(70, 64), (134, 6)]]
+    two = [[(134, 6), (70, 64)], [(33, 37), (0, 33)]]
+    o, moved = (attend_rows(rows, config, layer, gpt, packed(rows, source)) for rows in (one, two))
+    torch.testing.assert_close(o[0, 33:], moved[1, :37], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(o[1, :64], moved[0, 6:], atol=1e-5, rtol=1e-4)
+    qkv = packed(one, source).requires_grad_()
+    attend_rows(one, config, layer, gpt, qkv)[0, 33:].sum().backward()
+    assert (qkv.grad[0, :33] == 0).all() and (qkv.grad[1] == 0).all() and (qkv.grad[0, 33:, 2:] != 0).any()
+
+
+def test_twice_the_same_bits():
+    def run():
+        torch.manual_seed(3)
+        qkv = torch.randn(2, 70, 4, 32, device=DEVICE, requires_grad=True)
+        o = attend_rows([[(0, 70)], [(0, 30), (0, 40)]], config, layer, gpt, qkv)
+        o.square().sum().backward()
+        return o, qkv.grad
+    config = GPTConfig(vocab_size=50, block_size=70, n_layer=1, n_head=2, n_kv_head=1, head_dim=32, n_embd=64)
+    layer, gpt = Attention(config, 0), GPT(config)
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+# ---- norm, loss, MLP
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('rows, C', [(1, 64), (37, 48), (130, 320), (5, 768)])
+@pytest.mark.parametrize('has_gain', [False, True])
+def test_add_norm(rows, C, has_gain, dtype):
+    def plain(x, y, *gain):
+        s = x + y
+        h = m.rms_norm(s)
+        return s, h * gain[0] if gain else h
+    inputs = [3 * torch.randn(rows, C, dtype=torch.float64), torch.randn(rows, C, dtype=torch.float64)]
+    inputs += [torch.rand(C, dtype=torch.float64) + 0.5] * has_gain
+
+    agree(lambda x, y, *gain: m.add_norm_forward(x, y, *gain or [None], 1e-6)[:2], plain, plain, inputs, dtype)
+    if has_gain:
+        agree(lambda x, gain: m.add_norm_forward(x, None, gain, 1e-6)[1], lambda x, gain: m.rms_norm(x) * gain,
+              lambda x, gain: m.rms_norm(x) * gain, [inputs[0], inputs[2]], dtype)
+    else:
+        agree(lambda x: m.add_norm_forward(x, None, None, 1e-6)[1], m.rms_norm, m.rms_norm, inputs[:1], dtype)
+
+
+def mixture(V, rank=16):
+    """Soft targets as syntactic smoothing has them: similarities of rows of a table, in bits, and a share for the gold token."""
+    table = torch.nn.functional.normalize(torch.rand(V, rank, device=DEVICE), dim=1) * math.sqrt(math.log2(math.e) / 0.1)
+    return table, m.similarity_norm(table), torch.tensor(0.7, device=DEVICE)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('N, V, rows', [(37, 100, 16), (1, 257, 64), (50, 1031, 50)])
+@pytest.mark.parametrize('cap, z_loss, soft', [(0.0, 0.0, False), (15.0, 0.0, False), (0.0, 0.1, False), (5.0, 0.01, True)])
+def test_linear_cross_entropy(N, V, rows, cap, z_loss, soft, dtype):
+    targets = torch.randint(0, V, (N,), device=DEVICE)
+    targets[N // 2:N // 2 + 3] = -1 if N > 1 else V - 1
+    soft = mixture(V) if soft else ()
+
+    def reference(x, w):
+        z = m.softcap(x @ w.t(), cap)[targets >= 0]
+        gold = targets[targets >= 0, None]
+        log_z = z.logsumexp(-1)
+        q = m.soft_targets(gold, [t.double() for t in soft]) if soft else torch.zeros_like(z).scatter_(1, gold, 1)
+        return (log_z - (q * z).sum(-1) + z_loss * log_z ** 2).mean()
+
+    def plain(x, w):                    # as a plain trainer has it: logits in the dtype of the activations
+        z = m.softcap((x @ w.to(x.dtype).t()).float(), cap)[targets >= 0]
+        gold = targets[targets >= 0, None]
+        log_z = z.logsumexp(-1)
+        q = m.soft_targets(gold, soft) if soft else torch.zeros_like(z).scatter_(1, gold, 1)
+        return (log_z - (q * z).sum(-1) + z_loss * log_z ** 2).mean()
+
+    def ours(x, w):
+        return m.linear_cross_entropy(x, w, guarded(targets), cap, 'mean', z_loss, soft, rows)
+
+    inputs = [torch.randn(N, 32, dtype=torch.float64), torch.randn(V, 32, dtype=torch.float64) / 4]
+    agree(ours, reference, plain, inputs, dtype)
+    x, w = (t.to(DEVICE) for t in inputs)
+    each = m.linear_cross_entropy(x.to(dtype), w.to(dtype), targets, cap, 'none', rows=rows)
+    true = torch.nn.functional.cross_entropy(m.softcap(x @ w.t(), cap), targets, ignore_index=-1, reduction='none')
+    assert error(each, true) < LIMITS[dtype][0] and (each[targets < 0] == 0).all()
+
+
+def test_soft_targets_are_a_distribution():
+    V = 90
+    table, norm, alpha = mixture(V)
+    gold = torch.arange(V, device=DEVICE)[:, None]
+    q = m.soft_targets(gold, (table, norm, alpha))
+    torch.testing.assert_close(q.sum(1), torch.ones_like(alpha).expand(V))
+    assert (q.diagonal() == alpha).all() and q.min() >= 0
+    s = table @ table.t()
+    torch.testing.assert_close(q[0, 5] / q[0, 9], torch.exp2(s[0, 5] - s[0, 9]))
+    uniform = torch.zeros(V, 16, device=DEVICE)                     # label smoothing
+    q = m.soft_targets(gold, (uniform, m.similarity_norm(uniform), alpha))
+    torch.testing.assert_close(q[3, 4], (1 - alpha) / (V - 1))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('M, K, N', [(3, 16, 32), (130, 48, 100), (65, 80, 160)])
+@pytest.mark.parametrize('gated', [False, True])
+def test_mlp(M, K, N, gated, dtype):
+    def plain(x, up, down):
+        h = x @ up.t()
+        if gated:
+            gate, h = h.chunk(2, dim=-1)
+            return (torch.nn.functional.silu(gate) * h) @ down.t()
+        return h.relu().square() @ down.t()
+    inputs = [torch.randn(M, K, dtype=torch.float64), torch.randn((1 + gated) * N, K, dtype=torch.float64) / K ** 0.5,
+              torch.randn(K, N, dtype=torch.float64) / N ** 0.5]
+    agree(lambda *t: m.mlp_forward(*t, gated)[0], plain, plain, inputs, dtype)
+
+
+# ---- the model on all of them
+
+MODELS = [dict(), dict(n_kv_head=1, mlp='swiglu', value_embeds=1, tie_embeddings=True), dict(window=15, rotary_dim=16, logit_softcap=9.0),
+          dict(qk_norm=False, token_shift=False, z_loss=0.01)]
+
+
+def gradients(model, idx, soft=()):
+    model.zero_grad()
+    loss = model(idx[:, :-1].contiguous(), idx[:, 1:].contiguous(), soft=soft)
+    loss.backward()
+    return {'loss': loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def small_model(**options):
+    model = GPT(GPTConfig(**dict(vocab_size=90, block_size=48, n_layer=2, n_head=2, head_dim=32, n_embd=48) | options)).to(DEVICE)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else torch.nn.init.uniform_(p, 0.5, 1)
+    idx = documents(3, 49, 0.05)
+    idx[1, 20:30] = -1
+    return model, idx.clamp(min=0)
+
+
+@pytest.mark.parametrize('options', MODELS)
+def test_a_step_with_kernels_is_the_step_without(options, monkeypatch):
+    model, idx = small_model(**options)
+    soft = mixture(90) if 'z_loss' in options else ()
+    ours = gradients(model, idx, soft)
+    monkeypatch.setattr(m, 'IN_USE', set())
+    for name, expected in gradients(model, idx, soft).items():
+        assert error(ours[name], expected.double()) < 1e-5, name
+
+
+@pytest.mark.parametrize('name', m.KERNELS)
+def test_one_kernel_alone_and_all_but_one(name, monkeypatch):
+    model, idx = small_model()
+    some = [{name}, set(m.KERNELS) - {name}]
+    results = []
+    for in_use in some + [set()]:
+        monkeypatch.setattr(m, 'IN_USE', in_use)
+        results.append(gradients(model, idx))
+    for ours in results[:2]:
+        assert all(error(ours[k], v.double()) < 1e-5 for k, v in results[2].items())
+
+
+def test_torch_compile_finds_one_graph():
+    model, idx = small_model()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    expected = gradients(model, idx)
+    loss = compiled(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
+    model.zero_grad()
+    loss.backward()
+    assert error(loss.detach(), expected['loss'].double()) < 1e-6
+    assert all(error(p.grad, expected[name].double()) < 1e-5 for name, p in model.named_parameters())
+
+
+def test_which_kernels_are_named():
+    every = set(m.KERNELS)
+    assert m.kernels_named('all') == every and m.kernels_named('none') == m.kernels_named('') - every == set()
+    assert m.kernels_named('mlp,attention') == {'mlp', 'attention'} and m.kernels_named('-mlp') == every - {'mlp'}
+    with pytest.raises(ValueError, match='nonsense.*there are attention'):
+        m.kernels_named('mlp,nonsense')
+
+
+def test_a_cpu_uses_torch_and_says_why(monkeypatch):
+    monkeypatch.setattr(m, 'IN_USE', {'mlp'})
+    table = m.choose_kernels('-attention', GPTConfig(vocab_size=90), 'cpu', torch.float32)
+    assert not m.IN_USE and list(table) == list(m.KERNELS)
+    assert table['attention'] == 'torch, switched off' and table['mlp'] == 'torch: this is not a GPU'
+
+
+def test_a_kernel_that_fails_or_is_wrong_stays_out(monkeypatch):
+    """As on a card, on which Triton cannot build one kernel and another one's result is wrong."""
+    def launch(kernel, grid, *args, **options):
+        if kernel is m.mlp_kernel:
+            raise RuntimeError('no such instruction\nand much more')
+        right(kernel, grid, *args, **options)
+        if kernel is m.qk_backward_kernel:
+            args[6].mul_(1.2)
+    right = m.launch
+    monkeypatch.setattr(m, 'launch', launch)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 9))
+    monkeypatch.setattr(m.GPT, 'to', lambda self, device: self)
+    monkeypatch.setattr(torch.Tensor, 'to', lambda self, *a, to=torch.Tensor.to: self if a == ('cuda',) else to(self, *a))
+    config = GPTConfig(vocab_size=90, block_size=48, n_layer=2, n_head=2, head_dim=32, n_embd=48)
+    table = m.choose_kernels('all', config, 'cuda', torch.float32)
+    assert m.IN_USE == {'attention', 'rms_norm', 'cross_entropy'}
+    assert table['mlp'] == 'torch: it does not run here (RuntimeError: no such instruction)'
+    assert table['qk_norm'].startswith('torch: its result differs by ') and table['attention'].startswith('kernel: ')
+    table = m.choose_kernels('all', GPTConfig(vocab_size=90, block_size=48, n_head=2, head_dim=24, n_embd=48), 'cuda', torch.float32)
+    assert 'head_dim 24' in table['attention'] and 'attention' not in m.IN_USE
+
+
+def test_without_triton_the_model_is_whole():
+    code = ('import sys; sys.modules["triton"] = None; import torch, model as m; c = m.GPTConfig(vocab_size=90, n_layer=1, n_embd=32);'
+            'x = torch.zeros(1, 512, dtype=torch.long); m.GPT(c)(x, x).backward(); print(m.triton, m.IN_USE)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == 'None set()', done.stderr
