@@ -1,21 +1,33 @@
-"""Measure the machine: what a training step costs here, beside a plain GPT-2 trainer in the same process.
+"""Measure the machine: what a training step costs here, where the time goes, and what other code would take.
 
-    python bench_mfu.py config/babylm.py config/cpu.py
-        speed, ours and the rival's, interleaved
-    python bench_mfu.py config/babylm.py config/cpu.py --rival_lr=1e-3
-        train the rival for budget_minutes, evaluate it as we do
+    python bench_mfu.py config/babylm.py                            all that follows, for the card it finds
+    python bench_mfu.py config/babylm.py --only=steps               step time, MFU, memory; ours and rivals
+    python bench_mfu.py config/babylm.py --only=kernels             every kernel beside its rivals
+    python bench_mfu.py config/babylm.py --micro_batches=32,64,128  which micro-batch is best
+    python bench_mfu.py config/babylm.py --kernels=compile-only     build them all without a GPU, check limits
+    python bench_mfu.py config/babylm.py --rival_lr=1e-3            train the rival for budget_minutes instead
 
-Configs and overrides are train.py's, and so is the step that is measured. The rival is what nanoGPT does on
-this device: LayerNorm, GELU, learned positions, scaled_dot_product_attention, all logits at once, AdamW,
-random windows of the token stream, torch.compile; in fp32 on a CPU, as nanoGPT runs there, and in bf16
-autocast too, where the hardware has it.
+Configs and overrides are train.py's, and so is the step that is measured; --rounds=12 says how often,
+--json=FILE keeps all of it. All contestants run in one process and take turns, so that a machine that drifts
+drifts for all. The rival is what nanoGPT does on this device: LayerNorm, GELU, learned positions,
+scaled_dot_product_attention, all logits at once, AdamW, random windows of the token stream; in fp32 on a CPU,
+as nanoGPT runs there, and in bf16 autocast, where the hardware has it.
+
+MFU is the share of the card's data-sheet peak that model FLOPs make up: with the positions really attended to
+(`exact`), and as Chowdhery 2022 (2204.02311) counts them, all T for every token. A card that is not in
+train.py's table gets none. `of GEMM` is the share of matrix products measured here, of this model's shapes.
 """
 import json
 import math
+import os
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +35,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import model as m
 import sample
 import train
-from model import GPT
+from model import GPT, Attention, GPTConfig
 from prepare_data import UserError
 
 # ---- the rival ---------------------------------------------------------------------------------------------
@@ -137,7 +150,38 @@ def train_rival(s, config, data, micro, device, bf16, learning_rate, compile):
                 total_params=sum(p.numel() for p in rival.model.parameters()), val_share=result['share'])
 
 
-# ---- measuring ---------------------------------------------------------------------------------------------
+# ---- clocks ------------------------------------------------------------------------------------------------
+
+def wait_for(device):
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def seconds_each(works, device, rounds, least=0.005):
+    """Seconds of every work {name: function}, a list of one a round, in turn; and {name: why} of what failed.
+
+    Every work is called often enough in a round to take `least` seconds, and first of all once, unmeasured.
+    """
+    times, faults, repeats = {name: [] for name in works}, {}, {}
+    for name, work in works.items():
+        try:
+            work()
+            wait_for(device)
+            began = time.perf_counter()
+            work()
+            wait_for(device)
+            repeats[name] = max(1, math.ceil(least / max(time.perf_counter() - began, 1e-9)))
+        except Exception as e:                  # a rival may lack anything here: the table says what
+            faults[name] = f'{type(e).__name__}: {(str(e).strip() or "?").splitlines()[0][:70]}'
+    for _ in range(rounds):
+        for name in repeats:
+            began = time.perf_counter()
+            for _ in range(repeats[name]):
+                works[name]()
+            wait_for(device)
+            times[name].append((time.perf_counter() - began) / repeats[name])
+    return {name: times[name] for name in repeats}, faults
+
 
 def matmul_flops(config, tokens, device, dtype, seconds=0.3):
     """FLOP/s of the model's largest products, (tokens, C) x (C, 4C) and back: the best of several runs."""
@@ -145,76 +189,464 @@ def matmul_flops(config, tokens, device, dtype, seconds=0.3):
     b = torch.randn(config.n_embd, config.mlp_hidden, device=device, dtype=dtype)
     best, began = math.inf, time.monotonic()
     while time.monotonic() - began < seconds:
+        wait_for(device)
         started = time.perf_counter()
         c = a @ b
         d = c @ b.t()
-        if device == 'cuda':
-            torch.cuda.synchronize()
+        wait_for(device)
         best = min(best, time.perf_counter() - started)
     del c, d
     return 4 * tokens * config.n_embd * config.mlp_hidden / best
 
 
-def ours(s, config, data, micro, device, dtype, compile, optimizer):
-    """A function that makes one step of train.py, batches prefetched as there."""
-    torch.manual_seed(s.seed)
-    model = GPT(config).to(device)
-    model.compute_dtype = dtype
-    settings = type(s)(**{**vars(s), 'optimizer': optimizer})
-    optimizers = train.make_optimizers(model, settings, dtype)
-    step_model = torch.compile(model, dynamic=False) if compile else model
-    stream = train.Stream(data.tokens['train'], data.docs['train'], s.seed)
-    batches = train.Prefetcher(stream, 0, s.tokens_per_step // config.block_size, micro, config.block_size, 0,
-                               1, device)
-    number = iter(range(10 ** 9))
+def machine(config, tokens, device, dtype):
+    """Rates of this machine: matrix products of the model's shapes, FLOP/s, and copying, bytes/s."""
+    C, H, D = config.n_embd, config.n_head, config.head_dim
+    shapes = {'qkv': (C, (H + 2 * config.n_kv_head) * D), 'attention out': (H * D, C),
+              'MLP up': (C, config.mlp_hidden * (2 if config.mlp == 'swiglu' else 1)),
+              'MLP down': (config.mlp_hidden, C), 'head': (C, config.vocab_size)}
+    rows = min(tokens, 8192)
+    a = {n: (torch.randn(rows, k, device=device, dtype=dtype), torch.randn(k, o, device=device, dtype=dtype))
+         for n, (k, o) in shapes.items()}
+    source = torch.empty(2 ** 28 if device == 'cuda' else 2 ** 26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    works = {n: lambda x=x, w=w: x @ w for n, (x, w) in a.items()} | {'copy': lambda: target.copy_(source)}
+    times, _ = seconds_each(works, device, 5)
+    rates = {n: 2 * rows * k * o / min(times[n]) for n, (k, o) in shapes.items()}
+    work = sum(k * o for k, o in shapes.values())
+    return dict(rows=rows, products=rates, copy=2 * source.numel() / min(times['copy']),
+                gemm=work / sum(k * o / rates[n] for n, (k, o) in shapes.items()))
 
-    def step():
-        micro_batches, _ = batches.next(next(number))
-        train.train_step(step_model, model, optimizers, micro_batches, 0.5, settings)
-    return step, model
+
+# ---- whole steps -------------------------------------------------------------------------------------------
+
+@contextmanager
+def using(kernels):
+    """Only these of model.py's kernels run inside."""
+    before = set(m.IN_USE)
+    m.IN_USE.clear()
+    m.IN_USE.update(kernels)
+    try:
+        yield
+    finally:
+        m.IN_USE.clear()
+        m.IN_USE.update(before)
 
 
-def compare(s, config, data, micro, device, dtype, compile, rounds):
-    """Step times of ours and of the rival, in turn in every round: a drifting machine hits all alike."""
-    contestants = {}
-    flops = config.flops_per_token()
-    for name, kind, optimizer in (('ours, Muon', dtype, 'muon'), ('ours, AdamW', dtype, 'adamw'),
-                                  ('ours, AdamW, fp32', torch.float32, 'adamw')):
-        contestants[name] = ours(s, config, data, micro, device, kind, compile, optimizer)[0], kind
-    for name, bf16 in {'plain GPT-2, fp32': False, 'plain GPT-2, bf16 autocast': True}.items():
-        rival = PlainTrainer(config, data.tokens['train'], s, micro, device, bf16, compile=compile)
-        contestants[name] = rival.step, torch.bfloat16 if bf16 else torch.float32
-    for step, _ in contestants.values():               # compile, and settle
-        step()
-        step()
-    times, gemm, n = {name: [] for name in contestants}, {}, micro * config.block_size
+class Ours:
+    """The step of train.py, batches prefetched as there."""
+
+    def __init__(self, s, config, data, micro, device, dtype, compile, optimizer='muon', kernels=()):
+        torch.manual_seed(s.seed)
+        self.model = GPT(config).to(device)
+        self.model.compute_dtype, self.kernels, self.waited = dtype, kernels, 0.0
+        self.settings = type(s)(**{**vars(s), 'optimizer': optimizer})
+        self.optimizers = train.make_optimizers(self.model, self.settings, dtype)
+        self.step_model = torch.compile(self.model, dynamic=False) if compile else self.model
+        stream = train.Stream(data.tokens['train'], data.docs['train'], s.seed)
+        self.batches = train.Prefetcher(stream, 0, s.tokens_per_step // config.block_size, micro,
+                                        config.block_size, 0, 1, device)
+        self.number = iter(range(10 ** 9))
+
+    def step(self):
+        micro_batches, wait = self.batches.next(next(self.number))
+        self.waited += wait
+        with using(self.kernels):
+            train.train_step(self.step_model, self.model, self.optimizers, micro_batches, 0.5, self.settings)
+
+
+def contestants(s, config, data, micro, device, dtype, compile):
+    """{name: (trainer, dtype)}; the second half are rivals, and the last but one the yardstick."""
+    bf16, both = torch.bfloat16, {}
+    kernels = set(m.IN_USE)
+
+    def add(name, kind, *args, **more):
+        both[name] = Ours(s, config, data, micro, device, kind, compile, *args, **more), kind
+
+    def plain(name, use_bf16, compile):
+        rival = PlainTrainer(config, data.tokens['train'], s, micro, device, use_bf16, compile=compile)
+        both[name] = rival, bf16 if use_bf16 else torch.float32
+
+    add('ours, Muon', dtype, 'muon', kernels=kernels)
+    add('ours, AdamW', dtype, 'adamw', kernels=kernels)
+    if device == 'cuda':
+        add('ours without kernels, Muon', dtype, 'muon')
+        plain('plain GPT-2, bf16, compiled', True, compile)
+        plain('plain GPT-2, bf16, eager', True, False)
+    else:
+        add('ours, AdamW, fp32', torch.float32, 'adamw')
+        plain('plain GPT-2, fp32', False, compile)
+        plain('plain GPT-2, bf16 autocast', True, compile)
+    return both
+
+
+def compare(runners, s, config, attended, micro, device, rounds, peak):
+    """A row for each contestant: step time, speed, MFU, memory, data wait; all take turns in every round."""
+    memory, faults = {}, {}
+    for name, (trainer, _) in list(runners.items()):       # compile, and settle
+        try:
+            trainer.step()
+            trainer.step()
+        except Exception as e:
+            if name.startswith('ours, '):
+                raise
+            faults[name] = f'{type(e).__name__}: {str(e).splitlines()[0][:70]}'
+            del runners[name]
+            continue
+        if device == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            trainer.step()
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
+        trainer.waited = 0.0
+    times, gemm, n = {name: [] for name in runners}, {}, micro * config.block_size
     for _ in range(rounds):
-        for name, (step, kind) in contestants.items():
+        for name, (trainer, kind) in runners.items():
             gemm.setdefault(kind, []).append(matmul_flops(config, n, device, kind, 0.05))
-            if device == 'cuda':
-                torch.cuda.synchronize()
+            wait_for(device)
             began = time.perf_counter()
-            step()
-            if device == 'cuda':
-                torch.cuda.synchronize()
+            trainer.step()
+            wait_for(device)
             times[name].append(time.perf_counter() - began)
-    rows = []
-    for name, (_, kind) in contestants.items():
+    base, rows = times[[name for name in times if name.startswith('plain')][0]], []
+    exact, palm = config.flops_per_token(attended), config.flops_per_token(config.block_size)
+    for name, (trainer, kind) in runners.items():
         median = statistics.median(times[name])
-        speed = flops * s.tokens_per_step / median
-        ratios = [b / a for a, b in zip(times[name], times['plain GPT-2, fp32'])]
-        rows.append(dict(name=name, step_ms=1e3 * median, min_ms=1e3 * min(times[name]),
-                         max_ms=1e3 * max(times[name]), tok_per_sec=s.tokens_per_step / median,
-                         flops_per_sec=speed, of_gemm=speed / statistics.median(gemm[kind]),
-                         speedup=statistics.median(ratios)))
-    return rows, {str(k).removeprefix('torch.'): statistics.median(v) for k, v in gemm.items()}
+        speed = s.tokens_per_step / median
+        rows.append(dict(
+            name=name, step_ms=1e3 * median, min_ms=1e3 * min(times[name]), max_ms=1e3 * max(times[name]),
+            tok_per_sec=speed, flops_per_sec=speed * exact, mfu=speed * exact / peak if peak else None,
+            mfu_palm=speed * palm / peak if peak else None,
+            of_gemm=speed * exact / statistics.median(gemm[kind]), peak_mem_gb=memory.get(name),
+            data_wait=trainer.waited / sum(times[name]) if isinstance(trainer, Ours) else None,
+            speedup=statistics.median(b / a for a, b in zip(times[name], base))))
+    return rows, {str(k).removeprefix('torch.'): statistics.median(v) for k, v in gemm.items()}, faults
 
 
-def main(argv):
-    own = {'rounds': 12, 'rival_lr': 0.0, 'rival_bf16': False, 'json': ''}
-    for arg in [a for a in argv if a.startswith('--') and a[2:].split('=')[0] in own]:
+# what the profiler calls operations; the first that fits counts
+GROUPS = {'matrix products': r'gemm|cutlass|nvjet|xmma|cublas|mkldnn|mlp_kernel|aten::(mm|addmm|bmm|linear)',
+          'attention': r'attention_|qk_|flash|fmha|softmax|cudnn.*sdpa',
+          'loss': r'cross_entropy|logsumexp|CrossEntropy', 'norms': r'add_norm|rms_norm',
+          'optimizer': r'multi_tensor|foreach|adam',
+          'fused by Inductor': r'triton_|cpp_fused|^graph_|CompiledF',
+          'copies': r'copy|memcpy|memset|aten::(cat|to|_to)'}
+
+
+def where_time_goes(trainer, device, steps=3):
+    """Share of a step's busy time by group of operations, how busy, and what is most of the rest."""
+    from torch.profiler import ProfilerActivity, profile
+    on_gpu = device == 'cuda'
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+        began = time.perf_counter()
+        for _ in range(steps):
+            trainer.step()
+        wait_for(device)
+        wall = time.perf_counter() - began
+    spent, others = dict.fromkeys([*GROUPS, 'other'], 0.0), {}
+    for event in profiler.key_averages():
+        seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        if on_gpu and event.device_type.name != 'CUDA':
+            continue
+        group = next((g for g, pattern in GROUPS.items() if re.search(pattern, event.key)), 'other')
+        spent[group] += seconds
+        if group == 'other':
+            others[event.key] = seconds
+    busy = sum(spent.values()) or 1e-9
+    most = max(others, key=others.get, default='')
+    return dict(busy_share=min(1.0, busy / wall), shares={g: t / busy for g, t in spent.items()},
+                largest_other=most[:60])
+
+
+# ---- every kernel beside its rivals ------------------------------------------------------------------------
+
+def operations(config, idx, device, dtype, compile):
+    """Yield (name, FLOPs, bytes, {rival: function of the inputs}, inputs) of one layer's operations.
+
+    FLOPs and bytes are those of a forward pass that touches memory once for each input and output.
+    """
+    (B, T), C, D, V = idx.shape, config.n_embd, config.head_dim, config.vocab_size
+    H, HK, N, size = config.n_head, config.n_kv_head, idx.numel(), dtype.itemsize
+    build = (lambda f: torch.compile(f, dynamic=False)) if compile else (lambda f: f)
+    on_gpu = device == 'cuda'
+
+    def inputs(*shapes):
+        return [torch.randn(shape, device=device, dtype=dtype) / (shape[-1] ** 0.5 if len(shape) == 2 else 1)
+                for shape in shapes]
+
+    def ours(function, *kernels):
+        def run(*args):
+            with using(set(kernels) & set(m.KERNELS) if on_gpu else ()):
+                return function(*args)
+        return run
+
+    # attention with all that belongs to it, on documents as they are in the data
+    gpt, layer = GPT(config).to(device), Attention(config, 0).to(device)
+    first = gpt.first_visible(idx)
+    last, cos, sin = m.last_visible_to(first).int(), gpt.cos, gpt.sin
+    pairs = int((torch.arange(T, device=device) - first + 1).sum())
+
+    there, back = torch.arange(T, device=device), torch.arange(T, device=device)[:, None]
+    seen = ((there <= back) & (there >= first[:, :, None]))[:, None]
+
+    def by_torch(qkv):
+        q, k, v = layer.heads(qkv, idx, cos, sin)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=layer.scale, enable_gqa=H != HK)
+        return o.transpose(1, 2)
+
+    def by_ours(qkv):
+        if on_gpu:
+            return m.attend(layer, qkv, idx, cos, sin, first.int(), last)
+        return m.attention(*layer.heads(qkv, idx, cos, sin), first, layer.scale).transpose(1, 2)
+
+    def by_flex(qkv):
+        q, k, v = layer.heads(qkv, idx, cos, sin)
+        o = flex_attention(q, k, v, block_mask=blocks, scale=layer.scale, enable_gqa=H != HK)
+        return o.transpose(1, 2)
+
+    rivals = {'ours': ours(by_ours, 'attention', 'qk_norm'), 'torch, SDPA with a mask': by_torch,
+              'compiled, SDPA with a mask': build(by_torch)}
+    if on_gpu:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        visible = lambda b, h, i, j: (j <= i) & (j >= first[b, i])
+        blocks = create_block_mask(visible, B, None, T, T, device=device)
+        rivals['compiled FlexAttention, same mask'] = build(by_flex)
+    packed = (B, T, H + 2 * HK, D)
+    yield ('attention, documents, QK-norm, RoPE', 4 * D * H * pairs, size * N * (2 * H + 2 * HK) * D, rivals,
+           inputs(packed))
+
+    # attention alone, causal
+    zero, end = torch.zeros_like(first).int(), torch.full_like(last, T - 1)
+
+    def plainly(qkv):
+        if on_gpu:
+            none = cos[:, :0]
+            return m.attend_forward(qkv, idx, zero, end, none, none, H, D ** -0.5, False, False, 0)[0]
+        q, k, v = qkv.transpose(1, 2).split([H, HK, HK], dim=1)
+        return m.attention(q, k, v, zero, D ** -0.5).transpose(1, 2)
+
+    def sdpa(backend=None):
+        from torch.nn.attention import sdpa_kernel
+
+        def run(qkv):
+            q, k, v = qkv.transpose(1, 2).split([H, HK, HK], dim=1)
+            with sdpa_kernel(backend) if backend is not None else nullcontext():
+                o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != HK)
+            return o.transpose(1, 2)
+        return run
+
+    rivals = {'ours': ours(plainly, 'attention'), 'SDPA, its own choice': sdpa()}
+    if on_gpu:
+        from torch.nn.attention import SDPBackend as backends
+        rivals |= {'SDPA, FlashAttention': sdpa(backends.FLASH_ATTENTION),
+                   'SDPA, cuDNN': sdpa(backends.CUDNN_ATTENTION),
+                   'SDPA, memory-efficient': sdpa(backends.EFFICIENT_ATTENTION)}
+    yield ('attention, causal', 4 * D * H * B * T * (T + 1) // 2, size * N * (2 * H + 2 * HK) * D, rivals,
+           inputs(packed))
+
+    def add_norm(x, y):
+        s = x + y
+        return s, m.rms_norm(s)
+
+    rivals = {'ours': ours(m.add_norm, 'rms_norm'), 'torch': add_norm, 'compiled': build(add_norm)}
+    yield 'residual + RMSNorm', 6 * N * C, 4 * size * N * C, rivals, inputs((N, C), (N, C))
+
+    gated, hidden = config.mlp == 'swiglu', config.mlp_hidden
+
+    def mlp(x, up, down):
+        x = x @ up.t()
+        if gated:
+            gate, x = x.chunk(2, dim=-1)
+            return (F.silu(gate) * x) @ down.t()
+        return F.relu(x).square() @ down.t()
+
+    fused = ours(lambda *t: m.mlp_forward(*t, gated)[0], 'mlp') if on_gpu else mlp
+    rivals = {'ours': fused, 'torch': mlp, 'compiled': build(mlp)}
+    yield (f'MLP, {config.mlp}', 2 * N * C * hidden * (3 if gated else 2), size * N * (2 * C + 2 * hidden),
+           rivals, inputs((N, C), (hidden * (1 + gated), C), (C, hidden)))
+
+    targets = torch.randint(0, V, (N,), device=device)
+    table = torch.randn(V, 16, device=device) / 4
+    soft = table, m.similarity_norm(table), torch.tensor(0.8, device=device)
+
+    def all_logits(x, w):
+        return F.cross_entropy((x @ w.t()).float(), targets)
+
+    def loss(soft=()):
+        return ours(lambda x, w: m.linear_cross_entropy(x, w, targets, soft=soft), 'cross_entropy')
+
+    rivals = {'ours': loss(), 'ours, soft targets': loss(soft),
+              'torch, all logits': all_logits, 'compiled, all logits': build(all_logits)}
+    if on_gpu:
+        chunked = torch.compile(all_logits, dynamic=False, options={'auto_chunker.enable': True})
+        rivals['compiled, auto-chunker'] = chunked
+    if hasattr(F, 'linear_cross_entropy'):                  # from torch 2.13 on
+        options = torch.nn.LinearCrossEntropyOptions()
+        rivals['F.linear_cross_entropy'] = lambda x, w: F.linear_cross_entropy(x, w, targets, options=options)
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+        rivals['Liger-Kernel'] = lambda x, w: liger(x, w, targets)
+    except ImportError:
+        pass
+    yield 'linear + cross-entropy', 2 * N * C * V, size * (N * C + V * C), rivals, inputs((N, C), (V, C))
+
+
+def kernel_table(config, idx, device, dtype, compile, rounds, rates):
+    """A row for every operation and rival: forward, and with backward; median, spread, floor, memory."""
+    rows = []
+    for name, flops, size, rivals, tensors in operations(config, idx, device, dtype, compile):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        with torch.no_grad():
+            outputs = rivals['ours'](*tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = [torch.randn_like(o) if o.ndim else torch.ones_like(o) for o in outputs]
+
+        def both(function):
+            return lambda: torch.autograd.grad(function(*leaves), leaves, grads)
+
+        def forward(function):
+            def run():
+                with torch.no_grad():
+                    function(*tensors)
+            return run
+
+        trained, faults = seconds_each({k: both(f) for k, f in rivals.items()}, device, rounds)
+        alone = {k: forward(f) for k, f in rivals.items()}
+        # our loss makes its gradients on the way forward: alone it would compare two things
+        alone = {} if 'entropy' in name else seconds_each(alone, device, rounds)[0]
+        floor = max(flops / rates['gemm'], size / rates['copy'])
+        for rival, function in rivals.items():
+            row = dict(operation=name, rival=rival, fault=faults.get(rival), floor_ms=1e3 * floor,
+                       floor_both_ms=1e3 * max(3 * flops / rates['gemm'], 2 * size / rates['copy']))
+            for key, times in (('', alone), ('both_', trained)):
+                if ms := [1e3 * t for t in times.get(rival, [])]:
+                    row |= {f'{key}ms': statistics.median(ms), f'{key}min_ms': min(ms),
+                            f'{key}max_ms': max(ms)}
+            if device == 'cuda' and rival in trained:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                both(function)()
+                row['mem_mb'] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+            if rival in trained:
+                row['versus_ours'] = statistics.median(b / a for a, b in zip(trained['ours'], trained[rival]))
+            rows.append(row)
+    return rows
+
+
+# ---- building every kernel without a GPU -------------------------------------------------------------------
+
+SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 120: 101376}    # bytes for a program, by architecture
+SPILLED = 64                                                         # bytes of stack that are let pass
+FAMILY = (      # what kernels branch on, and the widths of models of 11M, 34M and 97M parameters
+    dict(n_embd=320, n_head=5, dtype='float32'),
+    dict(n_embd=512, n_head=4, n_kv_head=2, mlp='swiglu', vocab_size=16384),
+    dict(n_embd=512, n_head=4, n_kv_head=2, mlp='swiglu', dtype='float32'),
+    dict(n_embd=768, n_head=12, n_kv_head=1, rotary_dim=32, block_size=1024, vocab_size=16384),
+    dict(n_embd=256, n_head=8, qk_norm=False, token_shift=False, logit_softcap=15.0, z_loss=1e-4),
+    dict(n_embd=200, n_head=2, head_dim=16, mlp='swiglu', mlp_hidden=600, vocab_size=50257))
+
+
+def every_kernel(config, dtype):
+    """Go through forward and backward of all operations of a model, on the CPU, with whatever m.launch is."""
+    B, T, C, D, H, HK = 1, config.block_size, config.n_embd, config.head_dim, config.n_head, config.n_kv_head
+    x = torch.zeros(T, C, dtype=dtype)
+    idx, ends = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.int32)
+    cos = torch.zeros(T, config.rotary_dim // 2)
+    qkv = torch.zeros(B, T, H + 2 * HK, D, dtype=dtype)
+    places, flags = (idx, ends, ends, cos, cos), (config.qk_norm, config.token_shift, 0)
+    o, *saved = m.attend_forward(qkv, *places, H, D ** -0.5, *flags)
+    m.attend_backward(o, qkv, o, *saved, *places, D ** -0.5, *flags)
+    for y, gain in ((x, None), (None, None), (x, torch.zeros(C))):
+        s, _, rstd = m.add_norm_forward(x, y, gain, 1e-6)
+        m.add_norm_backward(None if y is None else x, x, s if y is not None else x, rstd, gain)
+    weight, targets = torch.zeros(config.vocab_size, C), torch.zeros(T, dtype=torch.long)
+    hard = [None] * 3
+    soft = [torch.zeros(config.vocab_size, 16), torch.zeros(config.vocab_size), torch.zeros(())]
+    for mixture, grad in ((hard, True), (hard, False), (soft, True)):
+        m.cross_entropy_forward(x, weight, targets, *mixture, config.logit_softcap, config.z_loss, grad, T)
+    gated = config.mlp == 'swiglu'
+    up = torch.zeros(config.mlp_hidden * (1 + gated), C, dtype=dtype)
+    down = torch.zeros(C, config.mlp_hidden, dtype=dtype)
+    y, a, h = m.mlp_forward(x, up, down, gated)
+    m.mlp_backward(y, x, up, down, a, h, gated)
+
+
+def compile_for(sm, configs):
+    """Build every kernel of these models for an architecture, in its own process; prints rows as JSON."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    tools, rows = Path(m.triton.__file__).parent / 'backends' / 'nvidia' / 'bin', {}
+
+    class Card:                                 # all that Triton asks a driver while it compiles
+        get_current_target = staticmethod(lambda: GPUTarget('cuda', sm, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=None: 0)
+
+    def build(kernel, grid, *args, **options):
+        built = kernel.warmup(*args, grid=grid, **options)
+        with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
+            f.write(built.asm['cubin'])
+            f.flush()
+            said = subprocess.run([tools / 'cuobjdump', '--dump-resource-usage', f.name],
+                                  capture_output=True, text=True).stdout
+        registers, stack = (int(re.search(rf'{word}:(\d+)', said)[1]) for word in ('REG', 'STACK'))
+        shared, fp64 = built.metadata.shared, '.f64' in built.asm['ptx']
+        over = {'shared memory': shared > SHARED_MEMORY[sm], 'spills': stack > SPILLED, 'fp64': fp64}
+        rows[built.hash] = dict(
+            sm=sm, kernel=kernel.fn.__name__, case=case, shared=shared, registers=registers, stack=stack,
+            fp64=fp64, over=[limit for limit, wrong in over.items() if wrong])
+
+    driver.set_active(Card())
+    m.launch, m.shared_memory = build, lambda x: SHARED_MEMORY[sm]
+    for options in configs:
+        dtype = options.pop('dtype', 'bfloat16')
+        config = GPTConfig(**options)
+        case = (f'{config.n_embd} wide, heads of {config.head_dim}, {config.mlp}, '
+                f'vocabulary {config.vocab_size}, {dtype}')
+        every_kernel(config, getattr(torch, dtype))
+    print(json.dumps(list(rows.values())))
+
+
+def compile_only(configs, targets=tuple(SHARED_MEMORY)):
+    """Build every kernel of these models (dicts of options) for every architecture; rows, also printed."""
+    if m.triton is None:
+        raise UserError('--kernels=compile-only needs Triton: pip install -r requirements.txt')
+    environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
+
+    def child(sm):
+        command = [sys.executable, __file__, f'--compile_for={sm}', json.dumps(configs)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    rows = []
+    for done in ThreadPoolExecutor(2).map(child, targets):
+        if done.returncode:
+            raise UserError(f'a kernel does not compile:\n{done.stderr[-3000:]}')
+        rows += json.loads(done.stdout)
+    print(f'{"kernel: the most of its builds":30}{"sm":>4}{"shared":>12}{"registers":>11}{"stack":>9}{"fp64":>6}')
+    for sm in targets:
+        for kernel in dict.fromkeys(r['kernel'] for r in rows):
+            same = [r for r in rows if (r['sm'], r['kernel']) == (sm, kernel)]
+            most = {k: max(r[k] for r in same) for k in ('shared', 'registers', 'stack', 'fp64')}
+            print(f'{kernel:30}{sm:4}{most["shared"]:12,}{most["registers"]:11}{most["stack"]:9}'
+                  f'{"yes" if most["fp64"] else "no":>6}   {len(same)} builds')
+            for r in same:
+                if r['over']:
+                    print(f'    OVER THE LIMIT, {", ".join(r["over"])}: {r["case"]}')
+    return rows
+
+
+# ---- main --------------------------------------------------------------------------------------------------
+
+OPTIONS = {'rounds': 12, 'rival_lr': 0.0, 'rival_bf16': False, 'json': '', 'only': '', 'micro_batches': ''}
+
+
+def own_options(argv):
+    """This script's options, and what is left for train.py's."""
+    own, rest = dict(OPTIONS), []
+    for arg in argv:
         name, _, value = arg[2:].partition('=')
-        argv = [a for a in argv if a != arg]
+        if not arg.startswith('--') or name not in own:
+            rest.append(arg)
+            continue
         kind = type(own[name])
         try:
             own[name] = {'True': True, 'False': False}[value] if kind is bool else kind(value)
@@ -223,37 +655,140 @@ def main(argv):
     if own['rounds'] < 1 or not 0 <= own['rival_lr'] < math.inf:
         raise UserError(f'--rounds is {own["rounds"]} and --rival_lr {own["rival_lr"]}: '
                         f'they must be 1 or more, and not negative')
-    s = train.read_settings(argv)
+    if own['only'] not in ('', 'steps', 'kernels'):
+        raise UserError(f"--only is {own['only']!r}, it must be 'steps' or 'kernels'")
+    try:
+        own['micro_batches'] = [int(n) for n in own['micro_batches'].split(',') if n]
+    except ValueError as e:
+        raise UserError(f'--micro_batches is {own["micro_batches"]!r}, it must be like 32,64,128') from e
+    return own, rest
+
+
+def say_table(columns, rows, title, width):
+    """Print rows of dicts under columns (head, key, width, format); what a row lacks is a dash."""
+    print(' ' * width + ''.join(f'{head:>{w}}' for head, _, w, _ in columns))
+    for row in rows:
+        cells = (f'{row[key]:{form}}' if row.get(key) is not None else '-' for _, key, _, form in columns)
+        print(f'{title(row):{width}}' + ''.join(f'{cell:>{w}}' for cell, (_, _, w, _) in zip(cells, columns)))
+
+
+STEP_COLUMNS = (('step ms', 'step_ms', 9, '.1f'), ('min', 'min_ms', 8, '.1f'), ('max', 'max_ms', 8, '.1f'),
+                ('tok/s', 'tok_per_sec', 11, ',.0f'), ('of GEMM', 'of_gemm', 9, '.0%'),
+                ('MFU', 'mfu', 7, '.1%'), ('12LHQT', 'mfu_palm', 8, '.1%'),
+                ('mem GB', 'peak_mem_gb', 8, '.2f'),
+                ('wait', 'data_wait', 7, '.2%'), ('x plain', 'speedup', 9, '.2f'))
+KERNEL_COLUMNS = (('forward ms', 'ms', 11, '.3f'), ('min', 'min_ms', 8, '.3f'), ('max', 'max_ms', 8, '.3f'),
+                  ('floor', 'floor_ms', 8, '.3f'), ('+ backward', 'both_ms', 11, '.3f'),
+                  ('min', 'both_min_ms', 8, '.3f'), ('max', 'both_max_ms', 8, '.3f'),
+                  ('floor', 'floor_both_ms', 8, '.3f'), ('MB', 'mem_mb', 7, '.0f'),
+                  ('x ours', 'versus_ours', 8, '.2f'))
+
+
+def say_kernels(rows):
+    for operation in dict.fromkeys(r['operation'] for r in rows):
+        print(operation)
+        same = [r for r in rows if r['operation'] == operation]
+        say_table(KERNEL_COLUMNS, [r for r in same if not r['fault']], lambda r: '  ' + r['rival'], 37)
+        for r in same:
+            if r['fault']:
+                print(f'  {r["rival"]}: does not run here ({r["fault"]})')
+
+
+def main(argv):
+    if {'-h', '--help'} & set(argv):
+        return print(__doc__)
+    only_compile = '--kernels=compile-only' in argv
+    own, rest = own_options([a for a in argv if a != '--kernels=compile-only'])
+    s = train.read_settings(rest)
+
+    def keep(result):
+        if own['json']:
+            train.write_beside(own['json'], lambda f: f.write(json.dumps(result, indent=1).encode()))
+
+    if only_compile:
+        shape = {k: getattr(s, k) for k in train.MODEL_KEYS}
+        rows = compile_only([dict(shape, vocab_size=s.vocab_size), *FAMILY])
+        keep(dict(builds=rows))
+        if over := [r for r in rows if r['over']]:
+            raise UserError(f'{len(over)} of {len(rows)} builds are over the limits')
+        return print(f'{len(rows)} builds, all within the limits of their cards')
     device = train.choose_device(s)
     data = train.open_or_build(s, 0)
     config = train.model_config(s, data)
-    dtype, compiling, micro, adapted = train.adapt(s, device, 1)
-    compiling = s.compile != 'off'
-    name = train.hardware(device)
+    dtype_name, _, micro, _ = train.adapt(s, device, 1)
+    dtype, compiling, name = getattr(torch, dtype_name), s.compile != 'off', train.hardware(device)
+    torch.set_float32_matmul_precision('high')
+    torch._dynamo.config.recompile_limit = 64          # contestants share the model's code
+    peak = train.peak_flops(name) if device == 'cuda' and dtype == torch.bfloat16 else None
     print(f'{name}; {config.describe()}\n'
-          f'{s.tokens_per_step:,} tokens a step in micro-batches of {micro} x {s.block_size}')
+          f'{s.tokens_per_step:,} tokens a step in micro-batches of {micro} x {s.block_size}, {dtype_name}')
     if own['rival_lr']:
         result = train_rival(s, config, data, micro, device, own['rival_bf16'], own['rival_lr'], compiling)
         for key, value in result.items():
             print(f'{key}: {value}')
-    else:
-        rows, gemm = compare(s, config, data, micro, device, getattr(torch, dtype), compiling, own['rounds'])
-        result = dict(hardware=name, rows=rows, gemm=gemm)
-        products = (f'{k} {v / 1e9:,.0f} GFLOP/s' for k, v in gemm.items())
-        print('measured matrix products: ' + ', '.join(products))
-        print(f'{"":30}{"step ms":>9}{"min":>8}{"max":>8}'
-              f'{"tok/s":>9}{"GFLOP/s":>9}{"of GEMM":>9}{"x plain":>9}')
-        for r in rows:
-            print(f'{r["name"]:30}{r["step_ms"]:9.0f}{r["min_ms"]:8.0f}{r["max_ms"]:8.0f}'
-                  f'{r["tok_per_sec"]:9,.0f}{r["flops_per_sec"] / 1e9:9,.0f}'
-                  f'{r["of_gemm"]:9.0%}{r["speedup"]:9.2f}')
-    if own['json']:
-        train.write_beside(own['json'], lambda f: f.write(json.dumps(result, indent=1).encode()))
+        return keep(result)
+    for operation, where in m.choose_kernels(s.kernels, config, device, dtype).items():
+        print(f'  {operation}: {where}')
+    stream = train.Stream(data.tokens['train'], data.docs['train'], s.seed)
+    T = config.block_size
+    idx = torch.from_numpy(stream.read(0, micro * T)).view(micro, T).to(device)
+    attended = GPT(config).to(device).attended(idx)
+    rates = machine(config, micro * T, device, dtype)
+    print(f'matrix products of {rates["rows"]:,} rows, GFLOP/s: '
+          + ', '.join(f'{k} {v / 1e9:,.0f}' for k, v in rates['products'].items())
+          + f'; together {rates["gemm"] / 1e9:,.0f}; copying {rates["copy"] / 1e9:,.1f} GB/s')
+    print(f'a token attends to {attended:.1f} of {T} positions; data-sheet peak '
+          + (f'{peak / 1e12:.1f} TFLOP/s' if peak else 'not known for this hardware: no MFU'))
+    result = dict(hardware=name, torch=torch.__version__, config=vars(config), machine=rates,
+                  attended=attended, micro_batch_size=micro, peak=peak)
+    if own['micro_batches']:
+        result['micro_batches'] = try_micro_batches(own, s, config, data, device, dtype, compiling)
+        return keep(result)
+    if own['only'] != 'kernels':
+        runners = contestants(s, config, data, micro, device, dtype, compiling)
+        rows, gemm, faults = compare(runners, s, config, attended, micro, device, own['rounds'], peak)
+        say_table(STEP_COLUMNS, rows, lambda r: r['name'], 30)
+        for rival, why in faults.items():
+            print(f'{rival}: does not run here ({why})')
+        where = where_time_goes(runners['ours, Muon'][0], device)
+        print(f'where a step of ours goes, {where["busy_share"]:.0%} of the time busy: '
+              + ', '.join(f'{k} {v:.0%}' for k, v in where['shares'].items())
+              + f' (most of it {where["largest_other"]})')
+        result |= dict(rows=rows, gemm=gemm, faults=faults, where=where)
+        for trainer, _ in runners.values():
+            if isinstance(trainer, Ours):
+                trainer.batches.close()
+        del runners
+    if own['only'] != 'steps':
+        result['kernels'] = kernel_table(config, idx, device, dtype, compiling, own['rounds'], rates)
+        say_kernels(result['kernels'])
+    keep(result)
+
+
+def try_micro_batches(own, s, config, data, device, dtype, compiling):
+    """Tokens a second of ours with each micro-batch, in turn; prints which is best."""
+    rows = s.tokens_per_step // config.block_size
+    if wrong := [n for n in own['micro_batches'] if n < 1 or rows % n]:
+        raise UserError(f'--micro_batches names {wrong[0]}, it must divide the {rows} sequences of a step')
+    runners = {n: Ours(s, config, data, n, device, dtype, compiling, kernels=set(m.IN_USE))
+               for n in own['micro_batches']}
+    times, faults = seconds_each({n: r.step for n, r in runners.items()}, device, own['rounds'], 0)
+    speeds = {n: s.tokens_per_step / statistics.median(t) for n, t in times.items()}
+    for n in runners:
+        said = f'{speeds[n]:12,.0f} tok/s' if n in speeds else f'does not run ({faults[n]})'
+        print(f'micro_batch_size {n:5}: {said}')
+        runners[n].batches.close()
+    if speeds:
+        print(f'best: --micro_batch_size={max(speeds, key=speeds.get)}')
+    return speeds
 
 
 if __name__ == '__main__':
     try:
-        main(sys.argv[1:])
+        if len(sys.argv) == 3 and sys.argv[1].startswith('--compile_for='):
+            compile_for(int(sys.argv[1].partition('=')[2]), json.loads(sys.argv[2]))
+        else:
+            main(sys.argv[1:])
     except UserError as e:
         print(f'bench_mfu.py: {e}', file=sys.stderr)
         sys.exit(2)
