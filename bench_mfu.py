@@ -727,8 +727,7 @@ def main(argv):
         for key, value in result.items():
             print(f'{key}: {value}')
         return keep(result)
-    for operation, where in m.choose_kernels(s.kernels, config, device, dtype).items():
-        print(f'  {operation}: {where}')
+    print('\n'.join(m.choose_kernels(s.kernels, config, device, dtype)))
     stream = train.Stream(data.tokens['train'], data.docs['train'], s.seed)
     T = config.block_size
     idx = torch.from_numpy(stream.read(0, micro * T)).view(micro, T).to(device)

@@ -550,7 +550,7 @@ def kernels_named(names):
 
 
 def choose_kernels(names, config, device, dtype):
-    """Decide what runs each operation from here on: fills IN_USE, returns {operation: what runs it and why}.
+    """Decide what runs each operation from here on: fills IN_USE, returns lines that say what and why.
 
     Every kernel is tried once on a layer of this width, loss and all gradients against PyTorch's: one that
     does not build on this card, or computes something else, stays out, and the run goes on without it.
@@ -573,7 +573,8 @@ def choose_kernels(names, config, device, dtype):
         if not reasons[name]:
             IN_USE.add(name)
         table[name] = f'torch: {reasons[name]}' if reasons[name] else f'kernel: {KERNELS[name]}'
-    return {name: table[name] for name in KERNELS}
+    return [f'{", ".join(name for name in KERNELS if table[name] == where)}: {where}'
+            for where in dict.fromkeys(table[name] for name in KERNELS)]
 
 
 class Probe:

@@ -701,8 +701,7 @@ def main(argv):
         theirs, ours = checkpoint['settings'], vars(s)
         differ = [f'{k} (was {theirs.get(k)!r}, now {ours[k]!r})'
                   for k in ours if k in STEP_KEYS and theirs.get(k) != ours[k]]
-        refuse(differ, 'these settings belong to the run and cannot change when it goes on: '
-               + ', '.join(differ))
+        refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
         for optimizer, state in zip(optimizers, checkpoint['optimizers']):
             optimizer.load_state_dict(state)
         step, skipped, tokens = checkpoint['step'], checkpoint['skipped'], checkpoint['tokens']
@@ -713,7 +712,9 @@ def main(argv):
         torch.set_rng_state(checkpoint['rng'])
     name = hardware(device)
     peak = peak_flops(name) if device == 'cuda' and dtype_name == 'bfloat16' else None
-    flops = config.flops_per_token()
+    stream, rows = Stream(data.tokens['train'], data.docs['train'], s.seed), s.tokens_per_step // s.block_size
+    early = torch.from_numpy(stream.read(0, 64 * s.block_size)).view(64, -1).to(device)
+    flops = config.flops_per_token(model.attended(early))      # of 64 rows: documents end before a row does
     changed = {k: v for k, v in vars(s).items() if v != KEYS[k].default}
     say(f'halfhour: {s.dataset}, {s.budget_minutes:g} minutes on {name}' + f', {world} ranks' * (world > 1))
     say('settings that differ from the defaults: ' + ', '.join(f'{k}={v!r}' for k, v in changed.items()))
@@ -723,8 +724,8 @@ def main(argv):
     say(f'model: {config.describe()}')
     say(f'step: {s.tokens_per_step:,} tokens = {accum} micro-steps of {micro} x {s.block_size} '
         f'on {world} rank(s), {dtype_name}, torch.compile {"on" if compiling else "off"}, {s.optimizer}')
-    for op, where in choose_kernels(s.kernels, config, device, model.compute_dtype).items():
-        say(f'  {op}: {where}')
+    for line in choose_kernels(s.kernels, config, device, model.compute_dtype):
+        say(f'  {line}')
     if master and not s.dry_run:
         out_dir.mkdir(parents=True, exist_ok=True)
         if s.init_from != 'resume':
@@ -777,7 +778,6 @@ def main(argv):
     step_model = torch.compile(model, dynamic=False) if compiling else model
     times['startup'] += clock.age()
     began = time.monotonic()
-    stream, rows = Stream(data.tokens['train'], data.docs['train'], s.seed), s.tokens_per_step // s.block_size
     batches = Prefetcher(stream, step, rows, micro, s.block_size, rank, world, device)
     idx = torch.full((micro, s.block_size), config.bos, device=device)
     step_model(idx, idx.clone()).backward()    # a clone: one tensor twice would compile another program
@@ -808,7 +808,7 @@ def main(argv):
     # ---- loop
     if s.dry_run:
         batches.close()
-        return say_plan(s, clock, data, config, step_seconds, closing_seconds(), say)
+        return say_plan(s, clock, data, flops, step_seconds, closing_seconds(), say)
     until = f'until the clock says {s.budget_minutes:g} minutes'
     until = f'{clock.max_steps} steps' if clock.max_steps else until
     share = 'whole' if slices == sample.SLICES else f'{slices}/{sample.SLICES} of it'
@@ -955,7 +955,7 @@ def seconds_of(work, times):
     return best
 
 
-def say_plan(s, clock, data, config, step_seconds, closing, say):
+def say_plan(s, clock, data, flops, step_seconds, closing, say):
     """What --dry_run found out: how many tokens and epochs the budget buys, and what it costs."""
     seconds = clock.budget - (closing + clock.age() - clock.trained if s.budget_counts == 'all' else 0)
     tokens = max(0, int(seconds / step_seconds)) * s.tokens_per_step
@@ -964,7 +964,7 @@ def say_plan(s, clock, data, config, step_seconds, closing, say):
     price = f'{dollars:.2f} dollars' if s.dollars_per_hour else 'unknown, set dollars_per_hour'
     say(f'---\ndry_run: data, vocabulary, memory and disk are fine\nstep_seconds: {step_seconds:.3f}\n'
         f'closing_seconds: {closing:.1f}\ntokens: {tokens:,}\nepochs: {epochs:.2f}\n'
-        f'flops: {tokens * config.flops_per_token():.3g}\ndollars: {price}')
+        f'flops: {tokens * flops:.3g}\ndollars: {price}')
 
 
 def say_report(report, say):

@@ -450,6 +450,19 @@ def test_the_report(finished):
 
 
 @torch.no_grad()
+def test_flops_count_the_positions_attended_to(finished, corpus):
+    result = json.loads((finished[0] / 'result.json').read_text())
+    config, data = GPTConfig(**result['config']), corpus.open()
+    rows = train.Stream(data.tokens['train'], data.docs['train'], 3).read(0, 64 * 64).reshape(64, 64)
+    attended = 0
+    for row in rows:
+        start = 0
+        for t, token in enumerate(row):
+            start = t if token == config.bos else start
+            attended += t - start + 1
+    assert result['flops_per_token'] == config.flops_per_token(attended / 64 ** 2) < config.flops_per_token()
+
+
 def test_bits_per_byte_is_the_slow_sum(finished, corpus):
     """Document by document, window by window, unpadded, all logits."""
     state, data = weights(finished[0]), corpus.open()
