@@ -76,7 +76,7 @@ CASES = [   # T, D, H, H_kv, documents, window, other options
     (64, 32, 2, 2, 'one', 0, {}), (17, 32, 4, 1, 0.2, 0, {}), (1, 64, 2, 1, 'one', 0, {}), (130, 64, 2, 2, 0.03, 0, {}),
     (100, 32, 2, 1, 0.05, 20, {}), (96, 16, 2, 2, 'each', 0, {}), (129, 32, 3, 3, 'one', 50, dict(doc_mask=False)),
     (70, 32, 2, 2, 0.1, 0, dict(qk_norm=False, token_shift=False)), (70, 32, 2, 1, 0.1, 0, dict(rotary_dim=12)),
-    (40, 32, 2, 2, 0.1, 0, dict(token_shift=False))]
+    (40, 32, 4, 2, 0.1, 0, dict(token_shift=False))]
 MORE = [(513, 64, 2, 1, 0.01, 0, {}), (511, 32, 2, 2, 0.02, 100, {}), (512, 128, 1, 1, 0.005, 0, {}), (200, 128, 2, 1, 0.05, 64, {}),
         (257, 64, 4, 2, 'each', 0, dict(rotary_dim=32)), (512, 64, 1, 1, 'one', 0, dict(doc_mask=False))]
 
