@@ -3,6 +3,7 @@
     python bench_mfu.py config/babylm.py                            all that follows, for the card it finds
     python bench_mfu.py config/babylm.py --only=steps               step time, MFU, memory; ours and rivals
     python bench_mfu.py config/babylm.py --only=kernels             every kernel beside its rivals
+    python bench_mfu.py config/babylm.py --shapes=11M,34M,97M       the same for models of these sizes
     python bench_mfu.py config/babylm.py --micro_batches=32,64,128  which micro-batch is best
     python bench_mfu.py config/babylm.py --kernels=compile-only     build them all without a GPU, check limits
     python bench_mfu.py config/babylm.py --rival_lr=1e-3            train the rival for budget_minutes instead
@@ -93,7 +94,7 @@ class PlainTrainer:
         torch.manual_seed(s.seed)
         self.model = PlainGPT(config).to(device)
         self.step_model = torch.compile(self.model, dynamic=False) if compile else self.model
-        self.tokens, self.micro, self.T = tokens, micro, config.block_size
+        self.tokens, self.micro, self.T, self.coming = tokens, micro, config.block_size, None
         self.device, self.lr = device, learning_rate
         self.accum = s.tokens_per_step // (micro * config.block_size)
         self.autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else nullcontext()
@@ -104,9 +105,11 @@ class PlainTrainer:
 
     def batch(self):
         first = torch.randint(len(self.tokens) - self.T, (self.micro,))
-        idx, targets = (torch.stack([torch.from_numpy(self.tokens[i:i + self.T].astype(np.int64))
-                                     for i in starts]) for starts in (first, first + 1))
-        return idx.to(self.device), targets.to(self.device)
+        pair = [torch.stack([torch.from_numpy(self.tokens[i:i + self.T].astype(np.int64)) for i in starts])
+                for starts in (first, first + 1)]
+        if self.device == 'cuda':
+            pair = [t.pin_memory().to(self.device, non_blocking=True) for t in pair]
+        return pair
 
     def step(self, progress=0.5):
         """One optimizer step; a linear rise over 2% of progress, then a cosine to a tenth."""
@@ -118,9 +121,10 @@ class PlainTrainer:
             group['lr'] = self.lr * rate
         total = 0.0
         for _ in range(self.accum):
-            idx, targets = self.batch()
+            idx, targets = self.coming or self.batch()
             with self.autocast():
                 loss = self.step_model(idx, targets) / self.accum
+            self.coming = self.batch()              # while the device is busy
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -157,6 +161,10 @@ def wait_for(device):
         torch.cuda.synchronize()
 
 
+def first_line(error):
+    return f'{type(error).__name__}: {(str(error).strip() or "no more is said").splitlines()[0][:70]}'
+
+
 def seconds_each(works, device, rounds, least=0.005):
     """Seconds of every work {name: function}, a list of one a round, in turn; and {name: why} of what failed.
 
@@ -172,7 +180,7 @@ def seconds_each(works, device, rounds, least=0.005):
             wait_for(device)
             repeats[name] = max(1, math.ceil(least / max(time.perf_counter() - began, 1e-9)))
         except Exception as e:                  # a rival may lack anything here: the table says what
-            faults[name] = f'{type(e).__name__}: {(str(e).strip() or "?").splitlines()[0][:70]}'
+            faults[name] = first_line(e)
     for _ in range(rounds):
         for name in repeats:
             began = time.perf_counter()
@@ -184,17 +192,19 @@ def seconds_each(works, device, rounds, least=0.005):
 
 
 def matmul_flops(config, tokens, device, dtype, seconds=0.3):
-    """FLOP/s of the model's largest products, (tokens, C) x (C, 4C) and back: the best of several runs."""
+    """FLOP/s of the MLP's products, (tokens, C) x (C, 4C) and back: the best of several runs."""
     a = torch.randn(tokens, config.n_embd, device=device, dtype=dtype)
     b = torch.randn(config.n_embd, config.mlp_hidden, device=device, dtype=dtype)
     best, began = math.inf, time.monotonic()
+    several = 10 if device == 'cuda' else 1        # a fast card is done before it is asked again
     while time.monotonic() - began < seconds:
         wait_for(device)
         started = time.perf_counter()
-        c = a @ b
-        d = c @ b.t()
+        for _ in range(several):
+            c = a @ b
+            d = c @ b.t()
         wait_for(device)
-        best = min(best, time.perf_counter() - started)
+        best = min(best, (time.perf_counter() - started) / several)
     del c, d
     return 4 * tokens * config.n_embd * config.mlp_hidden / best
 
@@ -205,7 +215,7 @@ def machine(config, tokens, device, dtype):
     shapes = {'qkv': (C, (H + 2 * config.n_kv_head) * D), 'attention out': (H * D, C),
               'MLP up': (C, config.mlp_hidden * (2 if config.mlp == 'swiglu' else 1)),
               'MLP down': (config.mlp_hidden, C), 'head': (C, config.vocab_size)}
-    rows = min(tokens, 8192)
+    rows = tokens if device == 'cuda' else min(tokens, 8192)
     a = {n: (torch.randn(rows, k, device=device, dtype=dtype), torch.randn(k, o, device=device, dtype=dtype))
          for n, (k, o) in shapes.items()}
     source = torch.empty(2 ** 28 if device == 'cuda' else 2 ** 26, dtype=torch.uint8, device=device)
@@ -290,7 +300,7 @@ def compare(runners, s, config, attended, micro, device, rounds, peak):
         except Exception as e:
             if name.startswith('ours, '):
                 raise
-            faults[name] = f'{type(e).__name__}: {str(e).splitlines()[0][:70]}'
+            faults[name] = first_line(e)
             del runners[name]
             continue
         if device == 'cuda':
@@ -308,9 +318,13 @@ def compare(runners, s, config, attended, micro, device, rounds, peak):
             trainer.step()
             wait_for(device)
             times[name].append(time.perf_counter() - began)
-    base, rows = times[[name for name in times if name.startswith('plain')][0]], []
-    exact, palm = config.flops_per_token(attended), config.flops_per_token(config.block_size)
+    base = next((times[name] for name in times if name.startswith('plain')), times['ours, Muon'])
+    keys, rows = ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'), []
+    plain = GPTConfig(**{key: getattr(config, key) for key in keys})
     for name, (trainer, kind) in runners.items():
+        is_ours = isinstance(trainer, Ours)            # the rival attends to all that went before
+        exact = config.flops_per_token(attended) if is_ours else plain.flops_per_token()
+        palm = (config if is_ours else plain).flops_per_token(config.block_size)
         median = statistics.median(times[name])
         speed = s.tokens_per_step / median
         rows.append(dict(
@@ -318,17 +332,17 @@ def compare(runners, s, config, attended, micro, device, rounds, peak):
             tok_per_sec=speed, flops_per_sec=speed * exact, mfu=speed * exact / peak if peak else None,
             mfu_palm=speed * palm / peak if peak else None,
             of_gemm=speed * exact / statistics.median(gemm[kind]), peak_mem_gb=memory.get(name),
-            data_wait=trainer.waited / sum(times[name]) if isinstance(trainer, Ours) else None,
+            data_wait=trainer.waited / sum(times[name]) if is_ours else None,
             speedup=statistics.median(b / a for a, b in zip(times[name], base))))
     return rows, {str(k).removeprefix('torch.'): statistics.median(v) for k, v in gemm.items()}, faults
 
 
 # what the profiler calls operations; the first that fits counts
-GROUPS = {'matrix products': r'gemm|cutlass|nvjet|xmma|cublas|mkldnn|mlp_kernel|aten::(mm|addmm|bmm|linear)',
-          'attention': r'attention_|qk_|flash|fmha|softmax|cudnn.*sdpa',
-          'loss': r'cross_entropy|logsumexp|CrossEntropy', 'norms': r'add_norm|rms_norm',
+GROUPS = {'attention': r'attention_|qk_|flash|fmha|softmax|sdpa',
+          'matrix products': r'gemm|cutlass|nvjet|xmma|cublas|mkldnn|mlp_kernel|aten::(mm|addmm|bmm|linear)',
+          'loss': r'cross_?entropy|logsumexp', 'norms': r'add_norm|rms_norm',
           'optimizer': r'multi_tensor|foreach|adam',
-          'fused by Inductor': r'triton_|cpp_fused|^graph_|CompiledF',
+          'fused by Inductor': r'triton_|cpp_fused|^graph_|compiledf',
           'copies': r'copy|memcpy|memset|aten::(cat|to|_to)'}
 
 
@@ -336,7 +350,7 @@ def where_time_goes(trainer, device, steps=3):
     """Share of a step's busy time by group of operations, how busy, and what is most of the rest."""
     from torch.profiler import ProfilerActivity, profile
     on_gpu = device == 'cuda'
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         began = time.perf_counter()
         for _ in range(steps):
             trainer.step()
@@ -345,9 +359,9 @@ def where_time_goes(trainer, device, steps=3):
     spent, others = dict.fromkeys([*GROUPS, 'other'], 0.0), {}
     for event in profiler.key_averages():
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        if on_gpu and event.device_type.name != 'CUDA':
-            continue
-        group = next((g for g, pattern in GROUPS.items() if re.search(pattern, event.key)), 'other')
+        if on_gpu and (event.device_type.name != 'CUDA' or getattr(event, 'is_user_annotation', False)):
+            continue                            # a name for a stretch of time whose kernels are there too
+        group = next((g for g, pattern in GROUPS.items() if re.search(pattern, event.key, re.I)), 'other')
         spent[group] += seconds
         if group == 'other':
             others[event.key] = seconds
@@ -367,22 +381,24 @@ def operations(config, idx, device, dtype, compile):
     (B, T), C, D, V = idx.shape, config.n_embd, config.head_dim, config.vocab_size
     H, HK, N, size = config.n_head, config.n_kv_head, idx.numel(), dtype.itemsize
     build = (lambda f: torch.compile(f, dynamic=False)) if compile else (lambda f: f)
-    on_gpu = device == 'cuda'
+    on_gpu, chosen = device == 'cuda', set(m.IN_USE)
 
     def inputs(*shapes):
         return [torch.randn(shape, device=device, dtype=dtype) / (shape[-1] ** 0.5 if len(shape) == 2 else 1)
                 for shape in shapes]
 
     def ours(function, *kernels):
+        built = build(function)
+
         def run(*args):
-            with using(set(kernels) & set(m.KERNELS) if on_gpu else ()):
-                return function(*args)
+            with using(chosen & set(kernels)):
+                return built(*args)
         return run
 
     # attention with all that belongs to it, on documents as they are in the data
     gpt, layer = GPT(config).to(device), Attention(config, 0).to(device)
     first = gpt.first_visible(idx)
-    last, cos, sin = m.last_visible_to(first).int(), gpt.cos, gpt.sin
+    low, last, cos, sin = first.int(), m.last_visible_to(first).int(), gpt.cos, gpt.sin
     pairs = int((torch.arange(T, device=device) - first + 1).sum())
 
     there, back = torch.arange(T, device=device), torch.arange(T, device=device)[:, None]
@@ -394,8 +410,8 @@ def operations(config, idx, device, dtype, compile):
         return o.transpose(1, 2)
 
     def by_ours(qkv):
-        if on_gpu:
-            return m.attend(layer, qkv, idx, cos, sin, first.int(), last)
+        if 'attention' in m.IN_USE:
+            return m.attend(layer, qkv, idx, cos, sin, low, last)
         return m.attention(*layer.heads(qkv, idx, cos, sin), first, layer.scale).transpose(1, 2)
 
     def by_flex(qkv):
@@ -418,7 +434,7 @@ def operations(config, idx, device, dtype, compile):
     zero, end = torch.zeros_like(first).int(), torch.full_like(last, T - 1)
 
     def plainly(qkv):
-        if on_gpu:
+        if 'attention' in m.IN_USE:
             none = cos[:, :0]
             return m.attend_forward(qkv, idx, zero, end, none, none, H, D ** -0.5, False, False, 0)[0]
         q, k, v = qkv.transpose(1, 2).split([H, HK, HK], dim=1)
@@ -459,8 +475,8 @@ def operations(config, idx, device, dtype, compile):
             return (F.silu(gate) * x) @ down.t()
         return F.relu(x).square() @ down.t()
 
-    fused = ours(lambda *t: m.mlp_forward(*t, gated)[0], 'mlp') if on_gpu else mlp
-    rivals = {'ours': fused, 'torch': mlp, 'compiled': build(mlp)}
+    fused = (lambda *t: m.mlp_forward(*t, gated)[0]) if 'mlp' in chosen else mlp
+    rivals = {'ours': ours(fused, 'mlp'), 'torch': mlp, 'compiled': build(mlp)}
     yield (f'MLP, {config.mlp}', 2 * N * C * hidden * (3 if gated else 2), size * N * (2 * C + 2 * hidden),
            rivals, inputs((N, C), (hidden * (1 + gated), C), (C, hidden)))
 
@@ -476,7 +492,8 @@ def operations(config, idx, device, dtype, compile):
 
     rivals = {'ours': loss(), 'ours, soft targets': loss(soft),
               'torch, all logits': all_logits, 'compiled, all logits': build(all_logits)}
-    if on_gpu:
+    import torch._inductor.config as inductor
+    if on_gpu and hasattr(inductor, 'auto_chunker'):       # it compiles as it is what it cannot cut
         chunked = torch.compile(all_logits, dynamic=False, options={'auto_chunker.enable': True})
         rivals['compiled, auto-chunker'] = chunked
     if hasattr(F, 'linear_cross_entropy'):                  # from torch 2.13 on
@@ -496,7 +513,7 @@ def kernel_table(config, idx, device, dtype, compile, rounds, rates):
     for name, flops, size, rivals, tensors in operations(config, idx, device, dtype, compile):
         leaves = [t.detach().requires_grad_() for t in tensors]
         with torch.no_grad():
-            outputs = rivals['ours'](*tensors)
+            outputs = rivals.get('torch', rivals['ours'])(*tensors)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         grads = [torch.randn_like(o) if o.ndim else torch.ones_like(o) for o in outputs]
 
@@ -526,7 +543,7 @@ def kernel_table(config, idx, device, dtype, compile, rounds, rates):
                 before = torch.cuda.memory_allocated()
                 both(function)()
                 row['mem_mb'] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-            if rival in trained:
+            if rival in trained and 'ours' in trained:
                 row['versus_ours'] = statistics.median(b / a for a, b in zip(trained['ours'], trained[rival]))
             rows.append(row)
     return rows
@@ -621,12 +638,13 @@ def compile_only(configs, targets=tuple(SHARED_MEMORY)):
         if done.returncode:
             raise UserError(f'a kernel does not compile:\n{done.stderr[-3000:]}')
         rows += json.loads(done.stdout)
-    print(f'{"kernel: the most of its builds":30}{"sm":>4}{"shared":>12}{"registers":>11}{"stack":>9}{"fp64":>6}')
+    heads = f'{"sm":>4}{"shared":>11}{"registers":>11}{"stack":>9}{"fp64":>6}'
+    print(f'{"kernel, the most of its builds":30}{heads}')
     for sm in targets:
         for kernel in dict.fromkeys(r['kernel'] for r in rows):
             same = [r for r in rows if (r['sm'], r['kernel']) == (sm, kernel)]
             most = {k: max(r[k] for r in same) for k in ('shared', 'registers', 'stack', 'fp64')}
-            print(f'{kernel:30}{sm:4}{most["shared"]:12,}{most["registers"]:11}{most["stack"]:9}'
+            print(f'{kernel:30}{sm:4}{most["shared"]:11,}{most["registers"]:11}{most["stack"]:9}'
                   f'{"yes" if most["fp64"] else "no":>6}   {len(same)} builds')
             for r in same:
                 if r['over']:
@@ -636,7 +654,12 @@ def compile_only(configs, targets=tuple(SHARED_MEMORY)):
 
 # ---- main --------------------------------------------------------------------------------------------------
 
-OPTIONS = {'rounds': 12, 'rival_lr': 0.0, 'rival_bf16': False, 'json': '', 'only': '', 'micro_batches': ''}
+OPTIONS = {'rounds': 12, 'rival_lr': 0.0, 'rival_bf16': False, 'json': '', 'only': '', 'micro_batches': '',
+           'shapes': ''}
+# tied models of 12.5, 33.6 and 97.5 million parameters, whatever the config says
+SHAPES = {'11M': dict(n_layer=8, n_embd=320, n_head=5, block_size=512, vocab_size=8192),
+          '34M': dict(n_layer=8, n_embd=512, n_head=8, block_size=512, vocab_size=16384),
+          '97M': dict(n_layer=12, n_embd=768, n_head=12, block_size=1024, vocab_size=16384)}
 
 
 def own_options(argv):
@@ -661,6 +684,9 @@ def own_options(argv):
         own['micro_batches'] = [int(n) for n in own['micro_batches'].split(',') if n]
     except ValueError as e:
         raise UserError(f'--micro_batches is {own["micro_batches"]!r}, it must be like 32,64,128') from e
+    own['shapes'] = [name for name in own['shapes'].split(',') if name]
+    if unknown := [name for name in own['shapes'] if name not in SHAPES]:
+        raise UserError(f'--shapes names {unknown[0]!r}; there are {", ".join(SHAPES)}')
     return own, rest
 
 
@@ -675,7 +701,7 @@ def say_table(columns, rows, title, width):
 STEP_COLUMNS = (('step ms', 'step_ms', 9, '.1f'), ('min', 'min_ms', 8, '.1f'), ('max', 'max_ms', 8, '.1f'),
                 ('tok/s', 'tok_per_sec', 11, ',.0f'), ('of GEMM', 'of_gemm', 9, '.0%'),
                 ('MFU', 'mfu', 7, '.1%'), ('12LHQT', 'mfu_palm', 8, '.1%'),
-                ('mem GB', 'peak_mem_gb', 8, '.2f'),
+                ('step GB', 'peak_mem_gb', 9, '.2f'),
                 ('wait', 'data_wait', 7, '.2%'), ('x plain', 'speedup', 9, '.2f'))
 KERNEL_COLUMNS = (('forward ms', 'ms', 11, '.3f'), ('min', 'min_ms', 8, '.3f'), ('max', 'max_ms', 8, '.3f'),
                   ('floor', 'floor_ms', 8, '.3f'), ('+ backward', 'both_ms', 11, '.3f'),
@@ -720,16 +746,28 @@ def main(argv):
     torch.set_float32_matmul_precision('high')
     torch._dynamo.config.recompile_limit = 64          # contestants share the model's code
     peak = train.peak_flops(name) if device == 'cuda' and dtype == torch.bfloat16 else None
-    print(f'{name}; {config.describe()}\n'
-          f'{s.tokens_per_step:,} tokens a step in micro-batches of {micro} x {s.block_size}, {dtype_name}')
+    print(f'{name}, {dtype_name}, {s.tokens_per_step:,} tokens a step')
     if own['rival_lr']:
         result = train_rival(s, config, data, micro, device, own['rival_bf16'], own['rival_lr'], compiling)
         for key, value in result.items():
             print(f'{key}: {value}')
         return keep(result)
+    results = []
+    for shape in [SHAPES[name] for name in own['shapes']] or [{}]:
+        derived = dict.fromkeys(('n_kv_head', 'head_dim', 'rotary_dim', 'mlp_hidden'), 0)
+        sized = GPTConfig(**vars(config) | derived | dict(tie_embeddings=True) | shape) if shape else config
+        rows = max(1, micro * config.block_size // sized.block_size)
+        results.append(measure(own, s, sized, data, rows, device, dtype, compiling, peak))
+    keep(dict(hardware=name, torch=torch.__version__, peak=peak, dtype=dtype_name, **results[0])
+         if len(results) == 1 else dict(hardware=name, torch=torch.__version__, peak=peak, shapes=results))
+
+
+def measure(own, s, config, data, micro, device, dtype, compiling, peak):
+    """Everything about one shape of model, printed and returned."""
+    T = config.block_size
+    print(f'{config.describe()}\nmicro-batches of {micro} x {T}')
     print('\n'.join(m.choose_kernels(s.kernels, config, device, dtype)))
     stream = train.Stream(data.tokens['train'], data.docs['train'], s.seed)
-    T = config.block_size
     idx = torch.from_numpy(stream.read(0, micro * T)).view(micro, T).to(device)
     attended = GPT(config).to(device).attended(idx)
     rates = machine(config, micro * T, device, dtype)
@@ -738,11 +776,9 @@ def main(argv):
           + f'; together {rates["gemm"] / 1e9:,.0f}; copying {rates["copy"] / 1e9:,.1f} GB/s')
     print(f'a token attends to {attended:.1f} of {T} positions; data-sheet peak '
           + (f'{peak / 1e12:.1f} TFLOP/s' if peak else 'not known for this hardware: no MFU'))
-    result = dict(hardware=name, torch=torch.__version__, config=vars(config), machine=rates,
-                  attended=attended, micro_batch_size=micro, peak=peak)
+    result = dict(config=vars(config), machine=rates, attended=attended, micro_batch_size=micro)
     if own['micro_batches']:
-        result['micro_batches'] = try_micro_batches(own, s, config, data, device, dtype, compiling)
-        return keep(result)
+        return result | dict(micro_batches=try_micro_batches(own, s, config, data, device, dtype, compiling))
     if own['only'] != 'kernels':
         runners = contestants(s, config, data, micro, device, dtype, compiling)
         rows, gemm, faults = compare(runners, s, config, attended, micro, device, own['rounds'], peak)
@@ -757,11 +793,11 @@ def main(argv):
         for trainer, _ in runners.values():
             if isinstance(trainer, Ours):
                 trainer.batches.close()
-        del runners
     if own['only'] != 'steps':
+        runners = None                              # their memory is wanted
         result['kernels'] = kernel_table(config, idx, device, dtype, compiling, own['rounds'], rates)
         say_kernels(result['kernels'])
-    keep(result)
+    return result
 
 
 def try_micro_batches(own, s, config, data, device, dtype, compiling):

@@ -514,7 +514,8 @@ def linear_cross_entropy(x, weight, targets, cap=0.0, reduction='mean', z_loss=0
     reduction 'mean' (differentiable; there z_loss and soft count, see soft_targets) or 'none', (N,) fp32.
     Targets < 0 are left out; with 'none' they give 0.
     """
-    rows = rows or (8192 if x.is_cuda else 512)    # a GPU wants large products, a CPU small logits
+    # a block of logits that stays in cache: 64 MB of a GPU's, a CPU's much less
+    rows = rows or (max(2048, 2 ** 25 // len(weight)) if x.is_cuda else 512)
     mean = reduction == 'mean'
     if 'cross_entropy' in IN_USE:
         soft = soft if mean and soft else (None, None, None)
@@ -552,43 +553,52 @@ def kernels_named(names):
 def choose_kernels(names, config, device, dtype):
     """Decide what runs each operation from here on: fills IN_USE, returns lines that say what and why.
 
-    Every kernel is tried once on a layer of this width, loss and all gradients against PyTorch's: one that
-    does not build on this card, or computes something else, stays out, and the run goes on without it.
+    Every kernel is tried once on a layer of this width, its loss and its matrices' gradients against
+    PyTorch's: one that this card cannot build or start, or that computes something else, stays out, and the
+    run goes on without it.
     """
     named = kernels_named(names)
     IN_USE.clear()
-    table = {name: 'torch, switched off' for name in KERNELS if name not in named}
     why = ('this is not a GPU' if device != 'cuda' else 'Triton is not installed' if triton is None else
            '' if torch.cuda.get_device_capability() >= (8, 0) else 'the card is older than Ampere (sm_80)')
-    width = '' if config.head_dim in (16, 32, 64, 128) else \
-        f'head_dim {config.head_dim} is not 16, 32, 64 or 128'
-    reasons = {name: why or (width if name in ('attention', 'qk_norm') else '') for name in KERNELS}
+    reasons = dict.fromkeys(KERNELS, why)
+    if not why and config.head_dim not in (16, 32, 64, 128):
+        width = f'head_dim {config.head_dim} is not 16, 32, 64 or 128'
+        reasons |= dict.fromkeys(('attention', 'qk_norm'), width)
+    if not why and dtype == torch.float32:
+        without = 'in float32 it would do without tensor cores'
+        reasons |= dict.fromkeys(('attention', 'qk_norm', 'mlp'), without)
+    reasons |= {name: 'switched off' for name in KERNELS if name not in named}
     probe = None
-    for name in (k for k in KERNELS if k in named):
-        if name == 'qk_norm' and 'attention' not in IN_USE:
-            reasons[name] = reasons[name] or 'it is part of the attention kernel, which does not run'
-        if not reasons[name]:
+    for together in ('attention', 'qk_norm'), ('rms_norm',), ('cross_entropy',), ('mlp',):
+        tried = [name for name in together if not reasons[name]]
+        while tried:
             probe = probe or Probe(config, device, dtype)
-            reasons[name] = probe.fault(name)
-        if not reasons[name]:
-            IN_USE.add(name)
-        table[name] = f'torch: {reasons[name]}' if reasons[name] else f'kernel: {KERNELS[name]}'
+            fault = probe.fault(tried) if tried != ['qk_norm'] else 'it is part of the attention kernel'
+            if not fault:
+                break
+            reasons[tried.pop()] = fault           # and once more without the last
+        IN_USE.update(tried)
+    table = {name: f'kernel, {what}' if name in IN_USE else f'torch, {reasons[name]}'
+             for name, what in KERNELS.items()}
     return [f'{", ".join(name for name in KERNELS if table[name] == where)}: {where}'
-            for where in dict.fromkeys(table[name] for name in KERNELS)]
+            for where in dict.fromkeys(table.values())]
 
 
 class Probe:
     """One layer of a model, all its weights random, and what PyTorch makes of it."""
 
     def __init__(self, config, device, dtype):
-        with torch.random.fork_rng():
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
             torch.manual_seed(0)
             self.model = GPT(dataclasses.replace(config, n_layer=1, value_embeds=0)).to(device)
             self.model.compute_dtype = dtype
             for p in self.model.parameters():
                 nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else nn.init.uniform_(p, 0.5, 1)
             self.idx = torch.randint(0, config.vocab_size, (2, config.block_size + 1)).to(device)
-        self.idx[:, ::100] = config.bos
+        self.idx[0, ::100] = config.bos             # many documents, and one that fills its row
+        self.idx[1][self.idx[1] == config.bos] = (config.bos + 1) % config.vocab_size
         self.expected = self.gradients()
 
     def gradients(self):
@@ -598,25 +608,29 @@ class Probe:
         loss.backward()
         return [p.grad for p in self.model.parameters() if p.ndim == 2] + [loss.detach()]
 
-    def fault(self, name):
-        """What is wrong with a kernel: why it does not run here, or how far it is off; '' if nothing is."""
-        IN_USE.add(name)
+    def fault(self, names):
+        """What is wrong with kernels: why they do not run here, or how far they are off; '' if nothing is."""
+        before = set(IN_USE)
+        IN_USE.update(names)
         try:
             pairs = zip(self.gradients(), self.expected)
-            error = max(((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in pairs)
+            errors = [(a - b).norm() / b.norm().clamp(min=1e-12) for a, b in pairs]
+            error = torch.stack(errors).max().item()         # NaN if any is, unlike Python's max
             return '' if error < 0.05 else f'its result differs by {error:.0%}'
         except Exception as e:                 # whatever a compiler or a driver may throw: torch can do it
-            return f'it does not run here ({type(e).__name__}: {str(e).strip().splitlines()[0][:80]})'
+            said = (str(e).strip() or 'no more is said').splitlines()[0][:80]
+            return f'it does not run here ({type(e).__name__}: {said})'
         finally:
-            IN_USE.discard(name)
+            IN_USE.clear()
+            IN_USE.update(before)
 
 
 # ---- part 3: the kernels -----------------------------------------------------------------------------------
 #
 # A Triton kernel is one program, started on a grid of indices: it loads tiles through pointers, computes on
 # them in registers and stores tiles. All of these keep to a few rules: statistics in fp32; scalars as
-# constexpr (torch.compile hands a Python float over as fp64); row offsets in int64; nothing atomic, so that
-# two runs give the same bits; tiles by width, dtype and shared memory, never by the name of a card.
+# constexpr, part of the program (a Python float could arrive as fp64); row offsets in int64; nothing atomic,
+# so that two runs give the same bits; tiles by width, dtype and shared memory, never by the name of a card.
 
 def launch(kernel, grid, *args, **options):
     """Start a kernel, but not for torch.compile's fake tensors, which only ask for shapes.
@@ -725,7 +739,7 @@ def add_norm_backward(ds: Tensor | None, dh: Tensor, s: Tensor, rstd: Tensor,
     ds, dh, s = ds if ds is None else ds.contiguous(), dh.contiguous(), s.contiguous()
     dx, dgain = torch.empty_like(s), s.new_empty((0 if gain is None else programs, C), dtype=torch.float32)
     launch(add_norm_backward_kernel, (programs,), ds, dh, s, rstd, gain, dx, dgain, n_rows, C, steps, **tile)
-    return dx, dgain.sum(0)
+    return dx, dgain.sum(0) if gain is not None else dgain
 
 
 def add_norm_save(ctx, inputs, output):
@@ -767,6 +781,7 @@ def qk_kernel(qkv_ptr, qk_ptr, rstd_ptr, idx_ptr, cos_ptr, sin_ptr, n_rows, T, H
               BLOCK_M: constexpr, BLOCK_D: constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)      # of (B, T, H + H_kv)
     token, head = row // (H + HK), row % (H + HK)
+    t = token.to(tl.int32) % T
     c = tl.arange(0, BLOCK_D)
     pair = tl.where(c < R // 2, c + R // 2, tl.where(c < R, c - R // 2, c))    # the channel c turns with
     inside = (row < n_rows)[:, None] & (c < D)[None, :]
@@ -774,11 +789,11 @@ def qk_kernel(qkv_ptr, qk_ptr, rstd_ptr, idx_ptr, cos_ptr, sin_ptr, n_rows, T, H
     if SHIFT:
         idx = tl.load(idx_ptr + token, mask=row < n_rows, other=BOS)
         back = (head >= H)[:, None] & slow_channel(c, R)[None, :]
-        present = inside & ~(back & ((idx == BOS) | (token % T == 0))[:, None])
+        present = inside & ~(back & ((idx == BOS) | (t == 0))[:, None])
         at = tl.where(back, at - (H + 2 * HK) * D, at)
     x = tl.load(qkv_ptr + at + c[None, :], mask=present, other=0.0).to(tl.float32)
     other = tl.load(qkv_ptr + at + pair[None, :], mask=present, other=0.0).to(tl.float32)
-    turn = (token % T)[:, None] * (R // 2) + (c % (R // 2))[None, :]
+    turn = t[:, None] * (R // 2) + (c % (R // 2))[None, :]
     cos = tl.load(cos_ptr + turn, mask=inside & (c < R)[None, :], other=1.0)
     sin = tl.load(sin_ptr + turn, mask=inside & (c < R)[None, :], other=0.0)
     y = x * cos + tl.where(c < R // 2, -1.0, 1.0)[None, :] * other * sin
@@ -795,6 +810,7 @@ def qk_backward_kernel(dqk_ptr, qk_ptr, rstd_ptr, idx_ptr, cos_ptr, sin_ptr, dqk
                        NORM: constexpr, SHIFT: constexpr, BLOCK_M: constexpr, BLOCK_D: constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     token, head = row // (H + HK), row % (H + HK)
+    t = token.to(tl.int32) % T
     c = tl.arange(0, BLOCK_D)
     pair = tl.where(c < R // 2, c + R // 2, tl.where(c < R, c - R // 2, c))
     inside = (row < n_rows)[:, None] & (c < D)[None, :]
@@ -807,18 +823,18 @@ def qk_backward_kernel(dqk_ptr, qk_ptr, rstd_ptr, idx_ptr, cos_ptr, sin_ptr, dqk
         other_y = tl.load(qk_ptr + at + pair[None, :], mask=inside, other=0.0).to(tl.float32)
         mean = (tl.sum(g * y, axis=1) / D)[:, None]
         g, other = rstd * (g - y * mean), rstd * (other - other_y * mean)
-    turn = (token % T)[:, None] * (R // 2) + (c % (R // 2))[None, :]
+    turn = t[:, None] * (R // 2) + (c % (R // 2))[None, :]
     cos = tl.load(cos_ptr + turn, mask=inside & (c < R)[None, :], other=1.0)
     sin = tl.load(sin_ptr + turn, mask=inside & (c < R)[None, :], other=0.0)
     dx = g * cos + tl.where(c < R // 2, 1.0, -1.0)[None, :] * other * sin
     at, present = token[:, None] * ((H + 2 * HK) * D) + head[:, None] * D + c[None, :], inside
     if SHIFT:
         idx = tl.load(idx_ptr + token, mask=row < n_rows, other=BOS)
-        has_next = (row < n_rows) & (token % T < T - 1)
+        has_next = (row < n_rows) & (t < T - 1)
         after = tl.load(idx_ptr + token + 1, mask=has_next, other=BOS)
         back = (head >= H)[:, None] & slow_channel(c, R)[None, :]
         tl.store(dqkv_ptr + at, tl.zeros_like(dx), mask=inside & back & (after == BOS)[:, None])
-        present = inside & ~(back & ((idx == BOS) | (token % T == 0))[:, None])
+        present = inside & ~(back & ((idx == BOS) | (t == 0))[:, None])
         at = tl.where(back, at - (H + 2 * HK) * D, at)
     tl.store(dqkv_ptr + at, dx, mask=present)
 
@@ -867,8 +883,9 @@ def attend_keys(n, acc, total, top, q, k_ptr, v_ptr, rows, first, T, SCALE: cons
 def attention_kernel(qk_ptr, v_ptr, o_ptr, lse_ptr, first_ptr, T, SCALE: constexpr, STRIDE_QK: constexpr,
                      STRIDE_V: constexpr, H: constexpr, HK: constexpr, D: constexpr, PRECISION: constexpr,
                      BLOCK_M: constexpr, BLOCK_N: constexpr):
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M      # the longest rows begin first
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    tiles = tl.cdiv(T, BLOCK_M)
+    m0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M           # the longest rows begin first
+    b, h = (tl.program_id(0) // tiles // H).to(tl.int64), tl.program_id(0) // tiles % H
     qk_ptr, first_ptr = qk_ptr + b * T * STRIDE_QK, first_ptr + b * T
     k_ptr, v_ptr = qk_ptr + (H + h * HK // H) * D, v_ptr + b * T * STRIDE_V + h * HK // H * D
     rows, d = m0 + tl.arange(0, BLOCK_M), tl.arange(0, D)
@@ -912,8 +929,9 @@ def attention_dq_kernel(qk_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dqk_pt
                         H: constexpr, HK: constexpr, D: constexpr, PRECISION: constexpr,
                         BLOCK_M: constexpr, BLOCK_N: constexpr):
     """dq, and delta for the kernel below."""
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    tiles = tl.cdiv(T, BLOCK_M)
+    m0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    b, h = (tl.program_id(0) // tiles // H).to(tl.int64), tl.program_id(0) // tiles % H
     qk_ptr, first_ptr = qk_ptr + b * T * STRIDE_QK, first_ptr + b * T
     k_ptr, v_ptr = qk_ptr + (H + h * HK // H) * D, v_ptr + b * T * STRIDE_V + h * HK // H * D
     rows, d = m0 + tl.arange(0, BLOCK_M), tl.arange(0, D)
@@ -964,8 +982,9 @@ def attention_dkdv_kernel(qk_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dqk_ptr, dv
                           SCALE: constexpr, STRIDE_QK: constexpr, STRIDE_V: constexpr,
                           STRIDE_DQK: constexpr, STRIDE_DV: constexpr, H: constexpr, HK: constexpr,
                           D: constexpr, PRECISION: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr):
-    n0 = tl.program_id(0) * BLOCK_N
-    b, hk = (tl.program_id(1) // HK).to(tl.int64), tl.program_id(1) % HK
+    tiles = tl.cdiv(T, BLOCK_N)
+    n0 = tl.program_id(0) % tiles * BLOCK_N
+    b, hk = (tl.program_id(0) // tiles // HK).to(tl.int64), tl.program_id(0) // tiles % HK
     qk_ptr, first_ptr, last_ptr = qk_ptr + b * T * STRIDE_QK, first_ptr + b * T, last_ptr + b * T
     cols, d = n0 + tl.arange(0, BLOCK_N), tl.arange(0, D)
     k = tile_of(qk_ptr + (H + hk) * D, cols, T, STRIDE_QK, D, True)
@@ -993,16 +1012,17 @@ def attention_dkdv_kernel(qk_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dqk_ptr, dv
 def attention_tiles(D, itemsize, limit):
     """BLOCK_M, BLOCK_N, num_warps, num_stages of the forward, dq and dk/dv kernels.
 
-    By `bench_mfu.py --kernels=compile-only`, for the 65,536 registers and 101,376 bytes of shared memory that
-    a multiprocessor of an RTX 4090 has (sm_89): at D = 64 registers bind (152, 168 and 222 a thread, so three,
-    three and two programs at once), at D = 128 the dk/dv kernel's 74,496 bytes do (one). No spills. A tile of
-    64 queries computes 12.5 % more than the exact triangle at T = 512, one of 128 25 %.
+    A multiprocessor of an RTX 4090 has 65,536 registers and 102,400 bytes of shared memory, 1,024 of them
+    taken per program. By `bench_mfu.py --kernels=compile-only` for sm_89, at D = 64 registers bind (146, 178
+    and 224 a thread: three, two and two programs at once), at D = 128 shared memory does (36,864, 53,248 and
+    74,496 bytes: two, one and one, of 4, 8 and 8 warps). A tile of 64 queries computes 12.5 % more than the
+    exact triangle at T = 512, one of 128 25 %. All of it arithmetic: none of this has been timed.
     """
     if itemsize == 4 or limit < 101376:
         return (32, 16, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)
     if D <= 64:
-        return (64, 64, 4, 3), (64, 32, 4, 2), (32, 64, 4, 2)
-    return (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2)
+        return (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)
+    return (64, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2)
 
 
 def tile(sizes):
@@ -1033,7 +1053,7 @@ def attend_forward(qkv: Tensor, idx: Tensor, first: Tensor, last: Tensor, cos: T
                R, bos, norm, shift, 1e-6, **small)
     source, v = qkv if as_given else qk, qkv[:, :, H + HK:]
     sizes = tile(attention_tiles(D, qkv.element_size(), shared_memory(qkv))[0])
-    launch(attention_kernel, (blocks(T, sizes['BLOCK_M']), B * H), source, v, o, lse, first, T,
+    launch(attention_kernel, (blocks(T, sizes['BLOCK_M']) * B * H,), source, v, o, lse, first, T,
            scale * math.log2(math.e), source.shape[2] * D, N * D, H, HK, D, precision(qkv), **sizes)
     return o, qk, rstd, lse
 
@@ -1051,10 +1071,10 @@ def attend_backward(do: Tensor, qkv: Tensor, o: Tensor, qk: Tensor, rstd: Tensor
     shape = dict(SCALE=scale * math.log2(math.e), STRIDE_QK=qk.shape[2] * D, STRIDE_V=N * D,
                  STRIDE_DQK=dqk.shape[2] * D, H=H, HK=HK, D=D, PRECISION=precision(qkv))
     _, dq_sizes, dkdv_sizes = map(tile, attention_tiles(D, qkv.element_size(), shared_memory(qkv)))
-    launch(attention_dq_kernel, (blocks(T, dq_sizes['BLOCK_M']), B * H), qk, v, o, do, lse, delta, dqk,
+    launch(attention_dq_kernel, (blocks(T, dq_sizes['BLOCK_M']) * B * H,), qk, v, o, do, lse, delta, dqk,
            first, T, **shape, **dq_sizes)
-    launch(attention_dkdv_kernel, (blocks(T, dkdv_sizes['BLOCK_N']), B * HK), qk, v, do, lse, delta, dqk, dv,
-           first, last, T, STRIDE_DV=N * D, **shape, **dkdv_sizes)
+    launch(attention_dkdv_kernel, (blocks(T, dkdv_sizes['BLOCK_N']) * B * HK,), qk, v, do, lse, delta, dqk,
+           dv, first, last, T, STRIDE_DV=N * D, **shape, **dkdv_sizes)
     if not as_given:
         rows, small = B * T * (H + HK), qk_tile(D)
         launch(qk_backward_kernel, (blocks(rows, small['BLOCK_M']),), dqk, qk, rstd, idx, cos, sin, dqkv,
@@ -1077,6 +1097,7 @@ def attend(layer, qkv, idx, cos, sin, first, last):
 
 
 def attend_save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)           # no zeros for outputs that nobody differentiates
     qkv, idx, first, last, cos, sin, _, *ctx.rest = inputs
     o, qk, rstd, lse = output
     ctx.save_for_backward(qkv, o, qk, rstd, lse, idx, first, last, cos, sin)
@@ -1117,7 +1138,7 @@ def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, table_ptr, norm
                          BLOCK_M: constexpr, BLOCK_V: constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     target = tl.load(target_ptr + rows, mask=rows < n_rows, other=-1)
-    keep, gold = target >= 0, tl.maximum(target, 0)
+    keep, gold = target >= 0, tl.maximum(target, 0).to(tl.int32)
     alpha = 1.0
     if RANK:
         alpha, norm = tl.load(alpha_ptr), tl.load(norm_ptr + gold)
@@ -1184,6 +1205,7 @@ def cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, table: Ten
 
 
 def cross_entropy_save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
 
 
@@ -1214,7 +1236,7 @@ def mlp_kernel(x_ptr, w_ptr, h_ptr, out_ptr, M, N: constexpr, K: constexpr, STRI
     n0 = tl.program_id(0) % (8 * across) // high * BLOCK_N
     rows, cols, k = m0.to(tl.int64) + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside = (rows < M)[:, None] & (cols < N)[None, :]
-    x_ptr += (rows % M)[:, None] * K + k[None, :]
+    x_ptr += tl.minimum(rows, M - 1)[:, None] * K + k[None, :]
     w_ptr += (cols % N)[None, :] * STRIDE_N + k[:, None] * STRIDE_K
     acc, gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, K, BLOCK_K):
@@ -1248,10 +1270,10 @@ def mlp_kernel(x_ptr, w_ptr, h_ptr, out_ptr, M, N: constexpr, K: constexpr, STRI
 def launch_mlp(x, w, h, out, N, strides, gated, backward):
     M, K = x.shape
     small = x.element_size() == 4 or shared_memory(x) < 101376
-    BLOCK_M, BLOCK_N, BLOCK_K = (64, 64, 32) if small else (128, 64 if gated else 128, 64)
+    BLOCK_M, BLOCK_N, BLOCK_K = (64, 64, 32) if small else (128, 64, 64)
     launch(mlp_kernel, (blocks(M, BLOCK_M) * blocks(N, BLOCK_N),), x, w, h, out, M, N, K, *strides, gated,
-           backward, precision(x), BLOCK_M, BLOCK_N, BLOCK_K, num_warps=4 if small else 8,
-           num_stages=2 if small else 3)
+           backward, precision(x), BLOCK_M, BLOCK_N, BLOCK_K, num_stages=2 if small else 3,
+           num_warps=8 if (gated or backward) and not small else 4)
 
 
 @op
@@ -1273,6 +1295,7 @@ def mlp_backward(dy: Tensor, x: Tensor, up: Tensor, down: Tensor, a: Tensor, h: 
 
 
 def mlp_save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     (*tensors, ctx.gated), (_, a, h) = inputs, output
     ctx.save_for_backward(*tensors, a, h)
 

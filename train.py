@@ -492,7 +492,7 @@ def adapt(s, device, world):
     """dtype, whether to compile, the micro-batch, and a sentence about each that is not what was asked."""
     said, dtype = [], s.dtype
     if dtype == 'auto':                         # a CPU without the instructions emulates bf16: slow
-        fast = (torch.cuda.is_bf16_supported() if device == 'cuda'
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device == 'cuda'
                 else bool(re.search('avx512_bf16|amx_bf16', proc('cpuinfo'))))
         dtype = 'bfloat16' if fast else 'float32'
     rows, rest = divmod(s.tokens_per_step, s.block_size * world)

@@ -40,19 +40,33 @@ def test_everything_is_measured(corpus, tmp_path):
     for (operation, rival), row in kernels.items():
         assert not row['fault'] and 0 < row['both_min_ms'] <= row['both_ms'] <= row['both_max_ms'] and row['floor_both_ms'] > 0
         assert rival in out and (rival != 'ours' or row['versus_ours'] == 1)
-    assert 'attention, qk_norm, rms_norm, cross_entropy, mlp: torch: this is not a GPU' in out
+    assert 'attention, qk_norm, rms_norm, cross_entropy, mlp: torch, this is not a GPU' in out
 
 
 def test_flops_use_the_positions_really_attended_to(corpus, capsys):
     s = train.read_settings([*corpus.args, '--n_layer=1'])
     data = corpus.open()
     config = train.model_config(s, data)
-    runners = {'ours, x': (bench_mfu.Ours(s, config, data, 8, 'cpu', torch.float32, False), torch.float32)}
+    runners = {'ours, Muon': (bench_mfu.Ours(s, config, data, 8, 'cpu', torch.float32, False), torch.float32)}
     runners['plain, y'] = bench_mfu.PlainTrainer(config, data.tokens['train'], s, 8, 'cpu', False, compile=False), torch.float32
     rows, _, _ = bench_mfu.compare(runners, s, config, 10.0, 8, 'cpu', 1, peak=1e12)
-    for row in rows:
-        assert row['mfu'] == pytest.approx(row['tok_per_sec'] * config.flops_per_token(10.0) / 1e12)
+    for row, attended in zip(rows, (10.0, 32.5)):              # the rival has no documents to stay within
+        assert row['mfu'] == pytest.approx(row['tok_per_sec'] * config.flops_per_token(attended) / 1e12)
         assert row['mfu_palm'] == pytest.approx(row['tok_per_sec'] * config.flops_per_token(64) / 1e12)
+
+
+def test_shapes_take_the_place_of_the_configs(corpus, capsys, monkeypatch):
+    monkeypatch.setitem(bench_mfu.SHAPES, '11M', dict(n_layer=1, n_embd=32, n_head=1, block_size=32, vocab_size=300))
+    monkeypatch.setattr(bench_mfu, 'SHAPES', {**bench_mfu.SHAPES, '34M': dict(bench_mfu.SHAPES['11M'], n_embd=64)})
+    bench_mfu.main([*corpus.args, '--rounds=1', '--only=steps', '--shapes=11M,34M'])
+    out = capsys.readouterr().out
+    assert re.findall(r'^1 layers, (\d+) wide', out, re.M) == ['32', '64'] and out.count('micro-batches of 16 x 32') == 2
+    assert len(re.findall(r'^ours, Muon ', out, re.M)) == 2
+
+
+def test_the_shapes_have_the_sizes_they_are_named_for():
+    sizes = [GPTConfig(**shape, tie_embeddings=True).params()['total'] for shape in bench_mfu.SHAPES.values()]
+    assert sizes == pytest.approx([12.5e6, 33.6e6, 97.5e6], rel=0.01)
 
 
 def test_which_micro_batch_is_best(corpus, tmp_path):
@@ -115,7 +129,7 @@ def test_the_rival_trains_and_is_evaluated_as_we_are(corpus, capsys, monkeypatch
 
 @pytest.mark.parametrize('wrong', [
     '--rounds=many', '--rounds=0', '--rival_lr=fast', '--n_layers=2', '--n_kv_head=3', '--only=fast', '--micro_batches=two',
-    '--micro_batches=3', '--kernels=nonsense'])
+    '--micro_batches=3', '--kernels=nonsense', '--shapes=12M'])
 def test_arguments_that_cannot_work(corpus, wrong):
     with pytest.raises(UserError):
         bench_mfu.main([*corpus.args, wrong])

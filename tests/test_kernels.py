@@ -320,29 +320,55 @@ def test_a_cpu_uses_torch_and_says_why(monkeypatch):
     monkeypatch.setattr(m, 'IN_USE', {'mlp'})
     lines = m.choose_kernels('-attention', GPTConfig(vocab_size=90), 'cpu', torch.float32)
     assert not m.IN_USE
-    assert lines == ['attention: torch, switched off', 'qk_norm, rms_norm, cross_entropy, mlp: torch: this is not a GPU']
+    assert lines == ['attention: torch, switched off', 'qk_norm, rms_norm, cross_entropy, mlp: torch, this is not a GPU']
 
 
-def test_a_kernel_that_fails_or_is_wrong_stays_out(monkeypatch):
-    """As on a card, on which Triton cannot build one kernel and another one's result is wrong."""
+@pytest.fixture
+def card(monkeypatch):
+    """choose_kernels on what it takes for a card of sm_89; kernels by name may do something else there."""
     def launch(kernel, grid, *args, **options):
-        if kernel is m.mlp_kernel:
+        if trouble.get(kernel) == 'build':
             raise RuntimeError('no such instruction\nand much more')
         right(kernel, grid, *args, **options)
-        if kernel is m.qk_backward_kernel:
-            args[6].mul_(1.2)
-    right = m.launch
+        if kernel in trouble and trouble[kernel] != 'build':
+            trouble[kernel](args)
+    trouble, right = {}, m.launch
     monkeypatch.setattr(m, 'launch', launch)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 9))
-    monkeypatch.setattr(m.GPT, 'to', lambda self, device: self)
-    monkeypatch.setattr(torch.Tensor, 'to', lambda self, *a, to=torch.Tensor.to: self if a == ('cuda',) else to(self, *a))
-    config = GPTConfig(vocab_size=90, block_size=48, n_layer=2, n_head=2, head_dim=32, n_embd=48)
-    table = dict(line.split(': ', 1) for line in m.choose_kernels('all', config, 'cuda', torch.float32))
+    if DEVICE == 'cpu':
+        monkeypatch.setattr(m.GPT, 'to', lambda self, device: self)
+        monkeypatch.setattr(torch.Tensor, 'to', lambda self, *a, to=torch.Tensor.to: self if a == ('cuda',) else to(self, *a))
+
+    def choose(dtype=torch.float16, head_dim=32, **more):
+        trouble.clear()
+        trouble.update({getattr(m, name): what for name, what in more.items()})
+        config = GPTConfig(vocab_size=90, block_size=130, n_layer=2, n_head=1, head_dim=head_dim, n_embd=48)
+        return dict(line.split(': ', 1) for line in m.choose_kernels('all', config, 'cuda', dtype))
+    return choose
+
+
+def test_kernels_that_work_are_taken(card):
+    table = card()
+    assert m.IN_USE == set(m.KERNELS) and all(where.startswith('kernel, ') for where in table.values())
+
+
+def test_a_kernel_that_does_not_build_stays_out(card):
+    table = card(mlp_kernel='build', attention_dq_kernel='build')
+    assert m.IN_USE == {'rms_norm', 'cross_entropy'}
+    assert table['attention, qk_norm, mlp'] == 'torch, it does not run here (RuntimeError: no such instruction)'
+
+
+def test_a_kernel_that_is_wrong_stays_out(card):
+    table = card(qk_backward_kernel=lambda args: args[6].mul_(1.2), mlp_kernel=lambda args: args[3].fill_(float('nan')))
     assert m.IN_USE == {'attention', 'rms_norm', 'cross_entropy'}
-    assert table['mlp'] == 'torch: it does not run here (RuntimeError: no such instruction)'
-    assert table['qk_norm'].startswith('torch: its result differs by ') and table['attention'].startswith('kernel: ')
-    lines = m.choose_kernels('all', GPTConfig(vocab_size=90, block_size=48, n_head=2, head_dim=24, n_embd=48), 'cuda', torch.float32)
-    assert 'attention, qk_norm: torch: head_dim 24 is not 16, 32, 64 or 128' in lines and 'attention' not in m.IN_USE
+    assert table['qk_norm'].startswith('torch, its result differs by ') and table['mlp'] == 'torch, its result differs by nan%'
+
+
+def test_kernels_that_cannot_or_should_not_run_are_not_tried(card):
+    table = card(head_dim=24)
+    assert table['attention, qk_norm'] == 'torch, head_dim 24 is not 16, 32, 64 or 128' and 'attention' not in m.IN_USE
+    card(dtype=torch.float32)
+    assert m.IN_USE == {'rms_norm', 'cross_entropy'}
 
 
 def test_without_triton_the_model_is_whole():
