@@ -33,8 +33,10 @@ import re
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 import urllib.request
+import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -50,6 +52,8 @@ SAMPLE_BYTES = 24_000_000    # the tokenizer learns from at most this; 8 MB give
 MIN_TRAIN_TOKENS = 256       # fewer cannot fill one block of any model worth training
 BATCH_BYTES = 4_000_000      # text encoded at once: enough to keep every thread busy, little enough to hold
 VAL_STORIES, PAIRS = 1000, 2000
+NOT_CODE = {'site-packages', 'dist-packages', 'test', 'tests'}   # of Python's library: others' code, data
+PATIENCE = 1.0               # seconds before a server is asked a second time
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 COUNTS = ('documents', 'words', 'bytes', 'tokens')
 META = set('dataset tokenizer vocab_size bos dtype sources splits files tokenizer_sha256 fingerprint'.split())
@@ -72,11 +76,25 @@ DATASETS = {                 # files: name in data/raw/<dataset> -> path in the 
         about='TinyStories (Eldan and Li 2023, arXiv 2305.07759); a document is a story',
         licence='CDLA-Sharing-1.0', repo='roneneldan/TinyStories',
         files={name: name for name in ('TinyStories-train.txt', 'TinyStories-valid.txt')}),
+    'tinystories_v2': dict(
+        about='TinyStories written by GPT-4 alone: another text than tinystories, another loss',
+        licence='CDLA-Sharing-1.0', repo='roneneldan/TinyStories',
+        files={name: name for name in ('TinyStoriesV2-GPT4-train.txt', 'TinyStoriesV2-GPT4-valid.txt')},
+        sha256={'TinyStoriesV2-GPT4-valid.txt':
+                '6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d'}),
     'simplestories': dict(
         about='SimpleStories (Finke et al. 2025, arXiv 2504.09184), its test split held out; a row a story',
         licence='MIT', repo='SimpleStories/SimpleStories',
         files={f'simplestories.train-{i:05d}-of-00007.parquet': f'data/train-{i:05d}-of-00007.parquet'
                for i in range(7)} | {'simplestories.dev.parquet': 'data/test-00000-of-00001.parquet'}),
+    'swedish': dict(
+        about='Swedish Wikipedia of November 2023, the first of its five files (554 MB of Parquet)',
+        licence='CC BY-SA 4.0, GFDL', repo='wikimedia/wikipedia',
+        files={'wikipedia_sv.parquet': '20231101.sv/train-00000-of-00005.parquet'},
+        sha256={'wikipedia_sv.parquet': 'd1b63dc7d7db0a71f06f59eee2376d8040b9690ac053f3e5275e94b483d5b4c4'}),
+    'python': dict(
+        about="the running Python's own library, or the .py files in data/raw/python; a file is a document",
+        licence='PSF-2.0 for the library', files={}),
 }
 
 
@@ -310,26 +328,59 @@ def fetch(dataset, raw, base_url):
     raw.mkdir(parents=True, exist_ok=True)
     for name, path in entry['files'].items():
         if name not in present:
-            download(f'{base_url or HUGGING_FACE}/{entry["repo"]}/resolve/main/{path}', raw / name)
+            url = f'{base_url or HUGGING_FACE}/{entry["repo"]}/resolve/main/{path}'
+            download(url, raw / name, entry.get('sha256', {}).get(name))
 
 
-def download(url, path):
+def download(url, path, sha256=None):
+    """One file, whole or not at all. A connection that breaks is taken up where it broke, now or next time;
+    a server in trouble is asked again, each time after twice as long; one that refuses is not."""
+    part, version = (path.with_name(f'.{path.name}.{kind}') for kind in ('part', 'version'))
+    for wait in (1, 2, 4, 8, None):
+        try:
+            receive(url, part, version)
+            break
+        except (OSError, http.client.HTTPException) as e:    # URLError, HTTPError and timeouts are OSErrors
+            if getattr(e, 'errno', None) in FULL:
+                raise
+            code = getattr(e, 'code', 0)
+            if code == 416 or not version.exists():          # nothing to go on from
+                part.unlink(missing_ok=True)
+                version.unlink(missing_ok=True)
+            if wait is None or 400 <= code < 500 and code not in (408, 416, 429):
+                login = ', it may want a login' if code in (401, 403) else ''
+                raise UserError(f'{url} could not be downloaded ({e}{login}): try again, or put it at '
+                                f'{path}') from None
+            time.sleep(wait * PATIENCE)
+    version.unlink(missing_ok=True)
+    with open(part, 'rb') as f:
+        head = f.read(512).lstrip().lower()
+    wrong = ('a web page came instead' if head.startswith((b'<!doctype html', b'<html')) else
+             'its sha256 is not the one expected' if sha256 and sha256_of(part) != sha256 else '')
+    if wrong:
+        part.unlink()
+        raise UserError(f'{url} is not the file it should be ({wrong}): try again, or put it at {path}')
+    os.replace(part, path)
+
+
+def receive(url, part, version):
+    """Appends to `part` what is missing of it; the file `version` holds the server's name for it."""
     from tqdm import tqdm
-    part = path.with_name(f'.{path.name}.part')
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(part, 'wb') as out:
-            size = int(response.headers.get('Content-Length') or 0)
-            with tqdm.wrapattr(response, 'read', total=size or None, desc=path.name, disable=None) as body:
+    held = part.stat().st_size if part.exists() and version.exists() else 0
+    headers = {'Range': f'bytes={held}-', 'If-Range': version.read_text()} if held else {}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
+        held = held if response.status == 206 else 0             # 200: all of it, from the start
+        size = held + int(response.headers.get('Content-Length') or 0)
+        with open(part, 'ab' if held else 'wb') as out:
+            name = response.headers.get('ETag') or response.headers.get('Last-Modified') or ''
+            version.unlink(missing_ok=True)
+            if name and not name.startswith('W/'):               # a weak name promises nothing about bytes
+                version.write_text(name)
+            with tqdm.wrapattr(response, 'read', total=size or None, initial=held, desc=part.name[1:-5],
+                               disable=None) as body:
                 shutil.copyfileobj(body, out, 1 << 20)
-            if size and out.tell() != size:
+            if size > held and out.tell() != size:
                 raise OSError(f'{out.tell():,} of {size:,} bytes came')
-        os.replace(part, path)
-    except (OSError, http.client.HTTPException) as e:        # URLError, HTTPError and timeouts are OSErrors
-        if getattr(e, 'errno', None) in FULL:
-            raise
-        raise UserError(f'{url} could not be downloaded ({e}): try again, or put it at {path}') from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -598,9 +649,13 @@ def build(dataset, tokenizer='bpe', vocab_size=8192, data_dir='data', overwrite=
 def fill(temp, o):
     """Writes all files of a data set into `temp`. Returns meta."""
     from tqdm import tqdm
-    t0 = time.time()
+    t0, dropped = time.time(), Counter()
+    made = o.dataset == 'stories' or o.dataset == 'python' and not any(
+        p.suffix != '.py' for p in o.root.rglob('[!.]*') if p.is_file())
     if o.dataset == 'stories':
         o.root = write_stories(temp, o.documents, o.seed)
+    elif made:
+        o.root = write_python(temp, o.root, dropped)
     elif not o.dataset.startswith('files:'):
         fetch(o.dataset, o.root, o.base_url)
     parts, ignored = find_parts(o.root)
@@ -634,8 +689,8 @@ def fill(temp, o):
         bos=tokenizer.bos, dtype=writers['train'].dtype, sources=names,
         splits={split: writer.meta(names) for split, writer in writers.items()},
         licence=DATASETS[o.dataset]['licence'] if o.dataset in DATASETS else 'as the files say',
-        report=dict(sorted(report.items())), ignored=ignored,
-        files=[] if o.dataset == 'stories' else stamp(parts),
+        report=dict(sorted((report + dropped).items())), ignored=ignored,
+        files=[] if made else stamp(parts),
         tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
         settings=dict(max_doc_bytes=o.max_doc_bytes, val_fraction=o.val_fraction, text_field=o.text_field,
                       documents=o.documents, seed=o.seed))
@@ -700,7 +755,7 @@ def open_data(folder, dataset=None):
     if meta['version'] != VERSION:
         raise UserError(f'{folder} has format {meta["version"]}, this program reads {VERSION}: {again}')
     root = source_root(dataset, folder.parent) if dataset else Path()
-    if dataset and dataset != 'stories' and root.exists() and stamp(find_parts(root)[0]) != meta['files']:
+    if dataset and meta['files'] and root.exists() and stamp(find_parts(root)[0]) != meta['files']:
         raise UserError(f'the files in {root} changed since {folder} was prepared: {again}')
     path = folder / TOKENIZERS[meta['tokenizer']].filename
     if not path.is_file() or sha256_of(path) != meta['tokenizer_sha256']:
@@ -958,6 +1013,23 @@ def write_stories(folder, count, seed):
                        ('pairs.jsonl', story_pairs(PAIRS, seed + 2))):
         with open(folder / name, 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(row if isinstance(row, dict) else dict(text=row)) + '\n' for row in rows)
+    return folder / 'raw'
+
+
+def write_python(folder, root, dropped):
+    """Writes a folder's code, or that of Python's own library, as a corpus on disk. Returns the corpus."""
+    root = root if root.exists() else Path(sysconfig.get_paths()['stdlib'])
+    (folder / 'raw').mkdir()
+    with open(folder / 'raw' / 'python.jsonl', 'w', encoding='utf-8') as f, warnings.catch_warnings():
+        warnings.simplefilter('ignore')                          # about the code that is read, not about ours
+        for path in sorted(root.rglob('*.py')):
+            if not NOT_CODE & set(path.relative_to(root).parts):
+                try:
+                    text = path.read_bytes().decode()
+                    compile(text, path.name, 'exec', dont_inherit=True)
+                    f.write(json.dumps(dict(text=text)) + '\n')
+                except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError, MemoryError):
+                    dropped['files dropped, no Python that compiles'] += 1
     return folder / 'raw'
 
 

@@ -236,6 +236,16 @@ def test_parquet(tmp_path, monkeypatch):
     refuses('pip install pyarrow', prepare, path, tmp_path)
 
 
+def test_parquet_where_pyarrow_is(tmp_path):
+    pa = pytest.importorskip('pyarrow')
+    from pyarrow.parquet import write_table
+    for split, n in (('train', 40), ('dev', 5)):
+        rows = prose(n, n)
+        write_table(pa.table(dict(story=rows, n=list(range(n)))), tmp_path / f'tales.{split}.parquet')
+    data = prepare(tmp_path, tmp_path / 'out')
+    assert texts(data, 'train') == prose(40, 40) and texts(data, 'val') == prose(5, 5)
+
+
 # Bad input: one sentence, and nothing left behind
 
 @pytest.mark.parametrize('content, match', [
@@ -392,38 +402,114 @@ def test_memory_does_not_grow(tmp_path, monkeypatch):
 
 # Download
 
+class Web:
+    """A server on loopback: files by path, and for each path a list of troubles, one a request, before it behaves."""
+
+    def __init__(self):
+        self.files, self.troubles, self.asked, self.version = {}, {}, [], '"1"'
+        web = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                name = self.path.rsplit('/', 1)[1]
+                web.asked.append((name, self.headers.get('Range')))
+                trouble = web.troubles[name].pop(0) if web.troubles.get(name) else None
+                body = web.files.get(name)
+                if isinstance(trouble, int) or body is None:
+                    return self.send_error(trouble or 404)
+                start = int((self.headers.get('Range') or 'bytes=0-')[6:-1])
+                whole = not start or self.headers.get('If-Range') != web.version or trouble == 'no ranges'
+                start = 0 if whole else start
+                if start >= len(body):
+                    return self.send_error(416)
+                self.send_response(200 if whole else 206)
+                self.send_header('Content-Length', str(len(body) - start + (94 if trouble == 'lie' else 0)))
+                self.send_header('ETag', web.version)
+                self.end_headers()
+                part = body[start:]
+                self.wfile.write(part[:len(part) // 2] if trouble in ('cut', 'no ranges') else part)
+
+        self.httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.httpd.server_port}'
+        threading.Thread(target=self.httpd.serve_forever, daemon=True).start()
+
+
 @pytest.fixture
-def server(tmp_path):
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'web')
-    handler.log_message = lambda *args: None
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield tmp_path / 'web/roneneldan/TinyStories/resolve/main', f'http://127.0.0.1:{httpd.server_port}'
-        httpd.shutdown()
+def web(monkeypatch):
+    monkeypatch.setattr(pd, 'PATIENCE', 0.01)
+    web = Web()
+    yield web
+    web.httpd.shutdown()
 
 
-def test_download(tmp_path, server):
-    web, url = server
-    write(web / 'TinyStories-train.txt', '\n<|endoftext|>\n'.join(prose(50)))
-    settings = dict(tokenizer='bytes', data_dir=tmp_path / 'data', base_url=url, quiet=True)
+STORIES = {name: '\n<|endoftext|>\n'.join(prose(n, n)).encode()
+           for name, n in (('TinyStories-train.txt', 50), ('TinyStories-valid.txt', 5))}
+
+
+def test_download(tmp_path, web):
+    web.files = {'TinyStories-train.txt': STORIES['TinyStories-train.txt']}
+    settings = dict(tokenizer='bytes', data_dir=tmp_path / 'data', base_url=web.url, quiet=True)
     message = refuses('404', pd.build, 'tinystories', **settings)
     assert str(tmp_path / 'data/raw/tinystories/TinyStories-valid.txt') in message
-    write(web / 'TinyStories-valid.txt', '\n<|endoftext|>\n'.join(prose(5, 3)))
+    assert web.asked.count(('TinyStories-valid.txt', None)) == 1                  # what is not there is not asked for again
+    web.files = dict(STORIES)
     data = pd.open_data(pd.build('tinystories', **settings), 'tinystories')
     assert (len(data.docs['train']), len(data.docs['val'])) == (50, 5)
     assert data.meta['sources'] == ['TinyStories']
     assert data.folder.name == 'tinystories-bytes' and data.meta['licence'] == 'CDLA-Sharing-1.0'
     assert not list((tmp_path / 'data/raw/tinystories').glob('.*'))
+    pd.build('tinystories', **settings, overwrite=True)                           # in place: nothing is asked for
+    assert [name for name, _ in web.asked] == ['TinyStories-train.txt'] + 2 * ['TinyStories-valid.txt']
 
 
-def test_download_cut_short(tmp_path, server, monkeypatch):
-    web, url = server
-    write(web / 'TinyStories-train.txt', 'short')
-    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, 'send_header',
-                        lambda self, k, v: self._headers_buffer.append(
-                            f'{k}: {"99" if k == "Content-Length" else v}\r\n'.encode()))
-    refuses('5 of 99 bytes', pd.build, 'tinystories', 'bytes', data_dir=tmp_path, base_url=url)
-    assert list((tmp_path / 'raw/tinystories').iterdir()) == []
+@pytest.mark.parametrize('troubles', [['cut'], ['cut', 'cut', 503], [503, 'cut', 429, 'cut'], ['no ranges', 'cut'], ['lie'],
+                                      ['cut', 416, 'cut']])
+def test_a_download_goes_on_where_it_broke(tmp_path, web, troubles):
+    web.files, web.troubles = {'f.txt': b'0123456789' * 1000}, {'f.txt': list(troubles)}
+    pd.download(f'{web.url}/f.txt', tmp_path / 'f.txt')
+    assert (tmp_path / 'f.txt').read_bytes() == web.files['f.txt'] and [p.name for p in tmp_path.iterdir()] == ['f.txt']
+    if troubles == ['cut', 'cut', 503]:
+        assert [r for _, r in web.asked] == [None, 'bytes=5000-', 'bytes=7500-', 'bytes=7500-']
+
+
+def test_a_download_goes_on_in_the_next_run_if_the_file_is_still_the_same(tmp_path, web):
+    web.files, web.troubles = {'f.txt': b'0123456789' * 1000}, {'f.txt': ['cut'] + [503] * 4}
+    message = refuses('503', pd.download, f'{web.url}/f.txt', tmp_path / 'f.txt')
+    assert 'try again' in message and not (tmp_path / 'f.txt').exists() and (tmp_path / '.f.txt.part').stat().st_size == 5000
+    web.asked.clear()
+    pd.download(f'{web.url}/f.txt', tmp_path / 'f.txt')
+    assert web.asked == [('f.txt', 'bytes=5000-')] and (tmp_path / 'f.txt').read_bytes() == web.files['f.txt']
+    web.troubles = {'g.txt': ['cut'] + [503] * 4}
+    web.files['g.txt'] = b'old' * 999
+    refuses('503', pd.download, f'{web.url}/g.txt', tmp_path / 'g.txt')
+    web.files['g.txt'], web.version = b'new' * 999, '"2"'
+    pd.download(f'{web.url}/g.txt', tmp_path / 'g.txt')
+    assert (tmp_path / 'g.txt').read_bytes() == b'new' * 999
+
+
+@pytest.mark.parametrize('body, digest, match', [
+    (b'<!DOCTYPE html><title>Log in</title>', None, 'a web page came'), (b'text', '0' * 64, 'sha256')])
+def test_a_download_of_something_else_is_refused(tmp_path, web, body, digest, match):
+    web.files = {'f.txt': body}
+    refuses(match, pd.download, f'{web.url}/f.txt', tmp_path / 'f.txt', digest)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_download_that_wants_a_login_or_never_comes_whole(tmp_path, web):
+    web.files, web.troubles = {'f.txt': b'5' * 5}, {'f.txt': [403] + ['lie'] * 5}
+    refuses('may want a login', pd.download, f'{web.url}/f.txt', tmp_path / 'f.txt')
+    refuses('5 of 99 bytes', pd.download, f'{web.url}/f.txt', tmp_path / 'f.txt')
+
+
+def test_digests_are_in_the_table(tmp_path, web):
+    web.files = {'TinyStoriesV2-GPT4-train.txt': b'a', 'TinyStoriesV2-GPT4-valid.txt': b'b'}
+    refuses('sha256', pd.build, 'tinystories_v2', 'bytes', data_dir=tmp_path, base_url=web.url)
+    for entry in pd.DATASETS.values():
+        assert entry['about'] and entry['licence'] and set(entry.get('sha256', {})) <= set(entry['files'])
+        assert all(re.fullmatch('[0-9a-f]{64}', digest) for digest in entry.get('sha256', {}).values())
 
 
 def test_download_without_network_says_where_to_put_the_file(tmp_path):
@@ -447,6 +533,34 @@ def test_local_corpus_in_place_of_the_download(tmp_path):
         write(tmp_path / 'raw/babylm' / f'mine.{split}', '\n\n'.join(prose(n, n)))
     data = pd.open_data(pd.build('babylm', 'bytes', data_dir=tmp_path, quiet=True), 'babylm')
     assert data.meta['sources'] == ['mine']
+
+
+# Python
+
+def test_python_is_the_library_of_the_python_that_runs(tmp_path, monkeypatch):
+    library = tmp_path / 'lib'
+    for n in range(30):
+        write(library / f'pkg/m{n}.py', f'"""Module {n}."""\n\ndef f{n}(x):\n    return x + {n}\n' * 9)
+    for name in ('site-packages/theirs.py', 'test/data.py', 'pkg/readme.txt'):
+        write(library / name, 'x = 1\n')
+    write(library / 'old.py', 'print "2.7"\n')
+    write(library / 'latin.py', b'# caf\xe9\n')
+    monkeypatch.setattr(pd.sysconfig, 'get_paths', lambda: dict(stdlib=str(library)))
+    data = pd.open_data(pd.build('python', 'bytes', data_dir=tmp_path, quiet=True), 'python')
+    written = sorted(texts(data, 'train') + texts(data, 'val'))
+    assert written == sorted((library / f'pkg/m{n}.py').read_text().rstrip() for n in range(30))
+    assert data.meta['report'] == {'files dropped, no Python that compiles': 2}
+
+
+def test_python_of_a_folder(tmp_path):
+    for n in range(9):
+        write(tmp_path / f'raw/python/a/m{n}.py', f'def f{n}(x):\n    return x * {n}\n' * 40)
+    data = pd.open_data(pd.build('python', 'bytes', data_dir=tmp_path, quiet=True), 'python')
+    assert len(texts(data, 'train') + texts(data, 'val')) == 9
+    for split, n in (('train', 30), ('dev', 4)):                   # and a corpus of another kind is taken as it is
+        write(tmp_path / f'b/raw/python/code.{split}.txt', '<|endoftext|>'.join(prose(n, n)))
+    data = pd.open_data(pd.build('python', 'bytes', data_dir=tmp_path / 'b', quiet=True), 'python')
+    assert (len(data.docs['train']), len(data.docs['val'])) == (30, 4) and data.meta['files']
 
 
 # Stories
