@@ -7,7 +7,8 @@
 It writes a folder such as data/babylm-bpe8192:
 
     train.bin val.bin test.bin     token ids back to back; each document is BOS and its tokens
-    <split>.docs.npy               a row a document: first token, raw bytes, source, difficulty
+    <split>.docs.npy               a row a document: first token, raw bytes, source, difficulty (0 unless scored)
+    <split>.scores.npy             with --scores, a row a document and a field a measure
     pairs.jsonl                    stories only: endings that fit and endings that do not
     tokenizer.*                    all that is needed to read the ids again
     meta.json                      counts, licences, what was dropped and why, the fingerprint
@@ -500,6 +501,165 @@ def read(part, o, report, bar):
 
 
 # ----------------------------------------------------------------------------------------------------
+# Near duplicates: MinHash (Broder 1997) over every five words in a row
+
+BANDS, ROWS = 14, 8          # as FineWeb (Penedo 2024, 2406.17557): of pairs that share 70, 75, 80, 85 % of
+PAD = 4                      # their five words in a row, 56, 77, 92, 98.8 % are found
+
+
+class Sketches:
+    """Band keys of documents: two documents with one key in common, in the same band, are near duplicates."""
+
+    def __init__(self):
+        self.hashes, self.texts, self.size, self.keys, self.held = {}, [], 0, [], []
+        odd = np.random.default_rng(5).integers(0, 2**63, (BANDS * ROWS + 5,), np.uint64) * 2 + 1
+        self.odd, self.gram = odd[5:], odd[:5]
+
+    def add(self, text, held):
+        self.texts.append(text)
+        self.held.append(held)
+        self.size += len(text)
+        if self.size > BATCH_BYTES:
+            self.write()
+
+    def write(self):
+        rows = [text.lower().split() or [text] for text in self.texts]
+        if len(self.hashes) > 1_000_000:                     # memory does not grow with the corpus
+            self.hashes.clear()
+        for word in set().union(*rows) - self.hashes.keys():
+            self.hashes[word] = zlib.crc32(word.encode('utf-8', 'surrogatepass')) + 1
+        lengths = np.array([len(row) + PAD for row in rows])
+        ends = lengths.cumsum()
+        words = np.zeros(ends[-1] + PAD, np.uint64)          # four zeros after each document
+        inside = np.ones(ends[-1], bool)
+        inside[(ends[:, None] - 1 - np.arange(PAD)).ravel()] = False
+        words[:ends[-1]][inside] = [self.hashes[word] for row in rows for word in row]
+        grams = sum(words[j:j + ends[-1]] * self.gram[j] for j in range(5))
+        grams ^= grams >> np.uint64(29)
+        least = np.stack([np.minimum.reduceat(np.where(inside, grams * a, ~np.uint64(0)), ends - lengths)
+                          for a in self.odd], 1) >> np.uint64(20)
+        bands = least.reshape(-1, BANDS, ROWS) * self.odd[:ROWS]
+        self.keys.append(np.bitwise_xor.reduce(bands ^ (bands >> np.uint64(31)), 2))
+        self.texts, self.size = [], 0
+
+    def repeats(self):
+        """A number a document, in the order they came: 0 for one to keep, 1 for one that is near a held-out
+        one, 2 for one that is near an earlier one. Held-out documents are kept."""
+        if self.texts:
+            self.write()
+        keys, held = np.concatenate(self.keys), np.array(self.held)
+        rank = np.empty(len(held), np.int64)
+        rank[np.argsort(~held, kind='stable')] = np.arange(len(held))        # held-out ones first
+        best = rank.copy()
+        for band in keys.T:
+            order = np.lexsort((rank, band))
+            first = np.flatnonzero(np.diff(band[order], prepend=band[order[0]] + np.uint64(1)))
+            group = np.repeat(rank[order[first]], np.diff(first, append=len(order)))
+            best[order] = np.minimum(best[order], group)
+        return np.where(held | (best == rank), 0, np.where(best < held.sum(), 1, 2))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Difficulty: numbers a document, kept beside the bins, so that a curriculum can change without encoding again
+
+SPOKEN_FIRST = (('childes',), ('bnc', 'switchboard', 'dialogue'), ('subtitles', 'qed'), ('cbt', 'stories'),
+                ('simple', 'easy'), ('wiki', 'gutenberg'))      # CLIMB's order (Diehl Martinez 2023, 2311.08886)
+TEXT_MEASURES = {
+    'compression': 'zlib bytes a byte, of the first 2,048: what repeats itself is short',
+    'mtld': 'words in a row until a third of them are repeats (McCarthy 2010)',
+    'diversity': 'different words among the first hundred, a share',
+    'sentence_words': 'words a sentence', 'word_letters': 'letters a word',
+    'flesch_kincaid': 'school grade, for English (Kincaid 1975)',
+    'lix': 'readability, for Swedish (Björnsson 1968)'}
+MEASURES = TEXT_MEASURES | {
+    'source_rank': '1 to 6, spoken to written; 0 where the source is none of those CLIMB ordered',
+    'unigram': 'bits a token under the training split\'s own frequencies',
+    'bigram': 'bits a token given the one before, by counts of the training split'}
+
+
+def mtld(words):
+    """Words a factor, which ends where the share of different words falls to 0.72; both ways, averaged."""
+    means = []
+    for row in (words, words[::-1]):
+        factors, seen, n = 0.0, set(), 0
+        for word in row:
+            seen.add(word)
+            n += 1
+            if len(seen) <= 0.72 * n:
+                factors, seen, n = factors + 1, set(), 0
+        factors += (1 - len(seen) / n) / 0.28 if n else 0
+        means.append(len(words) / factors if factors else len(words))
+    return sum(means) / 2
+
+
+def text_measures(text):
+    """The numbers of TEXT_MEASURES for one document."""
+    data, words = text.encode()[:2048], re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower()) or ['']
+    sentences = len(re.findall(r'[.!?]+(?=[\s"\'’”)]|$)|\n+', text.strip())) or 1
+    letters, a_sentence = sum(map(len, words)) / len(words), len(words) / sentences
+    syllables = sum(len(re.findall('[aeiouyåäöéü]+', word)) or 1 for word in words) / len(words)
+    long_words = sum(len(word) > 6 for word in words) / len(words)
+    return (len(zlib.compress(data, 6)) / len(data), mtld(words), len(set(words[:100])) / len(words[:100]),
+            a_sentence, letters, 0.39 * a_sentence + 11.8 * syllables - 15.59, a_sentence + 100 * long_words)
+
+
+def source_rank(name):
+    return next((rank for rank, names in enumerate(SPOKEN_FIRST, 1) if any(n in name for n in names)), 0)
+
+
+def surprisal(writers, vocab_size, chunk=1 << 22, slots=1 << 22):
+    """{split: (2, documents)}: mean bits a token by unigrams and by bigrams of the training split, without BOS.
+
+    Bigrams are counted in 2^22 slots by a hash, smoothed towards the unigrams (Dirichlet, 32 tokens' worth).
+    """
+    def read(split):
+        writer = writers[split]
+        tokens, starts = np.memmap(writer.path, writer.dtype, 'r'), np.concatenate(writer.rows)['start']
+        for first in range(0, len(tokens), chunk):
+            here = tokens[max(first - 1, 0):first + chunk].astype(np.int64)
+            before, token = (here[:-1], here[1:]) if first else (np.append(0, here[:-1]), here)
+            place = np.arange(first, first + len(token))
+            doc = np.searchsorted(starts, place, side='right') - 1
+            yield before, token, (before * 0x9E3779B1 + token * 0x85EBCA77) % slots, doc, place != starts[doc]
+
+    one, two, out = np.zeros(vocab_size), np.zeros(slots, np.int64), {}
+    for _, token, slot, _, _ in read('train'):
+        one += np.bincount(token, minlength=vocab_size)
+        two += np.bincount(slot, minlength=slots)
+    p_one = (one + 1) / (one + 1).sum()
+    for split, writer in writers.items():
+        n, own = sum(map(len, writer.rows)), split == 'train'    # an occurrence is no evidence for itself
+        sums, counts = np.zeros((2, n)), np.zeros(n)
+        for before, token, slot, doc, inside in read(split):
+            counts += np.bincount(doc[inside], minlength=n)
+            p_two = (two[slot] - own + 32 * p_one[token]) / (one[before] - own + 32)
+            for row, p in enumerate((p_one[token], np.minimum(p_two, 1))):
+                sums[row] -= np.bincount(doc[inside], np.log2(p[inside]), n)
+        out[split] = sums / np.maximum(counts, 1)
+    return out
+
+
+def write_scores(writers, names, vocab_size):
+    """<split>.scores.npy, a row a document and a field a measure. Returns their rank correlations."""
+    bits = surprisal(writers, vocab_size)
+    ranks = np.array([source_rank(name) for name in names])
+    for split, writer in writers.items():
+        table = np.zeros(len(bits[split][0]), [(name, '<f4') for name in MEASURES])
+        for name, column in zip(TEXT_MEASURES, np.concatenate(writer.scores).T):
+            table[name] = column
+        table['source_rank'] = ranks[np.concatenate(writer.rows)['source']]
+        table['unigram'], table['bigram'] = bits[split]
+        np.save(writer.path.with_name(f'{split}.scores.npy'), table)
+        docs = np.load(writer.path.with_name(f'{split}.docs.npy'))
+        docs['difficulty'] = table['bigram']
+        np.save(writer.path.with_name(f'{split}.docs.npy'), docs)
+        if split == 'train':
+            order = [table[name].argsort(kind='stable').argsort(kind='stable') for name in MEASURES]
+            together = np.corrcoef(order).round(2).tolist() if len(table) > 1 else []
+    return together
+
+
+# ----------------------------------------------------------------------------------------------------
 # Build: pass 1 checks everything, learns what validation holds and samples text; pass 2 encodes
 
 def key_of(doc):
@@ -511,12 +671,15 @@ def scan(parts, o, bar):
     """held: keys of validation and test; sample: key -> (rank, text) of training; below: where hashes decide,
     validation has the lower keys."""
     found = SimpleNamespace(held=set(), sample={}, below=int(o.val_fraction * 2**64), bytes=0, documents=0)
+    sketches = Sketches() if o.dedup else None
     ceiling, size, lowest = 2**64, 0, 2**64
     for part in parts:
         for doc, text in read(part, o, Counter(), bar):
             key, rank = key_of(doc)
             found.bytes += len(doc)
             found.documents += 1
+            if sketches:
+                sketches.add(text, part.split in ('val', 'test') or part.split == '' and key < found.below)
             if part.split in ('val', 'test'):
                 found.held.add(key)
             elif part.split == '' and key not in found.held:
@@ -533,14 +696,19 @@ def scan(parts, o, bar):
     if found.below <= lowest < 2**64:            # a small corpus: the lowest hash alone is validation
         found.below = lowest + 1
         found.sample.pop(lowest, None)
+    found.repeats = sketches.repeats() if sketches and found.documents else None
     return found
+
+
+REPEATS = ('', 'training documents dropped, near duplicates of held-out ones',
+           'training documents dropped, near duplicates of earlier ones')
 
 
 class SplitWriter:
     """Encodes documents in batches, appends them to <split>.bin, and counts them by source."""
 
-    def __init__(self, folder, split, tokenizer, n_sources):
-        self.path, self.tokenizer = folder / f'{split}.bin', tokenizer
+    def __init__(self, folder, split, tokenizer, n_sources, scoring=False):
+        self.path, self.tokenizer, self.scoring, self.scores = folder / f'{split}.bin', tokenizer, scoring, []
         self.dtype = '<u2' if tokenizer.vocab_size <= 65536 else '<u4'
         self.file, self.rows, self.tokens, self.batch, self.pending = open(self.path, 'wb'), [], 0, [], 0
         self.counts = np.zeros((n_sources, len(COUNTS)), np.int64)
@@ -559,6 +727,8 @@ class SplitWriter:
         rows['start'] = self.tokens + lengths.cumsum() - lengths
         rows['bytes'], rows['source'] = n_bytes, sources
         self.rows.append(rows)                   # 18 bytes a document, the one thing that grows
+        if self.scoring:
+            self.scores.append(np.array([text_measures(text) for text in texts], np.float32))
         words = [len(text.split()) for text in texts]
         np.add.at(self.counts, sources, np.stack([np.ones_like(lengths), words, n_bytes, lengths], 1))
         self.tokens += int(lengths.sum())
@@ -579,18 +749,21 @@ class SplitWriter:
 
 def encode(parts, found, tokenizer, folder, names, o, bar):
     """Writes the bins. Returns {split: SplitWriter}, what was dropped or cut, and a digest of the text."""
-    writers, report, digest = {}, Counter(), hashlib.sha256()
+    writers, report, digest, number = {}, Counter(), hashlib.sha256(), -1
     for part in parts:
         source = names.index(part.source)
         for doc, text in read(part, o, report, bar):
-            key = key_of(doc)[0]
+            key, number = key_of(doc)[0], number + 1
             if part.split in ('', 'train') and key in found.held:
                 report['training documents dropped, identical to held-out ones'] += 1
                 continue
             split = part.split or ('val' if key < found.below else 'train')
+            if split == 'train' and found.repeats is not None and found.repeats[number]:
+                report[REPEATS[found.repeats[number]]] += 1
+                continue
             digest.update(f'{split} {source} {len(doc)} '.encode() + doc)
             if split not in writers:
-                writers[split] = SplitWriter(folder, split, tokenizer, len(names))
+                writers[split] = SplitWriter(folder, split, tokenizer, len(names), o.scores)
             writers[split].add(source, len(doc), text)
     for writer in writers.values():
         writer.close()
@@ -612,7 +785,7 @@ def running(pid):
 
 def build(dataset, tokenizer='bpe', vocab_size=8192, data_dir='data', overwrite=False, base_url=None,
           val_fraction=VAL_FRACTION, max_doc_bytes=MAX_DOC_BYTES, text_field=None, gpt2_dir=None,
-          documents=40_000, seed=1337, quiet=False):
+          documents=40_000, seed=1337, dedup=False, scores=False, quiet=False):
     """Prepares a data set and returns its folder, which appears complete or not at all. See --help."""
     o = SimpleNamespace(**locals(), root=source_root(dataset, data_dir))
     folder = data_folder(dataset, tokenizer, vocab_size, data_dir)
@@ -684,6 +857,7 @@ def fill(temp, o):
     if tokens < MIN_TRAIN_TOKENS or 'val' not in writers:
         raise UserError(f'the training split has {tokens:,} tokens, {MIN_TRAIN_TOKENS} are needed, and '
                         f'validation {"some" if "val" in writers else "none"}: give more text or a .dev file')
+    together = write_scores(writers, names, tokenizer.vocab_size) if o.scores else None
     meta = dict(
         version=VERSION, dataset=o.dataset, tokenizer=o.tokenizer, vocab_size=tokenizer.vocab_size,
         bos=tokenizer.bos, dtype=writers['train'].dtype, sources=names,
@@ -693,7 +867,8 @@ def fill(temp, o):
         files=[] if made else stamp(parts),
         tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
         settings=dict(max_doc_bytes=o.max_doc_bytes, val_fraction=o.val_fraction, text_field=o.text_field,
-                      documents=o.documents, seed=o.seed))
+                      documents=o.documents, seed=o.seed, dedup=o.dedup, scores=o.scores),
+        rank_correlations=together)
     content = meta | dict(dataset=data_name(o.dataset))           # a path says nothing about the content
     meta['fingerprint'] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     meta['created'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
@@ -716,6 +891,10 @@ def summary(folder, meta):
     lines += [f'{count:,} {what}' for what, count in meta['report'].items() if count]
     if meta['ignored']:
         lines.append(f'left out, no split stands in their names: {", ".join(meta["ignored"])}')
+    if meta['rank_correlations']:
+        lines.append('rank correlations of the measures, over training documents')
+        lines += [f'{name:16}' + ''.join(f'{r:6.2f}' for r in row[:i + 1])
+                  for i, (name, row) in enumerate(zip(MEASURES, meta['rank_correlations']))]
     words, seconds = sum(s['words'] for s in meta['splits'].values()), max(meta['seconds'], 0.1)
     lines.append(f'{meta["vocab_size"]:,} ids ({meta["tokenizer"]}); {words:,} words in {seconds:.1f} s, '
                  f'{words / seconds:,.0f} words/s; {folder}')
@@ -1051,6 +1230,8 @@ def main(args=None):
     add('--val_fraction', type=float, default=VAL_FRACTION,
         help=f'documents held out by hash where there is no validation split ({VAL_FRACTION})')
     add('--max_doc_bytes', type=int, default=MAX_DOC_BYTES, help=f'cut longer documents ({MAX_DOC_BYTES})')
+    add('--dedup', action='store_true', help='drop training documents that nearly repeat another, by MinHash')
+    add('--scores', action='store_true', help=f'keep for every document: {", ".join(MEASURES)}')
     add('--text_field', help='the field of .jsonl and .parquet rows (text, else story)')
     add('--gpt2_dir', help='folder with vocab.bpe and encoder.json (<data_dir>/gpt2, else the network)')
     add('--base_url', help=f'a mirror in the place of {HUGGING_FACE}')

@@ -246,6 +246,120 @@ def test_parquet_where_pyarrow_is(tmp_path):
     assert texts(data, 'train') == prose(40, 40) and texts(data, 'val') == prose(5, 5)
 
 
+# Near duplicates
+
+def changed(text, *at):
+    """The text with other words at some places."""
+    words = text.split()
+    for i in at:
+        words[i % len(words)] = f'other{i}'
+    return ' '.join(words)
+
+
+def passages(n, seed):
+    rng = random.Random(seed)
+    return [' '.join(f'w{rng.randrange(3000)}' for _ in range(120)) for _ in range(n)]
+
+
+def test_near_duplicates_are_dropped_and_clean_documents_kept(tmp_path):
+    clean, val = passages(200, 1), passages(20, 2)
+    near = [changed(t, 5) for t in clean[:15]] + [t.upper() for t in clean[15:20]] + clean[20:25]
+    leaked = [changed(t, 60) for t in val[:10]]
+    far = [' '.join(t.split()[:40] + u.split()[:80]) for t, u in zip(clean[30:40], passages(10, 3))]   # share a third
+    write(tmp_path / 'in/a.train', '\n\n'.join(clean + near + leaked + far))
+    write(tmp_path / 'in/a.dev', '\n\n'.join(val + [changed(val[3], 7)]))
+    data = prepare(tmp_path / 'in', tmp_path / 'out', dedup=True)
+    assert texts(data, 'train') == clean + far and len(texts(data, 'val')) == 21       # held-out ones all stay
+    assert data.meta['report'] == {'training documents dropped, near duplicates of earlier ones': 25,
+                                   'training documents dropped, near duplicates of held-out ones': 10}
+    assert data.meta['settings']['dedup'] is True
+    assert len(texts(prepare(tmp_path / 'in', tmp_path / 'out'), 'train')) == 245      # it is a choice
+
+
+def test_near_duplicates_across_batches_and_a_split_by_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd, 'BATCH_BYTES', 3000)
+    docs = passages(300, 4)
+    rows = docs + [changed(t, 50) for t in docs]
+    write(tmp_path / 'x.txt', '\n\n'.join(rows))
+    data = prepare(tmp_path / 'x.txt', tmp_path / 'out', dedup=True, val_fraction=0.1)
+    train, val = set(texts(data, 'train')), set(texts(data, 'val'))
+    for a, b in zip(docs, rows[300:]):
+        assert (a in train) + (b in train) == (0 if {a, b} & val else 1)
+    again = prepare(tmp_path / 'x.txt', tmp_path / 'out', dedup=True, val_fraction=0.1)
+    assert again.meta['fingerprint'] == data.meta['fingerprint']
+
+
+def test_minhash_finds_as_many_as_it_should():
+    """Pairs that share 85 % of their five words in a row are nearly always found, pairs that share 40 % hardly ever."""
+    rng = random.Random(0)
+    for share, low, high in ((0.85, 0.93, 1), (0.4, 0, 0.06)):
+        sketches, n = pd.Sketches(), 150
+        for i in range(n):
+            words = [f'{i}w{rng.randrange(10**6)}' for _ in range(400)]
+            k = round(400 * 2 * share / (1 + share))                  # shared of the two: k / (800 - k)
+            sketches.add(' '.join(words), False)
+            sketches.add(' '.join(words[:k] + [f'{i}v{rng.randrange(10**6)}' for _ in range(400 - k)]), False)
+        found = sketches.repeats()[1::2]
+        assert low <= (found == 2).mean() <= high
+
+
+# Difficulty
+
+def test_measures_of_a_text_are_their_definitions():
+    text = 'The cat sat. The cat sat on the mat! It was remarkable, ordinarily.'
+    values = dict(zip(pd.TEXT_MEASURES, pd.text_measures(text)))
+    words = 'the cat sat the cat sat on the mat it was remarkable ordinarily'.split()
+    syllables = [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 5]              # as groups of vowels: re-ma-rka-ble, o-rdi-na-ri-ly
+    assert values['sentence_words'] == pytest.approx(13 / 3) and values['diversity'] == 9 / 13
+    assert values['word_letters'] == pytest.approx(sum(map(len, words)) / 13)
+    assert values['lix'] == pytest.approx(13 / 3 + 100 * 2 / 13)
+    assert values['flesch_kincaid'] == pytest.approx(0.39 * 13 / 3 + 11.8 * sum(syllables) / 13 - 15.59)
+    assert pd.mtld('a a a a a a'.split()) == 2 and pd.mtld(list('abcdefgh')) == 8
+    assert pd.mtld('a b c d a b c d a b c d'.split()) == pytest.approx(12 / (2 + (1 - 2 / 2) / 0.28))
+    easy, hard = pd.text_measures('la la ' * 300)[0], pd.text_measures(' '.join(map(str, range(9000, 9400))))[0]
+    assert easy < 0.05 < hard
+
+
+def test_surprisal_is_that_of_slow_counts(tmp_path):
+    write(tmp_path / 'in/a.train', '\n\n'.join(prose(40, 1)))
+    write(tmp_path / 'in/a.dev', '\n\n'.join(prose(6, 2)))
+    data = prepare(tmp_path / 'in', tmp_path / 'out', scores=True)
+    one, two = Counter(data.tokens['train'].tolist()), Counter()
+    tokens = data.tokens['train'].tolist()
+    two.update(zip([0] + tokens[:-1], tokens))
+    total = sum(one.values()) + 257
+    for split, own in (('train', 1), ('val', 0)):
+        scores = np.load(data.folder / f'{split}.scores.npy')
+        assert scores.dtype.names == tuple(pd.MEASURES) and len(scores) == len(data.docs[split])
+        assert (scores['bigram'] == data.docs[split]['difficulty']).all()
+        for text, row in zip(texts(data, split), scores):
+            ids = [256, *text.encode()]
+            p = [(one[t] + 1) / total for t in ids]
+            bits = [-log((two[a, b] - own + 32 * q) / (one[a] - own + 32), 2) for a, b, q in zip(ids, ids[1:], p[1:])]
+            assert row['unigram'] == pytest.approx(-sum(log(q, 2) for q in p[1:]) / len(text), rel=1e-5)
+            assert row['bigram'] == pytest.approx(sum(bits) / len(bits), rel=1e-4)
+            assert row['mtld'] == pytest.approx(pd.mtld(re.findall('[a-z]+', text)), rel=1e-5)
+    assert len(data.meta['rank_correlations']) == len(pd.MEASURES)
+
+
+def test_surprisal_in_pieces_is_surprisal(tmp_path, monkeypatch):
+    write(tmp_path / 'in/childes.train', '\n\n'.join(prose(40, 1)))
+    write(tmp_path / 'in/childes.dev', '\n\n'.join(prose(6, 2)))
+    whole = prepare(tmp_path / 'in', tmp_path / 'a', scores=True)
+    monkeypatch.setattr(pd.surprisal, '__defaults__', (101, 1 << 22))
+    pieces = prepare(tmp_path / 'in', tmp_path / 'b', scores=True)
+    for split in ('train', 'val'):
+        a, b = (np.load(d.folder / f'{split}.scores.npy') for d in (whole, pieces))
+        np.testing.assert_allclose(a['bigram'], b['bigram'], rtol=1e-5)
+        assert (a['source_rank'] == 1).all()
+
+
+def test_the_order_of_sources():
+    ranks = {name: pd.source_rank(name) for name in ('childes', 'aochildes', 'bnc_spoken', 'switchboard', 'open_subtitles', 'qed',
+                                                     'cbt', 'children_stories', 'simple_wikipedia', 'wikipedia', 'gutenberg', 'x')}
+    assert list(ranks.values()) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 6, 0]
+
+
 # Bad input: one sentence, and nothing left behind
 
 @pytest.mark.parametrize('content, match', [
