@@ -7,7 +7,7 @@
 It writes a folder such as data/babylm-bpe8192:
 
     train.bin val.bin test.bin     token ids back to back; each document is BOS and its tokens
-    <split>.docs.npy               a row a document: first token, raw bytes, source, difficulty (0 unless scored)
+    <split>.docs.npy               a row a document: first token, raw bytes, source, difficulty or 0
     <split>.scores.npy             with --scores, a row a document and a field a measure
     pairs.jsonl                    stories only: endings that fit and endings that do not
     tokenizer.*                    all that is needed to read the ids again
@@ -563,7 +563,7 @@ class Sketches:
 # Difficulty: numbers a document, kept beside the bins, so that a curriculum can change without encoding again
 
 SPOKEN_FIRST = (('childes',), ('bnc', 'switchboard', 'dialogue'), ('subtitles', 'qed'), ('cbt', 'stories'),
-                ('simple', 'easy'), ('wiki', 'gutenberg'))      # CLIMB's order (Diehl Martinez 2023, 2311.08886)
+                ('simple', 'easy'), ('wiki', 'gutenberg'))   # CLIMB's order (Diehl Martinez 2023, 2311.08886)
 TEXT_MEASURES = {
     'compression': 'zlib bytes a byte, of the first 2,048: what repeats itself is short',
     'mtld': 'words in a row until a third of them are repeats (McCarthy 2010)',
@@ -608,7 +608,7 @@ def source_rank(name):
 
 
 def surprisal(writers, vocab_size, chunk=1 << 22, slots=1 << 22):
-    """{split: (2, documents)}: mean bits a token by unigrams and by bigrams of the training split, without BOS.
+    """{split: (2, documents)}: mean bits a token by unigrams and bigrams of the training split, without BOS.
 
     Bigrams are counted in 2^22 slots by a hash, smoothed towards the unigrams (Dirichlet, 32 tokens' worth).
     """
