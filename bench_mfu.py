@@ -253,7 +253,7 @@ class Ours:
         self.settings = type(s)(**{**vars(s), 'optimizer': optimizer})
         self.optimizers = train.make_optimizers(self.model, self.settings, dtype)
         self.step_model = torch.compile(self.model, dynamic=False) if compile else self.model
-        stream = train.Stream(data.tokens['train'], data.docs['train'], s.seed)
+        stream = train.make_stream(s, data)
         self.batches = train.Prefetcher(stream, 0, s.tokens_per_step // config.block_size, micro,
                                         config.block_size, 0, 1, device)
         self.number = iter(range(10 ** 9))
@@ -767,8 +767,7 @@ def measure(own, s, config, data, micro, device, dtype, compiling, peak):
     T = config.block_size
     print(f'{config.describe()}\nmicro-batches of {micro} x {T}')
     print('\n'.join(m.choose_kernels(s.kernels, config, device, dtype)))
-    stream = train.Stream(data.tokens['train'], data.docs['train'], s.seed)
-    idx = torch.from_numpy(stream.read(0, micro * T)).view(micro, T).to(device)
+    idx = torch.from_numpy(train.make_stream(s, data).read(0, micro * T)).view(micro, T).to(device)
     attended = GPT(config).to(device).attended(idx)
     rates = machine(config, micro * T, device, dtype)
     print(f'matrix products of {rates["rows"]:,} rows, GFLOP/s: '

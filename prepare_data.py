@@ -968,6 +968,22 @@ def open_split(data, split, counts):
     data.tokens[split], data.docs[split] = tokens, docs
 
 
+def source_weights(text, data):
+    """How often an epoch reads each source, from 'childes:2,gutenberg:0.5'; None from nothing."""
+    weights = dict.fromkeys(data.meta['sources'], 1.0)
+    for part in text.split(',') if text else ():
+        name, _, value = part.strip().partition(':')
+        if name not in weights:
+            raise UserError(f'weights names {name!r}, the sources of {data.folder} are {", ".join(weights)}')
+        if not re.fullmatch(r'\d{1,3}(\.\d*)?|\.\d+', value):
+            raise UserError(f'weights gives {name} {value!r}: write a number below 1000, like {name}:2')
+        weights[name] = float(value)
+    trained = data.meta['splits']['train']['sources']
+    if sum(weights[name] * n['documents'] for name, n in trained.items()) < 1:
+        raise UserError(f'weights leave nothing to train on: weigh one of {", ".join(trained)} above 0')
+    return list(weights.values()) if text else None
+
+
 # ----------------------------------------------------------------------------------------------------
 # Stories: a generated world, seeded and endless
 #

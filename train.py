@@ -29,6 +29,7 @@ FIRST_OF_TORCHRUN = os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0'
 STARTED = time.monotonic() - process_age(os.getppid() if FIRST_OF_TORCHRUN else 'self')
 
 import ast
+import bisect
 import dataclasses
 import datetime
 import difflib
@@ -71,6 +72,7 @@ class Settings:
     dataset: str = 'stories'          # a name that `python prepare_data.py --help` lists, or files:<path>
     tokenizer: str = 'bpe'            # 'bpe', 'bytes' or 'gpt2'
     vocab_size: int = 8192            # entries of a bpe tokenizer
+    weights: str = ''                 # how often an epoch reads a source: 'childes:2,gutenberg:0.5'; or 1
     data_dir: str = 'data'            # where prepared data stands
     out_dir: str = ''                 # where the run goes; empty: out/<names of the configs>
     overwrite: bool = False           # replace the run that out_dir holds
@@ -200,29 +202,37 @@ def read_settings(argv):
 # ---- data: batches as a pure function of (seed, step, rank) ------------------------------------------------
 
 class Stream:
-    """The endless stream of training tokens: every document once an epoch, in the order of (seed, epoch)."""
+    """The endless stream of training tokens, in the order of (seed, epoch): an epoch has every document once,
+    or as often as its source weighs; 2.3 is all of a source's documents twice and 30 % of them once more."""
 
-    def __init__(self, tokens, docs, seed):
+    def __init__(self, tokens, docs, seed, weights=None):
         self.tokens, self.starts, self.seed = tokens, np.asarray(docs['start']), seed
         self.lengths = np.diff(np.append(self.starts, len(tokens)))
+        self.weights, self.sources, self.ends = weights, docs['source'], [0]     # ends: of the epochs so far
         self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
 
     def epoch(self, number):
         """Documents' first tokens in this epoch's order, and where each stands in the epoch's stream."""
-        order = np.random.default_rng([self.seed, number]).permutation(len(self.starts))
+        dice = np.random.default_rng([self.seed, number])
+        order = dice.permutation(len(self.starts))
+        if self.weights is not None:
+            of = [order[self.sources[order] == source] for source in range(len(self.weights))]
+            part = [math.ceil(round(w % 1 * len(mine), 6)) for mine, w in zip(of, self.weights)]
+            times = [[mine] * int(w) + [mine[:n]] for mine, w, n in zip(of, self.weights, part)]
+            order = dice.permutation(np.concatenate(sum(times, [])))
         return self.starts[order], np.concatenate([[0], np.cumsum(self.lengths[order])])
 
     def read(self, first, count):
         """Tokens first .. first + count of the stream, int64."""
-        number, first = divmod(first, len(self.tokens))
+        while self.ends[-1] <= first:
+            self.ends.append(self.ends[-1] + int(self.epoch(len(self.ends) - 1)[1][-1]))
+        number = bisect.bisect(self.ends, first) - 1
         starts, places = self.epoch(number)
-        here = min(count, len(self.tokens) - first)
-        position = np.arange(first, first + here)
+        position = np.arange(first, min(first + count, self.ends[number + 1])) - self.ends[number]
         doc = np.searchsorted(places, position, side='right') - 1
         out = self.tokens[starts[doc] + position - places[doc]].astype(np.int64)
-        if here == count:
-            return out
-        return np.concatenate([out, self.read((number + 1) * len(self.tokens), count - here)])
+        rest = count - len(out)
+        return np.concatenate([out, self.read(first + len(out), rest)]) if rest else out
 
 
 class Prefetcher:
@@ -573,15 +583,21 @@ def open_or_build(s, rank):
     return prepare_data.open_data(folder, s.dataset)
 
 
+def make_stream(s, data):
+    """The training stream of a run."""
+    weights = prepare_data.source_weights(s.weights, data)
+    return Stream(data.tokens['train'], data.docs['train'], s.seed, weights)
+
+
 # ---- the run -----------------------------------------------------------------------------------------------
 
 LEAVING = 0.6       # seconds from the last line printed to the prompt back
 UNPRINTED = ('evals', 'settings', 'config', 'hardware', 'versions', 'data', 'sample')    # or told below
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 # settings that decide what a step computes: a run that goes on must not change them
-STEP_KEYS = ('seed', 'dtype', 'tokens_per_step', 'max_steps', 'max_tokens', 'optimizer', 'learning_rate',
-             'embedding_lr', 'head_lr', 'scalar_lr', 'weight_decay', 'momentum', 'beta1', 'beta2',
-             'grad_clip', 'warmup_frac', 'cooldown_frac', 'final_lr_frac')
+STEP_KEYS = ('seed', 'weights', 'dtype', 'tokens_per_step', 'max_steps', 'max_tokens', 'optimizer',
+             'learning_rate', 'embedding_lr', 'head_lr', 'scalar_lr', 'weight_decay', 'momentum', 'beta1',
+             'beta2', 'grad_clip', 'warmup_frac', 'cooldown_frac', 'final_lr_frac')
 
 
 class Stopped(Exception):
@@ -712,7 +728,8 @@ def main(argv):
         torch.set_rng_state(checkpoint['rng'])
     name = hardware(device)
     peak = peak_flops(name) if device == 'cuda' and dtype_name == 'bfloat16' else None
-    stream, rows = Stream(data.tokens['train'], data.docs['train'], s.seed), s.tokens_per_step // s.block_size
+    stream, rows = make_stream(s, data), s.tokens_per_step // s.block_size
+    epoch_tokens = int(stream.epoch(0)[1][-1])
     early = torch.from_numpy(stream.read(0, 64 * s.block_size)).view(64, -1).to(device)
     flops = config.flops_per_token(model.attended(early))      # of 64 rows: documents end before a row does
     changed = {k: v for k, v in vars(s).items() if v != KEYS[k].default}
@@ -808,7 +825,7 @@ def main(argv):
     # ---- loop
     if s.dry_run:
         batches.close()
-        return say_plan(s, clock, data, flops, step_seconds, closing_seconds(), say)
+        return say_plan(s, clock, epoch_tokens, flops, step_seconds, closing_seconds(), say)
     until = f'until the clock says {s.budget_minutes:g} minutes'
     until = f'{clock.max_steps} steps' if clock.max_steps else until
     share = 'whole' if slices == sample.SLICES else f'{slices}/{sample.SLICES} of it'
@@ -923,7 +940,7 @@ def main(argv):
     report = dict(
         val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
         val_loss=result['loss'], val_bpb_per_source=result['per_source'], evals=evals, steps=step,
-        tokens=tokens, epochs=tokens / train_tokens, **{f'{kind}_params': n for kind, n in sizes.items()},
+        tokens=tokens, epochs=tokens / epoch_tokens, **{f'{kind}_params': n for kind, n in sizes.items()},
         active_params=sizes['total'], flops=tokens * flops, flops_per_token=flops,
         tok_per_sec=tokens / trained, mfu=speed / (peak * world) if peak else None, tflops=speed / 1e12,
         data_wait_share=float(waited / stepped), skipped_steps=skipped,
@@ -955,15 +972,14 @@ def seconds_of(work, times):
     return best
 
 
-def say_plan(s, clock, data, flops, step_seconds, closing, say):
+def say_plan(s, clock, epoch_tokens, flops, step_seconds, closing, say):
     """What --dry_run found out: how many tokens and epochs the budget buys, and what it costs."""
     seconds = clock.budget - (closing + clock.age() - clock.trained if s.budget_counts == 'all' else 0)
     tokens = max(0, int(seconds / step_seconds)) * s.tokens_per_step
-    epochs = tokens / len(data.tokens['train'])
     dollars = clock.budget / 3600 * s.dollars_per_hour
     price = f'{dollars:.2f} dollars' if s.dollars_per_hour else 'unknown, set dollars_per_hour'
     say(f'---\ndry_run: data, vocabulary, memory and disk are fine\nstep_seconds: {step_seconds:.3f}\n'
-        f'closing_seconds: {closing:.1f}\ntokens: {tokens:,}\nepochs: {epochs:.2f}\n'
+        f'closing_seconds: {closing:.1f}\ntokens: {tokens:,}\nepochs: {tokens / epoch_tokens:.2f}\n'
         f'flops: {tokens * flops:.3g}\ndollars: {price}')
 
 

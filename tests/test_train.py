@@ -171,6 +171,43 @@ def test_read_is_the_slow_concatenation():
         assert stream.read(first, count).tolist() == slow[first:first + count]
 
 
+def test_weights_say_how_often_an_epoch_reads_a_source():
+    tokens, docs, lengths = toy(100)
+    docs['source'] = np.arange(100) % 4                                # 25 documents each
+    stream = train.Stream(tokens, docs, 3, [2.2, 0.4, 0.0, 1.0])
+    at, parts = 0, []
+    for epoch in range(3):
+        n = int(stream.epoch(epoch)[1][-1])
+        read = stream.read(at, n)
+        times = np.array([(read == start).sum() for start in docs['start']])       # of a document's first token
+        by_source = [np.bincount(times[docs['source'] == s], minlength=4)[:4].tolist() for s in range(4)]
+        assert by_source == [[0, 0, 20, 5], [15, 10, 0, 0], [25, 0, 0, 0], [0, 25, 0, 0]]
+        assert n == (times * lengths).sum()
+        parts.append(tuple(np.flatnonzero(times == 3)))
+        at += n
+    assert len(set(parts)) == 3                                         # the part is another one in every epoch
+    again = train.Stream(tokens, docs, 3, [2.2, 0.4, 0.0, 1.0])
+    assert np.array_equal(again.read(at - 500, 900), stream.read(at - 500, 900))
+    assert len(train.Stream(tokens, docs, 3, [0, 0.01, 0, 0]).read(0, 100)) == 100
+
+
+@pytest.mark.parametrize('text, match', [('childes:2', 'notes, tales'), ('tales', 'tales:2'), ('tales:-1', "'-1'"),
+                                         ('tales:0,notes:0', 'nothing to train on'), ('tales:nan', 'nan')])
+def test_weights_that_cannot_be(corpus, main, text, match):
+    with pytest.raises(UserError, match=match):
+        main(f'--weights={text}', '--max_steps=1')
+
+
+def test_weights_change_what_is_read(corpus):
+    s, data = train.read_settings([*corpus.args, '--weights=tales:0, notes:1.5']), corpus.open()
+    assert train.make_stream(s, data).weights == [1.5, 0.0]
+    notes = data.docs['train']['source'] == data.meta['sources'].index('notes')
+    ends = np.append(data.docs['train']['start'][1:], len(data.tokens['train']))
+    mean = (ends - data.docs['train']['start'])[notes].sum() * 1.5
+    assert int(train.make_stream(s, data).epoch(0)[1][-1]) == pytest.approx(mean, rel=0.05)
+    assert train.make_stream(train.read_settings(corpus.args), data).weights is None
+
+
 def prefetched(rank, world, micro, steps, first=0, rows_per_step=8, T=5):
     tokens, docs, _ = toy(60)
     batches = train.Prefetcher(train.Stream(tokens, docs, 1), first, rows_per_step, micro, T, rank, world, 'cpu')
