@@ -652,7 +652,7 @@ def shared_memory(x):
     """Bytes of shared memory one program may have where x is: 101,376 on an RTX 4090, 232,448 on an H100."""
     if x.device.type != 'cuda':
         return 101376
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    return getattr(torch.cuda.get_device_properties(x.device), 'shared_memory_per_block_optin', 101376)
 
 
 LOG2E = constexpr(math.log2(math.e))
