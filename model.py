@@ -862,6 +862,15 @@ def tile_of(x_ptr, rows, T, STRIDE: constexpr, D: constexpr, EDGE: constexpr):
 
 
 @jit
+def key_blocks(m0, first_ptr, T, BLOCK_M: constexpr, BLOCK_N: constexpr):
+    """Of what queries from m0 on see: the first block, from where to m0 all see all, blocks at the edges."""
+    end = tl.minimum(m0 + BLOCK_M, T)
+    low = tl.load(first_ptr + m0) // BLOCK_N * BLOCK_N
+    whole = tl.minimum(tl.cdiv(tl.load(first_ptr + end - 1), BLOCK_N) * BLOCK_N, m0)
+    return low, whole, (whole - low) // BLOCK_N + tl.cdiv(end - m0, BLOCK_N)
+
+
+@jit
 def attend_keys(n, acc, total, top, q, k_ptr, v_ptr, rows, first, T, SCALE: constexpr, STRIDE_QK: constexpr,
                 STRIDE_V: constexpr, D: constexpr, BLOCK_N: constexpr, PRECISION: constexpr,
                 EDGE: constexpr):
@@ -892,15 +901,13 @@ def attention_kernel(qk_ptr, v_ptr, o_ptr, lse_ptr, first_ptr, T, SCALE: constex
     inside = rows < T
     q = tile_of(qk_ptr + h * D, rows, T, STRIDE_QK, D, True)
     first = tl.load(first_ptr + rows, mask=inside, other=0)
-    end = tl.minimum(m0 + BLOCK_M, T)
-    low = tl.load(first_ptr + m0) // BLOCK_N * BLOCK_N
-    whole = tl.minimum(tl.cdiv(tl.load(first_ptr + end - 1), BLOCK_N) * BLOCK_N, m0)
+    low, whole, edges = key_blocks(m0, first_ptr, T, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     total, top = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], -1e30, tl.float32)
     for n in range(whole, m0, BLOCK_N):                             # all of these rows see all of these keys
         acc, total, top = attend_keys(n, acc, total, top, q, k_ptr, v_ptr, rows, first, T, SCALE, STRIDE_QK,
                                       STRIDE_V, D, BLOCK_N, PRECISION, False)
-    for i in range((whole - low) // BLOCK_N + tl.cdiv(end - m0, BLOCK_N)):
+    for i in range(edges):
         n = low + i * BLOCK_N
         n = tl.where(n < whole, n, n - whole + m0)                  # where documents begin, then the diagonal
         acc, total, top = attend_keys(n, acc, total, top, q, k_ptr, v_ptr, rows, first, T, SCALE, STRIDE_QK,
@@ -944,14 +951,12 @@ def attention_dq_kernel(qk_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dqk_pt
     tl.store(delta_ptr + stat, delta, mask=inside)
     lse = tl.load(lse_ptr + stat, mask=inside, other=0.0)
     first = tl.load(first_ptr + rows, mask=inside, other=0)
-    end = tl.minimum(m0 + BLOCK_M, T)
-    low = tl.load(first_ptr + m0) // BLOCK_N * BLOCK_N
-    whole = tl.minimum(tl.cdiv(tl.load(first_ptr + end - 1), BLOCK_N) * BLOCK_N, m0)
+    low, whole, edges = key_blocks(m0, first_ptr, T, BLOCK_M, BLOCK_N)
     dq = tl.zeros([BLOCK_M, D], tl.float32)
     for n in range(whole, m0, BLOCK_N):
         dq = gradient_from_keys(n, dq, q, do, lse, delta, k_ptr, v_ptr, rows, first, T, SCALE, STRIDE_QK,
                                 STRIDE_V, D, BLOCK_N, PRECISION, False)
-    for i in range((whole - low) // BLOCK_N + tl.cdiv(end - m0, BLOCK_N)):
+    for i in range(edges):
         n = low + i * BLOCK_N
         n = tl.where(n < whole, n, n - whole + m0)
         dq = gradient_from_keys(n, dq, q, do, lse, delta, k_ptr, v_ptr, rows, first, T, SCALE, STRIDE_QK,
