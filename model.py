@@ -137,7 +137,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.qk_norm, self.bos = config.qk_norm, config.bos
-        self.token_shift, self.rotary_dim = config.token_shift, config.rotary_dim
+        slow = slow_channels(self.head_dim, config.rotary_dim) if config.token_shift else None
+        self.register_buffer('from_before', slow, persistent=False)
         # scores of up to 15: unit heads alone reach sqrt D, too flat a softmax to pick out one token
         self.scale = 15 / self.head_dim if config.qk_norm else self.head_dim ** -0.5
         self.q = Linear(config.n_embd, self.n_head * self.head_dim)
@@ -168,9 +169,8 @@ class Attention(nn.Module):
     def heads(self, qkv, idx, cos, sin, cache=None):
         """q (B, H, T, D), k, v (B, H_kv, T, D) as attention takes them."""
         q, k, v = qkv.transpose(1, 2).split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-        if self.token_shift:
-            before = shift(k, (idx != self.bos)[:, None, :, None], self, cache)
-            k = torch.where(slow_channels(self.head_dim, self.rotary_dim, k.device), before, k)
+        if self.from_before is not None:
+            k = torch.where(self.from_before, shift(k, (idx != self.bos)[:, None, :, None], self, cache), k)
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         return rotary(q, cos, sin), rotary(k, cos, sin), v
@@ -406,9 +406,9 @@ def rotary(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def slow_channels(D, R, device=None):
+def slow_channels(D, R):
     """(D,): the half of a head's channels that rotary embedding turns least, or not at all (R <= D turn)."""
-    channel = torch.arange(D, device=device)
+    channel = torch.arange(D)
     return (channel >= R) | (channel % (R // 2) >= (R + 3) // 4)
 
 
@@ -1094,7 +1094,7 @@ def precision(x):
 
 def attend(layer, qkv, idx, cos, sin, first, last):
     """o (B, T, H, D) of an Attention layer's packed qkv: all between its two products."""
-    flags = layer.qk_norm, layer.token_shift
+    flags = layer.qk_norm, layer.from_before is not None
     if 'qk_norm' not in IN_USE:
         qkv = torch.cat(layer.heads(qkv, idx, cos, sin), dim=1).transpose(1, 2).contiguous()
         cos, sin, flags = cos[:, :0], sin[:, :0], (False, False)

@@ -85,7 +85,7 @@ def check_attention(case, dtype, in_use=None):
     T, D, H, H_kv, kind, window, options = case
     config = GPTConfig(vocab_size=50, block_size=T, n_layer=1, n_head=H, n_kv_head=H_kv, head_dim=D, n_embd=32, window=window,
                        **options)
-    layer, gpt = Attention(config, 0), GPT(config)
+    layer, gpt = Attention(config, 0).to(DEVICE), GPT(config)
     idx = documents(2, T, kind)
     first = gpt.first_visible(idx)
     last = m.last_visible_to(first)
@@ -140,7 +140,7 @@ def packed(rows, source):
 
 def test_documents_may_stand_anywhere_and_do_not_touch_each_other():
     config = GPTConfig(vocab_size=50, block_size=70, n_layer=1, n_head=2, n_embd=64)
-    layer, gpt = Attention(config, 0), GPT(config)
+    layer, gpt = Attention(config, 0).to(DEVICE), GPT(config)
     source = torch.randn(140, 6, 32, device=DEVICE)                # document (a, n) is source[a:a + n]
     one = [[(0, 33), (33, 37)], [(70, 64), (134, 6)]]
     two = [[(134, 6), (70, 64)], [(33, 37), (0, 33)]]
@@ -160,7 +160,7 @@ def test_twice_the_same_bits():
         o.square().sum().backward()
         return o, qkv.grad
     config = GPTConfig(vocab_size=50, block_size=70, n_layer=1, n_head=2, n_kv_head=1, head_dim=32, n_embd=64)
-    layer, gpt = Attention(config, 0), GPT(config)
+    layer, gpt = Attention(config, 0).to(DEVICE), GPT(config)
     assert all(torch.equal(a, b) for a, b in zip(run(), run()))
 
 
