@@ -40,15 +40,13 @@ import urllib.request
 import warnings
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 VERSION = 1                  # of the bin format; the trainer refuses any other
-MAX_DOC_BYTES = 16384        # longer documents are cut into passages, so that shuffling means something
-VAL_FRACTION = 0.02          # of the documents, by hash, where a corpus brings no validation split of its own
 SAMPLE_BYTES = 24_000_000    # the tokenizer learns from at most this; 8 MB gives 0.2 % fewer bytes per token
 MIN_TRAIN_TOKENS = 256       # fewer cannot fill one block of any model worth training
 BATCH_BYTES = 4_000_000      # text encoded at once: enough to keep every thread busy, little enough to hold
@@ -775,6 +773,10 @@ def sha256_of(path, size=-1):
         return hashlib.sha256(f.read(size)).hexdigest()
 
 
+def option(default, help):
+    return field(default=default, metadata=dict(help=help))
+
+
 def running(pid):
     try:
         os.kill(pid, 0)                          # signal 0 asks and sends nothing
@@ -783,16 +785,36 @@ def running(pid):
     return True
 
 
-def build(dataset, tokenizer='bpe', vocab_size=8192, data_dir='data', overwrite=False, base_url=None,
-          val_fraction=VAL_FRACTION, max_doc_bytes=MAX_DOC_BYTES, text_field=None, gpt2_dir=None,
-          documents=40_000, seed=1337, dedup=False, scores=False, quiet=False):
-    """Prepares a data set and returns its folder, which appears complete or not at all. See --help."""
-    o = SimpleNamespace(**locals(), root=source_root(dataset, data_dir))
-    folder = data_folder(dataset, tokenizer, vocab_size, data_dir)
-    if folder.exists() and not overwrite:
+@dataclass
+class Options:
+    """How a data set is prepared: the options of the command line, those that decide its content first."""
+    tokenizer: str = option('bpe', 'one of bpe, bytes, gpt2')
+    vocab_size: int = option(8192, 'ids in all, for bpe')
+    val_fraction: float = option(0.02, 'documents held out, by hash, where there is no validation split')
+    max_doc_bytes: int = option(16384, 'longer documents become passages, so that shuffling means something')
+    dedup: bool = option(False, 'drop training documents that nearly repeat another, by MinHash')
+    scores: bool = option(False, f'keep for every document: {", ".join(MEASURES)}')
+    text_field: str = option('', 'the field of .jsonl and .parquet rows; without it text, else story')
+    documents: int = option(40_000, 'training stories to generate')
+    seed: int = option(1337, 'of the generated stories')
+    gpt2_dir: str = option('', 'where vocab.bpe and encoder.json lie; else <data_dir>/gpt2, else the network')
+    base_url: str = option('', f'a mirror in the place of {HUGGING_FACE}')
+    data_dir: str = option('data', 'where data sets lie')
+    overwrite: bool = option(False, 'replace the folder if it exists')
+
+
+CONTENT = [f.name for f in fields(Options)][:-4]             # these go into meta.json and its fingerprint
+
+
+def build(dataset, tokenizer='bpe', quiet=False, **options):
+    """Prepares a data set and returns its folder, which appears complete or not at all. See Options."""
+    o = Options(tokenizer, **options)
+    o.dataset, o.root = dataset, source_root(dataset, o.data_dir)
+    folder = data_folder(dataset, o.tokenizer, o.vocab_size, o.data_dir)
+    if folder.exists() and not o.overwrite:
         raise UserError(f'{folder} exists already: use it, or prepare it anew with --overwrite')
-    if not 0 < val_fraction < 1 or max_doc_bytes < 256:
-        raise UserError(f'val_fraction is {val_fraction} and max_doc_bytes {max_doc_bytes}: '
+    if not 0 < o.val_fraction < 1 or o.max_doc_bytes < 256:
+        raise UserError(f'val_fraction is {o.val_fraction} and max_doc_bytes {o.max_doc_bytes}: '
                         f'give a fraction between 0 and 1, and 256 bytes or more')
     temp = folder.with_name(f'.{folder.name}.{os.getpid()}')
     old = folder.with_name(f'.{folder.name}.old.{os.getpid()}')
@@ -810,7 +832,7 @@ def build(dataset, tokenizer='bpe', vocab_size=8192, data_dir='data', overwrite=
         os.rename(temp, folder)
         shutil.rmtree(old, ignore_errors=True)   # not before the new one is in place
     except OSError as e:
-        what = f'the disk of {data_dir} is full' if e.errno in FULL else f'{e.filename}: {e.strerror or e}'
+        what = f'the disk of {o.data_dir} is full' if e.errno in FULL else f'{e.filename}: {e.strerror or e}'
         raise UserError(f'{what}; nothing was left behind: mend that or choose another --data_dir') from None
     finally:
         shutil.rmtree(temp, ignore_errors=True)
@@ -866,8 +888,7 @@ def fill(temp, o):
         report=dict(sorted((report + dropped).items())), ignored=ignored,
         files=[] if made else stamp(parts),
         tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
-        settings=dict(max_doc_bytes=o.max_doc_bytes, val_fraction=o.val_fraction, text_field=o.text_field,
-                      documents=o.documents, seed=o.seed, dedup=o.dedup, scores=o.scores),
+        settings={key: value for key, value in vars(o).items() if key in CONTENT},
         rank_correlations=together)
     content = meta | dict(dataset=data_name(o.dataset))           # a path says nothing about the content
     meta['fingerprint'] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -1237,22 +1258,11 @@ def main(args=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f'data sets:\n{names}\n  files:<path>   a text file or a folder of them; <source>.train, '
                '<source>.dev and <source>.test keep their splits')
-    add = parser.add_argument
-    add('dataset', help='a name from the list below, or files:<path>')
-    add('--tokenizer', default='bpe', choices=list(TOKENIZERS))
-    add('--vocab_size', type=int, default=8192, help='ids in all, for bpe (8192)')
-    add('--data_dir', default='data', help='where data sets lie (data)')
-    add('--overwrite', action='store_true', help='replace the folder if it exists')
-    add('--val_fraction', type=float, default=VAL_FRACTION,
-        help=f'documents held out by hash where there is no validation split ({VAL_FRACTION})')
-    add('--max_doc_bytes', type=int, default=MAX_DOC_BYTES, help=f'cut longer documents ({MAX_DOC_BYTES})')
-    add('--dedup', action='store_true', help='drop training documents that nearly repeat another, by MinHash')
-    add('--scores', action='store_true', help=f'keep for every document: {", ".join(MEASURES)}')
-    add('--text_field', help='the field of .jsonl and .parquet rows (text, else story)')
-    add('--gpt2_dir', help='folder with vocab.bpe and encoder.json (<data_dir>/gpt2, else the network)')
-    add('--base_url', help=f'a mirror in the place of {HUGGING_FACE}')
-    add('--documents', type=int, default=40_000, help='training stories to generate (40000)')
-    add('--seed', type=int, default=1337, help='of the generated stories (1337)')
+    parser.add_argument('dataset', help='a name from the list below, or files:<path>')
+    for f in fields(Options):
+        kind = dict(action='store_true') if f.type is bool else dict(type=f.type, default=f.default)
+        default = f' ({f.default})' if f.default else ''
+        parser.add_argument(f'--{f.name}', help=f.metadata['help'] + default, **kind)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # an exception, so the temporary folder goes
     try:
         build(**vars(parser.parse_args(args)))

@@ -126,7 +126,7 @@ def test_gpt2_without_files_or_network(tmp_path, monkeypatch):
 
 # Documents
 
-def split_documents(text, limit=pd.MAX_DOC_BYTES, block=7):
+def split_documents(text, limit=pd.Options.max_doc_bytes, block=7):
     report, head = Counter(), text[:1 << 20]
     boundary = next((b for b in pd.BOUNDARY.values() if b.search(head)), pd.BOUNDARY['whole'])
     blocks = (text[i:i + block] for i in range(0, len(text), block))
