@@ -11,6 +11,7 @@ V vocabulary.
     python -c "import model; print(model.GPTConfig().describe())"
 """
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -82,16 +83,8 @@ class GPTConfig:
 
     def params(self):
         """Parameter counts: dict of total, embedding (token tables and an untied head), non_embedding."""
-        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        tables = self.vocab_size * (self.n_embd + self.value_embeds * kv)
-        layer = self.n_embd * (2 * q + 2 * kv + (3 if self.mlp == 'swiglu' else 2) * self.mlp_hidden)
-        head = 0 if self.tie_embeddings else self.vocab_size * self.n_embd
-        body = self.n_layer * layer + self.scalars()
-        return dict(total=tables + head + body, embedding=tables + head, non_embedding=body)
-
-    def scalars(self):
-        """How many parameters multiply one channel or one tensor, and so take no part in a matrix product."""
-        return 2 * self.n_layer + self.value_embeds + self.token_shift * self.n_embd
+        total, tables, _ = count(dataclasses.astuple(self))
+        return dict(total=total, embedding=tables, non_embedding=total - tables)
 
     def flops_per_token(self, attended=None):
         """Model FLOPs of one training token, forward and backward: 6 a weight, 12 D a head and attended pair.
@@ -103,7 +96,7 @@ class GPTConfig:
         T = self.block_size
         W = min(self.window or T, T)
         attended = W - W * (W - 1) / (2 * T) if attended is None else attended
-        weights = self.params()['non_embedding'] - self.scalars() + self.vocab_size * self.n_embd
+        weights = count(dataclasses.astuple(self))[2] + self.vocab_size * self.n_embd
         return 6 * weights + 12 * self.n_layer * self.n_head * self.head_dim * attended
 
     def describe(self):
@@ -113,6 +106,16 @@ class GPTConfig:
                 f'vocabulary {self.vocab_size}: {p["total"]:,} parameters '
                 f'({p["non_embedding"]:,} without embeddings), '
                 f'{self.flops_per_token() / 1e6:.1f}M FLOPs a training token')
+
+
+@functools.cache
+def count(fields):
+    """Parameters of a model with these fields of GPTConfig: all, token tables and head, matrices of layers."""
+    with torch.device('meta'):
+        model = GPT(GPTConfig(*fields))
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} | {model.lm_head.weight}
+    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
+    return tuple(sum(p.numel() for p in some) for some in (model.parameters(), tables, matrices))
 
 
 class Linear(nn.Linear):
@@ -152,8 +155,7 @@ class Attention(nn.Module):
 
     def forward(self, x, idx, cos, sin, first, last, cache=None):
         B, T, C = x.shape
-        weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])          # one product, not three
-        qkv = F.linear(x, weight.to(x.dtype)).view(B, T, -1, self.head_dim)        # (B, T, H + 2 H_kv, D)
+        qkv = self.packed(x).view(B, T, -1, self.head_dim)                         # (B, T, H + 2 H_kv, D)
         if self.value_embed is not None:
             table = (self.value_gain * self.value_embed(idx)).to(x.dtype).view(B, T, self.n_kv_head, -1)
             qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
@@ -166,6 +168,10 @@ class Attention(nn.Module):
         o = attention(q, k, v, first, self.scale)                     # (B, H, T, D)
         return self.proj(o.transpose(1, 2).reshape(B, T, -1))
 
+    def packed(self, x):
+        weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])          # one product, not three
+        return F.linear(x, weight.to(x.dtype))
+
     def heads(self, qkv, idx, cos, sin, cache=None):
         """q (B, H, T, D), k, v (B, H_kv, T, D) as attention takes them."""
         q, k, v = qkv.transpose(1, 2).split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
@@ -174,6 +180,18 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         return rotary(q, cos, sin), rotary(k, cos, sin), v
+
+    def init_weights(self):
+        C = self.q.in_features
+        for linear in (self.q, self.v):
+            linear.weight.normal_(std=C ** -0.5)
+        heads = self.q.weight.view(self.n_kv_head, -1, self.head_dim, C)   # those of a key head side by side
+        self.k.weight.copy_(heads[:, 0].flatten(0, 1))
+        values = self.v.weight.view(self.n_kv_head, 1, self.head_dim, C).expand_as(heads)
+        self.proj.weight.copy_(0.3 * values.reshape(-1, C).t())
+        if self.value_embed is not None:
+            self.value_embed.weight.normal_(std=1.0)
+            self.value_gain.fill_(0.5)
 
 
 class MLP(nn.Module):
@@ -192,6 +210,10 @@ class MLP(nn.Module):
             gate, x = x.chunk(2, dim=-1)
             return self.down(F.silu(gate) * x)
         return self.down(F.relu(x).square())
+
+    def init_weights(self):
+        self.up.weight.normal_(std=self.up.in_features ** -0.5)
+        self.down.weight.zero_()
 
 
 class Block(nn.Module):
@@ -248,19 +270,9 @@ class GPT(nn.Module):
         if self.shift is not None:
             self.shift.copy_(torch.linspace(0, 1, C))
         for block in self.blocks:
-            attn = block.attn
-            for linear in (attn.q, attn.v, block.mlp.up):
-                linear.weight.normal_(std=C ** -0.5)
-            group = attn.n_head // attn.n_kv_head      # the query heads of a key head, side by side
-            heads = attn.q.weight.view(attn.n_kv_head, group, attn.head_dim, C)
-            attn.k.weight.copy_(heads[:, 0].flatten(0, 1))
-            values = attn.v.weight.view(attn.n_kv_head, 1, attn.head_dim, C).expand_as(heads)
-            attn.proj.weight.copy_(0.3 * values.reshape(-1, C).t())
-            block.mlp.down.weight.zero_()
+            block.attn.init_weights()
+            block.mlp.init_weights()
             block.mix.copy_(torch.tensor([1.0, 0.0]))
-            if block.attn.value_embed is not None:
-                block.attn.value_embed.weight.normal_(std=1.0)
-                block.attn.value_gain.fill_(0.5)
 
     def trunk(self, idx, cache=None):
         """Final hidden states (B, T, C), in compute_dtype, of idx (B, T)."""
