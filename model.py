@@ -1,9 +1,10 @@
 """The model of halfhour: a small decoder-only transformer, and the operations it stands on.
 
     part 1   the model        GPTConfig, GPT (Attention, MLP, Block), counts and FLOPs, generate
-    part 2   the operations   rms_norm, rotary, attention, linear_cross_entropy: the reference in PyTorch,
+    part 2   growth           grown_config, grow: a wider or deeper model that computes the same
+    part 3   the operations   rms_norm, rotary, attention, linear_cross_entropy: the reference in PyTorch,
                               what a CPU runs, and choose_kernels, which says what runs instead on a GPU
-    part 3   the kernels      the same operations in Triton, fused, forward and backward
+    part 4   the kernels      the same operations in Triton, fused, forward and backward
 
 Letters in shape comments: B batch, T time, C = n_embd, H = n_head, G = n_head / n_kv_head, D = head_dim,
 V vocabulary.
@@ -53,6 +54,7 @@ class GPTConfig:
     window: int = 0             # and only to so many tokens, itself included; 0 is off
     rotary_dim: int = 0         # channels of a head that rotary embedding turns, even; 0 means all D
     z_loss: float = 0.0         # weight of the squared log of the softmax's sum (Chowdhery 2022, 2204.02311)
+    head_scale: float = 1.0     # of the last hidden states, before the head; growth lowers a tied head's
 
     def __post_init__(self):
         for name in ('n_head', 'n_embd'):
@@ -110,7 +112,7 @@ class GPTConfig:
 
 @functools.cache
 def count(fields):
-    """Parameters of a model with these fields of GPTConfig: all, token tables and head, matrices of layers."""
+    """Parameters of a model with these fields of GPTConfig: all, tables and head, matrices of layers."""
     with torch.device('meta'):
         model = GPT(GPTConfig(*fields))
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} | {model.lm_head.weight}
@@ -294,7 +296,7 @@ class GPT(nn.Module):
             x = block(x, x0, idx, cos, sin, first, last, cache)
         if cache is not None:
             cache.length += T
-        return rms_norm(x)
+        return rms_norm(x) * self.config.head_scale if self.config.head_scale != 1 else rms_norm(x)
 
     def attended(self, idx):
         """Mean number of positions that the tokens of idx (B, T) attend to, themselves included."""
@@ -373,7 +375,103 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
     return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
-# ---- part 2: the operations --------------------------------------------------------------------------------
+# ---- part 2: growth ----------------------------------------------------------------------------------------
+
+GROWS = ('n_embd', 'n_head', 'n_kv_head', 'mlp_hidden', 'n_layer')
+
+
+def grown_config(config, changes):
+    """The config after growth to `changes`, a dict of sizes. ValueError if it does not lead there.
+
+    Widths grow by whole multiples, and n_embd takes the number of heads and mlp_hidden along unless they are
+    named; a head keeps its width, and a key head that serves all queries stays the only one.
+    """
+    if unknown := [name for name in changes if name not in GROWS]:
+        raise ValueError(f'{unknown[0]} cannot grow: choose {", ".join(GROWS)}')
+    n = max(1, changes.get('n_embd', config.n_embd) // config.n_embd)
+    wide = {name: n * getattr(config, name) for name in ('n_head', 'mlp_hidden')} | changes
+    kept = config.n_kv_head == 1 < config.n_head
+    wide.setdefault('n_kv_head', 1 if kept else wide['n_head'] * config.n_kv_head // config.n_head)
+    new = dataclasses.replace(config, **wide)
+    times = {name: getattr(new, name) / getattr(config, name) for name in GROWS}
+    for name, by in times.items():
+        if by < 1 or by % 1 and name != 'n_layer':
+            raise ValueError(f'{name} grows by whole multiples, and {getattr(new, name)} is none of '
+                             f'{getattr(config, name)}')
+    if times['n_kv_head'] != times['n_head'] and not kept:
+        raise ValueError(f'n_kv_head {new.n_kv_head} would give key heads other query heads than before: '
+                         f'let it grow as n_head does')
+    new.head_scale = config.head_scale / times['n_embd'] if config.tie_embeddings else config.head_scale
+    return new
+
+
+def grown_layers(old, new, stack):
+    """For every layer of `new` the layer of `old` it comes from, or None for a fresh one that does nothing.
+
+    Fresh ones are spread between the old, below those that have a value embedding. stack repeats the whole
+    stack instead (Du 2024, 2405.15319): learns from the start, but computes something else.
+    """
+    if stack:
+        return [i % old.n_layer for i in range(new.n_layer)]
+    low, fresh = old.n_layer - old.value_embeds, new.n_layer - old.n_layer
+    after = [i * low // fresh for i in range(fresh)]           # each fresh one comes after so many old ones
+    return [source for i in range(old.n_layer + 1)
+            for source in [None] * after.count(i) + [i] * (i < old.n_layer)]
+
+
+def spread(x, shape, gated=False):
+    """x repeated whole, like tiles, to `shape`; gated: two matrices in one, one above the other."""
+    if gated:
+        return torch.cat([spread(half, (shape[0] // 2, shape[1])) for half in x.chunk(2)])
+    return x.repeat([new // old for new, old in zip(shape, x.shape)]) if x.ndim else x.clone()
+
+
+@torch.no_grad()
+def grow(old, config, snr_db=10.0, stack=False, seed=0):
+    """A model of `config`, from grown_config, that computes what `old` does.
+
+    HyperCloning (Samragh 2024, 2409.12903): every activation becomes copies of the old one, so a matrix is
+    repeated, and divided by how often its input is. Noise, + on one of a pair of input copies and - on the
+    other, cancels as long as the copies are equal, and lets them learn different things; snr_db is the
+    weights' power over it in decibels, math.inf for none. Returns the model and {parameter: (old parameter,
+    copies that share its gradient, gated)}, without the parameters of fresh layers.
+    """
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        new = GPT(config).to(old.wte.weight)
+    new.compute_dtype = old.compute_dtype
+    layers, source = grown_layers(old.config, config, stack), dict(old.named_parameters())
+    dice, came_from = torch.Generator().manual_seed(seed), {}
+    for name, p in new.named_parameters():
+        module, layer = new.get_submodule(name.rpartition('.')[0]), None
+        if name.startswith('blocks.'):
+            _, layer, rest = name.split('.', 2)
+            name = f'blocks.{layers[int(layer)]}.{rest}'
+        if name not in source:
+            if name.endswith('attn.proj.weight'):
+                p.zero_()
+            continue
+        q, gated = source[name], name.endswith('mlp.up.weight') and config.mlp == 'swiglu'
+        p.copy_(spread(q, p.shape, gated))
+        copies = 1 if p.shape == q.shape else p.shape[-1] // q.shape[-1]
+        if isinstance(module, Linear):
+            n_in, copies = copies, p.shape[0] // q.shape[0]
+            p.div_(n_in)
+            if layer is not None and n_in > 1:                 # the head gets none
+                p.add_(cancelling_noise(p, n_in, snr_db, dice))
+        came_from[p] = q, copies, gated
+    return new.train(old.training), came_from
+
+
+def cancelling_noise(weight, n_in, snr_db, dice):
+    """Noise for a matrix of n_in equal blocks of columns: + on one of a pair, - on the other."""
+    noise = torch.randn(len(weight), n_in // 2, 1, weight.shape[1] // n_in, generator=dice).to(weight)
+    noise *= weight.square().mean().sqrt() / noise.square().mean().sqrt() * 10 ** (-snr_db / 20)
+    both = torch.cat([noise, -noise], dim=2).flatten(1)
+    return F.pad(both, (0, weight.shape[1] - both.shape[1]))   # an odd block gets none
+
+
+# ---- part 3: the operations --------------------------------------------------------------------------------
 
 def rms_norm(x, eps=1e-6):
     """x / sqrt(mean(x^2) + eps) over the last dimension (Zhang 2019, 1910.07467); statistics in fp32."""
@@ -637,7 +735,7 @@ class Probe:
             IN_USE.update(before)
 
 
-# ---- part 3: the kernels -----------------------------------------------------------------------------------
+# ---- part 4: the kernels -----------------------------------------------------------------------------------
 #
 # A Triton kernel is one program, started on a grid of indices: it loads tiles through pointers, computes on
 # them in registers and stores tiles. All of these keep to a few rules: statistics in fp32; scalars as

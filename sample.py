@@ -36,9 +36,9 @@ def read_checkpoint(run):
     previous = path.with_name('ckpt.prev.pt')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-        if state['version'] != 1:
+        if state['version'] != 2:
             raise UserError(f'{path} is a checkpoint of version {state["version"]}, '
-                            f'this program reads version 1')
+                            f'this program reads version 2')
         return state
     except FileNotFoundError as e:
         raise UserError(f'{path} does not exist: name a folder that train.py wrote, '

@@ -54,7 +54,7 @@ import torch.distributed as dist
 
 import prepare_data
 import sample
-from model import GPT, GPTConfig, Linear, choose_kernels, kernels_named
+from model import GPT, GPTConfig, GROWS, Linear, choose_kernels, grow, grown_config, kernels_named, spread
 from prepare_data import UserError
 
 
@@ -93,6 +93,9 @@ class Settings:
     embedding_lr: float = 0.2         # AdamW's for token tables that stand N(1)
     head_lr: float = 0.004            # AdamW's for the head (and a tied table), times 256 / n_embd
     scalar_lr: float = 0.02           # AdamW's for the few scalars
+    growth: tuple = ()                # [(progress, sizes from then on)]: [(0.3, dict(n_embd=384)), ...]
+    growth_snr_db: float = 10.0       # the weights' power over that of the noise that tells copies apart
+    growth_depth: str = 'fresh'       # new layers 'fresh' (they do nothing at first) or a 'stack' of the old
     weight_decay: float = 0.1         # of matrices, as a share of learning_rate, falling to 0 with progress
     momentum: float = 0.95            # Muon's
     beta1: float = 0.8                # AdamW's
@@ -112,7 +115,7 @@ class Settings:
 
 CHOICES = dict(budget_counts=('all', 'training'), device=('auto', 'cuda', 'cpu'), optimizer=('muon', 'adamw'),
                dtype=('auto', 'bfloat16', 'float32'), compile=('auto', 'on', 'off'),
-               tokenizer=('bpe', 'bytes', 'gpt2'))
+               tokenizer=('bpe', 'bytes', 'gpt2'), growth_depth=('fresh', 'stack'))
 LIMITS = dict(beta1=(0, 0.9999), beta2=(0, 0.999999), momentum=(0, 0.9999), warmup_frac=(0, 1),
               cooldown_frac=(0, 1), final_lr_frac=(0, 1), budget_minutes=(0.01, math.inf),
               tokens_per_step=(1, math.inf), micro_batch_size=(1, math.inf),
@@ -123,28 +126,38 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow, ast.USub: operator.neg}
 
 
-def literal(node):
-    """The value of a syntax tree of literals and arithmetic on numbers; ValueError for anything else."""
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = literal(node.left), literal(node.right)
-        if isinstance(node.op, ast.Pow) and abs(right) > 64:
-            raise ValueError
-        return OPERATORS[type(node.op)](left, right)
-    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-        return OPERATORS[type(node.op)](literal(node.operand))
+def literal(node, names):
+    """The value of a syntax tree of literals, names, arithmetic on numbers and dict(); else ValueError."""
+    value = functools.partial(literal, names=names)
+    match node:
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            left, right = value(left), value(right)
+            if isinstance(op, ast.Pow) and abs(right) > 64:
+                raise ValueError
+            return OPERATORS[type(op)](left, right)
+        case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](value(operand))
+        case ast.Tuple(rows) | ast.List(rows):
+            return tuple(map(value, rows))
+        case ast.Call(ast.Name('dict'), [], pairs):
+            return {pair.arg: value(pair.value) for pair in pairs}
+        case ast.Name(name) if name in names:
+            return names[name]
     return ast.literal_eval(node)
 
 
 def assignments(argv):
     """Yield (where, name, value) for every assignment in order; of a mistake (where, None, its text)."""
+    so_far = {name: f.default for name, f in KEYS.items()}     # a config may use them: n_embd = n_embd // 2
     for arg in argv:
         if arg.startswith('--'):
             name, eq, text = arg[2:].partition('=')
             try:
-                value = literal(ast.parse(text, mode='eval').body)
+                value = literal(ast.parse(text, mode='eval').body, {})
             except (ValueError, SyntaxError, TypeError, ArithmeticError):
                 value = text                   # a bare word is a string
             yield (arg, name, value) if eq else (arg, None, f'an override is written --{name}=value')
+            so_far[name] = value
             continue
         try:
             tree = ast.parse(Path(arg).read_text(encoding='utf-8'))
@@ -162,11 +175,21 @@ def assignments(argv):
                     pass                       # the docstring
                 case ast.Assign([ast.Name(name)], value):
                     try:
-                        yield where, name, literal(value)
+                        so_far[name] = literal(value, so_far)
+                        yield where, name, so_far[name]
                     except (ValueError, TypeError, ArithmeticError):
-                        yield where, None, f'the value of {name} must be a literal, or arithmetic on literals'
+                        yield where, None, f'the value of {name} must be a literal, or arithmetic on settings'
                 case _:
                     yield where, None, 'a config holds only lines of name = value'
+
+
+def overruled(argv):
+    """A line for every setting that one config sets and another before it had set otherwise."""
+    seen = {}
+    for where, name, value in assignments(argv):
+        if name in seen and seen[name][1] != value and not where.startswith('--'):
+            yield f'{where} sets {name} to {value!r}, {seen[name][0]} had set it to {seen[name][1]!r}'
+        seen[name] = where, value
 
 
 def read_settings(argv):
@@ -330,22 +353,74 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_sub_(params, list(update.unbind()))
 
 
+    def each(self):
+        """{parameter: its own state}."""
+        return {p: dict(momentum=average) for group in self.param_groups
+                for p, average in zip(group['params'], self.state[group['params'][0]].get('momentum', ()))}
+
+    def take(self, states):
+        """Go on from {parameter: its own state}; a parameter without one has averaged nothing yet."""
+        for params in (group['params'] for group in self.param_groups):
+            averages = [states.get(p, {}).get('momentum', torch.zeros_like(p)) for p in params]
+            self.state[params[0]]['momentum'] = torch.stack(averages).detach()
+
+
 def make_optimizers(model, s, dtype):
     """The optimizers of a model; groups carry 'base_lr' and 'base_decay', which the schedule multiplies."""
     head, slim = model.lm_head.weight, 256 / model.config.n_embd
+    # a head that growth has scaled down answers that much less, and growth has narrowed `slim` already
+    head_lr = s.head_lr * slim / model.config.head_scale
     matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
     tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not head]
     scalars = [p for p in model.parameters() if p.ndim < 2]
-    groups = [dict(params=[head], base_lr=s.head_lr * slim),
+    groups = [dict(params=[head], base_lr=head_lr),
               dict(params=tables, base_lr=s.embedding_lr), dict(params=scalars, base_lr=s.scalar_lr)]
     optimizers = [Muon(matrices, s.momentum, dtype)] if s.optimizer == 'muon' else []
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group.update(base_lr=s.learning_rate, base_decay=s.weight_decay)
     if not optimizers:
-        groups.append(dict(params=matrices, base_lr=0.05 * s.learning_rate * slim, base_decay=s.weight_decay))
+        groups.append(dict(params=matrices, base_lr=0.05 * s.learning_rate * slim,
+                           base_decay=s.weight_decay / slim))
     groups = [dict(base_decay=0.0) | g for g in groups if g['params']]
     return optimizers + [torch.optim.AdamW(groups, lr=0.0, betas=(s.beta1, s.beta2), eps=1e-10,
                                            weight_decay=0.0, fused=True)]
+
+
+def growth_stages(s, config):
+    """[(progress, the config from then on)], of the setting growth."""
+    stages, last = [], 0.0
+    for stage in s.growth:
+        try:
+            at, changes = stage
+            if not last < at < 1:
+                raise ValueError(f'progress {at} does not lie between {last} and 1')
+            old, config, last = config, grown_config(config, changes), at
+            if s.growth_depth == 'stack' and config.n_layer % old.n_layer:
+                raise ValueError(f'{config.n_layer} layers are no stack of {old.n_layer}')
+        except (TypeError, ValueError, AttributeError) as e:
+            raise UserError(f'growth has {stage!r} ({e}): write it like [(0.3, dict(n_embd=512))]') from e
+        stages.append((at, config))
+    return stages
+
+
+def grown(model, optimizers, config, s, number):
+    """The model grown to a config, as the run's `number`th growth, and its optimizers, with all they knew."""
+    bigger, came_from = grow(model, config, s.growth_snr_db, s.growth_depth == 'stack', s.seed + number)
+    fresh, known = make_optimizers(bigger, s, bigger.compute_dtype), {}
+    for optimizer in optimizers:
+        known |= optimizer.each() if isinstance(optimizer, Muon) else optimizer.state
+    state = {}
+    for p, (q, copies, gated) in came_from.items():           # gradients are shared out among the copies
+        shares = dict(momentum=copies, exp_avg=copies, exp_avg_sq=copies ** 2)
+        state[p] = {name: spread(t, p.shape, gated) / shares[name] if name in shares else t.clone()
+                    for name, t in known.get(q, {}).items()}
+    for optimizer in fresh:
+        if isinstance(optimizer, Muon):
+            optimizer.take(state)
+        else:
+            mine = {p for group in optimizer.param_groups for p in group['params']}
+            optimizer.state.update((p, t) for p, t in state.items() if p in mine and t)
+    return bigger, fresh
 
 
 def schedule(progress, s):
@@ -498,6 +573,19 @@ def model_config(s, data):
         raise UserError(f'the model cannot be built: {e}') from e
 
 
+def config_from(theirs, s, ours, given):
+    """The shape of the run to start from, grown to what is given here; the settings follow."""
+    theirs = GPTConfig(**theirs)
+    changes = {k: getattr(ours, k) for k in MODEL_KEYS
+               if k in given and getattr(ours, k) != getattr(theirs, k)}
+    try:
+        config = grown_config(theirs, changes)
+    except ValueError as e:
+        raise UserError(f'{s.init_from} is of another model, and {e}: give its shape, or none') from e
+    vars(s).update({k: getattr(config, k) for k in MODEL_KEYS})
+    return config
+
+
 def adapt(s, device, world):
     """dtype, whether to compile, the micro-batch, and a sentence about each that is not what was asked."""
     said, dtype = [], s.dtype
@@ -597,7 +685,8 @@ BAD_STEPS = 5       # steps in a row that are not finite before the run goes bac
 # settings that decide what a step computes: a run that goes on must not change them
 STEP_KEYS = ('seed', 'weights', 'dtype', 'tokens_per_step', 'max_steps', 'max_tokens', 'optimizer',
              'learning_rate', 'embedding_lr', 'head_lr', 'scalar_lr', 'weight_decay', 'momentum', 'beta1',
-             'beta2', 'grad_clip', 'warmup_frac', 'cooldown_frac', 'final_lr_frac')
+             'beta2', 'grad_clip', 'warmup_frac', 'cooldown_frac', 'final_lr_frac', 'growth', 'growth_snr_db',
+             'growth_depth')
 
 
 class Stopped(Exception):
@@ -689,9 +778,18 @@ def main(argv):
     pairs = [json.loads(line) for line in pairs_file.read_text().splitlines()] if pairs_file.exists() else []
 
     # ---- model
+    given = {name for _, name, _ in assignments(argv)}
+    if s.init_from == 'resume':
+        vars(s).update({k: checkpoint['settings'][k] for k in MODEL_KEYS if k not in given})
     config = model_config(s, data)
+    if s.init_from not in ('scratch', 'resume'):
+        config = config_from(checkpoint['config'], s, config, given)
+    stages = growth_stages(s, config)
+    largest = stages[-1][1] if stages else config
     dtype_name, compiling, micro, adapted = adapt(s, device, world)
-    check_room(s, config, micro, device, out_dir)
+    check_room(s, largest, micro, device, out_dir)
+    n_grown = checkpoint['grown'] if s.init_from == 'resume' else 0
+    config, stages = [config, *(c for _, c in stages)][n_grown], stages[n_grown:]
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision('high')
     model = GPT(config).to(device)
@@ -700,17 +798,20 @@ def main(argv):
     accum = s.tokens_per_step // (micro * s.block_size * world)
 
     # ---- resume
-    step, skipped, tokens = 0, 0, 0
+    step, skipped, tokens, flops_done = 0, 0, 0, 0.0
     fingerprint = data.meta['fingerprint']
     times = dict.fromkeys(('startup', 'compile', 'train', 'eval', 'save'), 0.0)
     clock = Clock(s)
     if checkpoint is not None:
-        theirs, ours = checkpoint['config'], dataclasses.asdict(config)
-        differ = [f'{k} {theirs.get(k)} there, {ours[k]} here' for k in ours if theirs.get(k) != ours[k]]
-        refuse(differ, f'the checkpoint is of another model: {"; ".join(differ)}')
         refuse(checkpoint['tokenizer'] != data.meta['tokenizer_sha256'],
                f'the checkpoint was trained with another vocabulary than {data.folder} has: use its data')
-        model.load_state_dict(checkpoint['model'])
+        before = GPT(GPTConfig(**checkpoint['config'])).to(device)
+        theirs, ours = dataclasses.asdict(before.config), dataclasses.asdict(config)
+        differ = [f'{k} {theirs[k]} there, {ours[k]} here' for k in ours if theirs[k] != ours[k]]
+        refuse(differ and s.init_from == 'resume', f'the checkpoint is of another model: {"; ".join(differ)}')
+        before.load_state_dict(checkpoint['model'])
+        source = grow(before, config, s.growth_snr_db, seed=s.seed)[0] if differ else before
+        model.load_state_dict(source.state_dict())
     if s.init_from == 'resume':
         refuse(checkpoint['fingerprint'] != fingerprint,
                f'{data.folder} is not the data that {out_dir} began with: restore it, or start afresh')
@@ -720,7 +821,7 @@ def main(argv):
         refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
         for optimizer, state in zip(optimizers, checkpoint['optimizers']):
             optimizer.load_state_dict(state)
-        step, skipped, tokens = checkpoint['step'], checkpoint['skipped'], checkpoint['tokens']
+        step, skipped, tokens, flops_done = (checkpoint[k] for k in ('step', 'skipped', 'tokens', 'flops'))
         times |= checkpoint['times']
         # what a killed run did after its last checkpoint was paid for too
         spent = max([checkpoint['elapsed']] + [row['elapsed_s'] for row in read_rows(log)])
@@ -735,6 +836,8 @@ def main(argv):
     changed = {k: v for k, v in vars(s).items() if v != KEYS[k].default}
     say(f'halfhour: {s.dataset}, {s.budget_minutes:g} minutes on {name}' + f', {world} ranks' * (world > 1))
     say('settings that differ from the defaults: ' + ', '.join(f'{k}={v!r}' for k, v in changed.items()))
+    for line in overruled(argv):
+        say(f'overruled: {line}')
     for line in adapted:
         say(f'adapted: {line}')
     say(f'data: {data.folder}, {train_tokens:,} training tokens, {val_tokens:,} for validation')
@@ -767,9 +870,10 @@ def main(argv):
         try:
             if master:
                 save_checkpoint(out_dir, dict(
-                    version=1, step=step, progress=clock.progress, elapsed=clock.elapsed(), skipped=skipped,
-                    times=dict(times), tokens=tokens, model=model.state_dict(),
-                    optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state(),
+                    version=2, step=step, progress=clock.progress, elapsed=clock.elapsed(), skipped=skipped,
+                    grown=n_grown, times=dict(times), tokens=tokens, flops=flops_done,
+                    model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
+                    rng=torch.get_rng_state(),
                     config=dataclasses.asdict(config), settings=vars(s), fingerprint=fingerprint,
                     tokenizer=data.meta['tokenizer_sha256'], data=str(data.folder)))
         except UserError as e:                  # the run is worth more, and the earlier checkpoint is whole
@@ -792,30 +896,39 @@ def main(argv):
         return result
 
     # ---- warm up: compile, and learn what a step and the closing evaluation will cost
-    step_model = torch.compile(model, dynamic=False) if compiling else model
+    def warm_up():
+        """What computes a step, compiled, and the seconds that it takes."""
+        began = time.monotonic()
+        step_model = torch.compile(model, dynamic=False) if compiling else model
+        idx = torch.full((micro, s.block_size), config.bos, device=device)
+        step_model(idx, idx.clone()).backward()    # a clone: one tensor twice would compile another program
+        seconds = accum * agreed(seconds_of(lambda: step_model(idx, idx.clone()).backward(), 1))
+        model.zero_grad()
+        times['compile'] += time.monotonic() - began
+        return step_model, seconds
+
+    def still():
+        """How much slower than now the model will be when it has grown."""
+        return largest.flops_per_token() / config.flops_per_token()
+
     times['startup'] += clock.age()
-    began = time.monotonic()
     batches = Prefetcher(stream, step, rows, micro, s.block_size, rank, world, device)
-    idx = torch.full((micro, s.block_size), config.bos, device=device)
-    step_model(idx, idx.clone()).backward()    # a clone: one tensor twice would compile another program
-    step_seconds = accum * agreed(seconds_of(lambda: step_model(idx, idx.clone()).backward(), 1))
-    model.zero_grad()
-    times['compile'] += time.monotonic() - began
+    step_model, step_seconds = warm_up()
     slices, tenth = sample.SLICES, 0.1 * clock.budget if s.budget_counts == 'all' else math.inf
     probe = min(slices, -(-slices * 8192 // val_tokens))
     evaluate(probe, keep=False)                 # sets things up
-    slice_seconds = agreed(min(evaluate(probe, keep=False)['seconds_per_slice'] for _ in range(2)))
+    slice_seconds = still() * agreed(min(evaluate(probe, keep=False)['seconds_per_slice'] for _ in range(2)))
     if slice_seconds * slices > tenth:
         slices = 2 ** max(0, int(math.log2(tenth / slice_seconds)))
     pair_seconds, n_pairs = 0.0, len(pairs)
     if pairs:
         forty = seconds_of(lambda: sample.pair_accuracy(model, data.tokenizer, pairs[:40]), 2)
-        pair_seconds = agreed(forty) / 40
+        pair_seconds = still() * agreed(forty) / 40
         # twenty hold each kind, mirrored, once
         n_pairs = min(n_pairs, 20 * max(1, int(tenth / 2 / pair_seconds / 20)))
     start = torch.full((1, 1), config.bos, device=device)
-    token_seconds = seconds_of(lambda: list(model.generate(start, 12)), 2) / 12
-    save_seconds = 0.5 + 12 * config.params()['total'] / 2 ** 30
+    token_seconds = still() * seconds_of(lambda: list(model.generate(start, 12)), 2) / 12
+    save_seconds = 0.5 + 12 * largest.params()['total'] / 2 ** 30
 
     def closing_seconds():
         # a tenth at most: what proves too slow is cut short there, and the report says so
@@ -843,6 +956,16 @@ def main(argv):
         if not go:
             break
         clock.progress = progress
+
+        # grow if due
+        if stages and progress >= stages[0][0]:
+            n_grown, (_, config) = n_grown + 1, stages.pop(0)
+            model, optimizers = grown(model, optimizers, config, s, n_grown)
+            step_model, step_seconds = warm_up()
+            flops = config.flops_per_token(model.attended(early))
+            say(f'         grown to {config.describe()}')
+            continue                             # that took time
+
         began = time.monotonic()
         micro_batches, wait = batches.next(step)
         short = not clock.max_steps and left < step_seconds      # a last step, made of fewer micro-steps
@@ -863,6 +986,7 @@ def main(argv):
         clock.add_step(seconds, left, step)
         times['train'] += seconds
         tokens += n_micro * s.tokens_per_step // accum
+        flops_done += n_micro * s.tokens_per_step // accum * flops
         history.append((wait, seconds))
 
         # log
@@ -888,6 +1012,9 @@ def main(argv):
             good = sample.read_checkpoint(out_dir)
             if good['step'] == step - bad_steps and (out_dir / 'ckpt.prev.pt').exists():
                 good = sample.read_checkpoint(out_dir / 'ckpt.prev.pt')
+            if good['grown'] < n_grown:
+                raise Diverged(f'{bad_steps} steps in a row were not finite since the model grew: lower '
+                               f'learning_rate (now {s.learning_rate:g})')
             model.load_state_dict(good['model'])
             for optimizer, state in zip(optimizers, good['optimizers']):
                 optimizer.load_state_dict(state)
@@ -907,7 +1034,7 @@ def main(argv):
         # evaluate if due
         if next_eval and next_eval <= progress < 0.95:
             result = evaluate(max(1, slices // 8))
-            slice_seconds = agreed(result['seconds_per_slice'])
+            slice_seconds = still() * agreed(result['seconds_per_slice'])
             say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, '
                 f'standard error {result["error"]:.4f}')
             next_eval = s.eval_interval * (progress // s.eval_interval + 1)
@@ -935,13 +1062,13 @@ def main(argv):
     if all_reduce(np.array([float(bool(signals))]))[0]:
         raise unsaved or Stopped(f'stopped by a signal during the closing evaluation; {saved}')
     trained, total, sizes = max(times['train'], 1e-9), clock.elapsed() + LEAVING, config.params()
-    speed = tokens * flops / trained
+    speed = flops_done / trained
     waited, stepped = np.sum(history[1:] or [(0, 1)], axis=0)
     report = dict(
         val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
         val_loss=result['loss'], val_bpb_per_source=result['per_source'], evals=evals, steps=step,
         tokens=tokens, epochs=tokens / epoch_tokens, **{f'{kind}_params': n for kind, n in sizes.items()},
-        active_params=sizes['total'], flops=tokens * flops, flops_per_token=flops,
+        active_params=sizes['total'], flops=flops_done, flops_per_token=flops,
         tok_per_sec=tokens / trained, mfu=speed / (peak * world) if peak else None, tflops=speed / 1e12,
         data_wait_share=float(waited / stepped), skipped_steps=skipped,
         **{f'{kind}_seconds': t for kind, t in times.items()}, total_seconds=total,

@@ -290,3 +290,33 @@ def test_bf16_stays_close_to_fp32():
     model.compute_dtype = torch.bfloat16
     assert model.trunk(idx).dtype == torch.bfloat16
     assert model(idx, idx.roll(-1, 1)).item() == pytest.approx(exact.item(), rel=0.02)
+
+
+# ---- growth
+
+def double(model):
+    model = model.double()
+    model.compute_dtype = torch.float64
+    model.cos, model.sin = m.rotary_table(model.config.block_size, model.config.rotary_dim, model.config.rope_base)
+    return model
+
+
+GROWTHS = [dict(n_embd=64), dict(n_embd=96), dict(mlp_hidden=256), dict(n_head=8), dict(n_layer=7), dict(n_embd=64, n_layer=6),
+           dict(n_embd=128, mlp_hidden=384, n_head=8)]
+
+
+@pytest.mark.parametrize('changes', GROWTHS)
+@pytest.mark.parametrize('options', SHAPES)
+def test_a_grown_model_computes_the_same(options, changes):
+    if 'mlp_hidden' in options and 'mlp_hidden' in changes:
+        changes = changes | dict(mlp_hidden=2 * options['mlp_hidden'])
+    elif 'mlp' in options and 'mlp_hidden' in changes:
+        changes = changes | dict(mlp_hidden=4 * GPTConfig(**SMALL | options).mlp_hidden)
+    old, idx = double(make(**options)), tokens(2, 40, (0, 13))
+    new, came_from = m.grow(old, m.grown_config(old.config, changes))
+    assert all(getattr(new.config, k) == v for k, v in changes.items()) and new.config.head_dim == old.config.head_dim
+    with torch.no_grad():                                              # logits() gives fp32
+        before, after = (x.lm_head(x.trunk(idx)) for x in (old, new))
+    assert (after - before).abs().max() < 1e-10 and before.std() > 0.1
+    assert m.grow(old, new.config, math.inf)[0].blocks[-1].attn.q.weight.std() < new.blocks[-1].attn.q.weight.std() or \
+        'n_embd' not in changes                                        # the noise is there

@@ -434,7 +434,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
 def test_the_previous_checkpoint_is_kept(tmp_path, monkeypatch):
     for step in (1, 2, 3):
-        train.save_checkpoint(tmp_path, dict(version=1, step=step))
+        train.save_checkpoint(tmp_path, dict(version=2, step=step))
     assert weights(tmp_path)['step'] == 3 and weights(tmp_path, 'ckpt.prev.pt')['step'] == 2
 
     def full(state, f):
@@ -442,7 +442,7 @@ def test_the_previous_checkpoint_is_kept(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(train.torch, 'save', full)
     with pytest.raises(UserError, match='resume'):
-        train.save_checkpoint(tmp_path, dict(version=1, step=4))
+        train.save_checkpoint(tmp_path, dict(version=2, step=4))
     assert weights(tmp_path)['step'] == 3 and weights(tmp_path, 'ckpt.prev.pt')['step'] == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.prev.pt', 'ckpt.pt']
 
@@ -570,7 +570,7 @@ def test_an_unfinished_run_is_not_begun_anew(interrupted):
 def test_killed_between_the_two_moves_of_a_save(tmp_path):
     """Then only the earlier checkpoint stands there: still a run to go on with, and not one to write over."""
     (tmp_path / 'run').mkdir()
-    train.save_checkpoint(tmp_path / 'run', dict(version=1, step=3))
+    train.save_checkpoint(tmp_path / 'run', dict(version=2, step=3))
     os.replace(tmp_path / 'run' / 'ckpt.pt', tmp_path / 'run' / 'ckpt.prev.pt')
     with pytest.raises(UserError, match='unfinished run'):
         train.open_run(train.read_settings([]), tmp_path / 'run')
@@ -834,3 +834,109 @@ def test_minutes_of_training_teach_coherence_and_shuffled_labels_show_none(tmp_p
 def test_no_step_waits_for_data(corpus, tmp_path):
     _, result = timed(corpus, tmp_path, 0.5, '--tokens_per_step=4096')
     assert result['data_wait_share'] < 0.01
+
+
+# ---- growth
+
+def test_a_config_may_use_the_settings_so_far(tmp_path):
+    first, second = config(tmp_path, 'n_embd = 64\nn_head = 2\n', 'a.py'), str(ROOT / 'config' / 'hypercloning.py')
+    s = train.read_settings([first, second])
+    assert s.n_embd == 32 and s.head_dim == 16 and s.growth == ((0.33, dict(n_embd=64)),)
+    assert train.read_settings([first, '--n_embd=128', second]).growth[0][1] == dict(n_embd=128)
+    assert [line.split(',')[0] for line in train.overruled([first, second, '--n_head=1'])] == [f'{second}:12 sets n_embd to 32']
+    assert train.read_settings(['--sample_prompt=seed']).sample_prompt == 'seed'
+    with pytest.raises(UserError, match='c.py:1: the value of n_embd must be a literal'):
+        train.read_settings([config(tmp_path, 'n_embd = width * 2\n', 'c.py')])
+
+
+def trained(model, s, optimizers, steps, seed=5, dtype=torch.float64):
+    """Losses of some steps on random rows, the same for the same seed."""
+    dice, out = torch.Generator().manual_seed(seed), []
+    for _ in range(steps):
+        idx = torch.randint(1, 50, (4, 17), generator=dice)
+        out.append(train.train_step(model, model, optimizers, [(idx[:, :-1], idx[:, 1:])], 0.3, s)[0])
+    return out
+
+
+def small_model(s, **options):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=32, **options)).double()
+    model.compute_dtype = torch.float64
+    return model, train.make_optimizers(model, s, torch.float64)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(tie_embeddings=True, mlp='swiglu', value_embeds=1), dict(logit_softcap=5.0)])
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+def test_without_noise_a_clone_learns_as_the_narrow_model_does(optimizer, options):
+    """The rates and every optimizer's averages carry over at their right scale: the same losses, step by step."""
+    s = train.read_settings([f'--optimizer={optimizer}', '--growth_snr_db=1e9', '--grad_clip=0', '--weight_decay=0.5'])
+    model, optimizers = small_model(s, **options)
+    trained(model, s, optimizers, 5)
+    bigger, carried = train.grown(model, optimizers, train.grown_config(model.config, dict(n_embd=64)), s, 1)
+    expected = trained(model, s, optimizers, 6, seed=6)
+    assert trained(bigger, s, carried, 6, seed=6) == pytest.approx(expected, rel=1e-6)
+    bigger, _ = train.grown(model, optimizers, train.grown_config(model.config, dict(n_embd=64)), s, 1)
+    forgot = trained(bigger, s, train.make_optimizers(bigger, s, torch.float64), 6, seed=7)
+    assert forgot != pytest.approx(trained(model, s, optimizers, 6, seed=7), rel=1e-3)
+
+
+def test_noise_tells_the_clones_apart():
+    def difference(snr_db):
+        s = train.read_settings([f'--growth_snr_db={snr_db}'])
+        model, optimizers = small_model(s)
+        trained(model, s, optimizers, 5)
+        model, optimizers = train.grown(model, optimizers, train.grown_config(model.config, dict(n_embd=64)), s, 1)
+        trained(model, s, optimizers, 200)
+        up = model.blocks[0].mlp.up.weight
+        return ((up[:128] - up[128:]).norm() / up.norm()).item()       # rows of one copy, of the other
+    assert difference(1e9) < 1e-6 and difference(10.0) > 0.05
+
+
+GROW = ['--growth=[(0.3, dict(n_embd=128)), (0.6, dict(n_layer=3))]', '--max_steps=12', '--save_minutes=0']
+
+
+def test_a_run_that_grows_resumes_over_its_growth(main, tmp_path, monkeypatch):
+    out = main(*GROW)
+    assert out.count('grown to ') == 2 and 'grown to 3 layers, 128 wide, 4 heads of 32' in out
+    whole, result = losses(tmp_path / 'run'), json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert len(whole) == 12 and result['config']['n_embd'] == 128 and result['flops'] < result['tokens'] * result['flops_per_token']
+    step_of, stopping = train.train_step, {2: 3, 3: 5, 5: 9}             # before the first growth, and after each
+    for first, last in ((0, 3), (3, 5), (5, 9), (9, 12)):
+        left = iter(range(last - first))
+        monkeypatch.setattr(train, 'train_step', lambda *a: step_of(*a[:-1], lambda: next(left, None) is None))
+        if last < 12:
+            with pytest.raises(train.Stopped):
+                main(*GROW, '--out_dir=parts', *['--init_from=resume'] * (first > 0))
+    monkeypatch.setattr(train, 'train_step', step_of)
+    main(*GROW, '--out_dir=parts', '--init_from=resume')
+    assert losses(tmp_path / 'parts') == whole
+    import sample
+    model, tokenizer = sample.load(tmp_path / 'parts')
+    assert model.config.n_layer == 3 and ''.join(sample.stream(model, tokenizer, 'Mia', 8)) is not None
+
+
+@pytest.mark.parametrize('growth, said', [
+    ('[(0.3, dict(n_embd=96))]', 'whole multiples'), ('[(0.3, dict(n_embd=32))]', 'whole multiples'), ('[(0.3, dict(vocab=1))]', 'cannot grow'),
+    ('[(1.3, dict(n_embd=128))]', 'between 0.0 and 1'), ('[(0.5, dict(n_layer=3)), (0.4, dict(n_layer=4))]', 'between 0.5 and 1'),
+    ('[0.3]', 'write it like'), ('[(0.3, 128)]', 'write it like'), ('[(0.3, dict(n_embd="big"))]', 'write it like')])
+def test_a_growth_that_cannot_be(main, tmp_path, growth, said):
+    with pytest.raises(UserError, match=said):
+        main(f'--growth={growth}')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_depth_as_a_stack(main, tmp_path):
+    with pytest.raises(UserError, match='no stack of 2'):
+        main('--growth=[(0.3, dict(n_layer=3))]', '--growth_depth=stack')
+    assert 'grown to 4 layers' in main('--growth=[(0.3, dict(n_layer=4))]', '--growth_depth=stack')
+
+
+def test_a_finished_run_grows(main, tmp_path):
+    """Its shape is the run's, with the sizes that are given; the first loss is about the last one there."""
+    main('--max_steps=20')
+    main('--init_from=run', '--out_dir=second', '--n_embd=128', '--seed=9', '--max_steps=3')
+    grown = json.loads((tmp_path / 'second' / 'result.json').read_text())
+    assert grown['config']['n_embd'] == 128 and grown['config']['n_head'] == 4
+    assert losses(tmp_path / 'second')[0] == pytest.approx(losses(tmp_path / 'run')[-1], abs=0.3)
+    with pytest.raises(UserError, match='another model.*whole multiples'):
+        main('--init_from=run', '--out_dir=third', '--n_embd=96')
