@@ -989,6 +989,17 @@ def open_split(data, split, counts):
     data.tokens[split], data.docs[split] = tokens, docs
 
 
+def measure(data, split, name):
+    """A number for every document of a split: a column of its scores, or 'difficulty'."""
+    path = data.folder / f'{split}.scores.npy'
+    table = np.load(path) if path.is_file() else data.docs[split][['difficulty']]
+    known = [column for column in table.dtype.names if table[column].any()]
+    if name not in known:
+        raise UserError(f'{data.folder} has no measure {name!r} of its documents, only {known}: run python '
+                        f'prepare_data.py {data.meta["dataset"]} as before, with --scores and --overwrite')
+    return table[name]
+
+
 def source_weights(text, data):
     """How often an epoch reads each source, from 'childes:2,gutenberg:0.5'; None from nothing."""
     weights = dict.fromkeys(data.meta['sources'], 1.0)

@@ -73,6 +73,13 @@ class Settings:
     tokenizer: str = 'bpe'            # 'bpe', 'bytes' or 'gpt2'
     vocab_size: int = 8192            # entries of a bpe tokenizer
     weights: str = ''                 # how often an epoch reads a source: 'childes:2,gutenberg:0.5'; or 1
+    curriculum: str = ''              # read easy documents first, by a measure of prepare_data.py --scores
+    curriculum_order: str = 'shuffled'  # of what is admitted: 'shuffled', or the hardest first ('frontier')
+    pacing: str = 'linear'            # how what is admitted grows: linear, quad, root, exp, log or step
+    pacing_floor: float = 0.1         # share of the text that is admitted at first
+    pacing_start: float = 0.0625      # progress at which it begins to grow
+    pacing_end: float = 0.875         # progress from which all of it is admitted
+    prepare: str = ''                 # more options for prepare_data.py, where the data is yet to be built
     data_dir: str = 'data'            # where prepared data stands
     out_dir: str = ''                 # where the run goes; empty: out/<names of the configs>
     overwrite: bool = False           # replace the run that out_dir holds
@@ -115,9 +122,12 @@ class Settings:
 
 CHOICES = dict(budget_counts=('all', 'training'), device=('auto', 'cuda', 'cpu'), optimizer=('muon', 'adamw'),
                dtype=('auto', 'bfloat16', 'float32'), compile=('auto', 'on', 'off'),
-               tokenizer=('bpe', 'bytes', 'gpt2'), growth_depth=('fresh', 'stack'))
+               tokenizer=('bpe', 'bytes', 'gpt2'), growth_depth=('fresh', 'stack'),
+               curriculum_order=('shuffled', 'frontier'),
+               pacing=('linear', 'quad', 'root', 'exp', 'log', 'step'))
 LIMITS = dict(beta1=(0, 0.9999), beta2=(0, 0.999999), momentum=(0, 0.9999), warmup_frac=(0, 1),
-              cooldown_frac=(0, 1), final_lr_frac=(0, 1), budget_minutes=(0.01, math.inf),
+              cooldown_frac=(0, 1), final_lr_frac=(0, 1), pacing_floor=(0, 1), pacing_start=(0, 1),
+              pacing_end=(0, 1), budget_minutes=(0.01, math.inf),
               tokens_per_step=(1, math.inf), micro_batch_size=(1, math.inf),
               log_interval=(1, math.inf))      # where they are not just 0 and above
 MODEL_KEYS = {f.name: f for f in dataclasses.fields(GPTConfig) if f.name not in ('vocab_size', 'bos')}
@@ -231,7 +241,8 @@ class Stream:
     def __init__(self, tokens, docs, seed, weights=None):
         self.tokens, self.starts, self.seed = tokens, np.asarray(docs['start']), seed
         self.lengths = np.diff(np.append(self.starts, len(tokens)))
-        self.weights, self.sources, self.ends = weights, docs['source'], [0]     # ends: of the epochs so far
+        self.weights, self.sources, self.shares = weights, docs['source'], []
+        self.ends = [0]                          # of the epochs so far
         self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
 
     def epoch(self, number):
@@ -252,10 +263,79 @@ class Stream:
         number = bisect.bisect(self.ends, first) - 1
         starts, places = self.epoch(number)
         position = np.arange(first, min(first + count, self.ends[number + 1])) - self.ends[number]
-        doc = np.searchsorted(places, position, side='right') - 1
-        out = self.tokens[starts[doc] + position - places[doc]].astype(np.int64)
+        out = self.gather(starts, places, position)
         rest = count - len(out)
         return np.concatenate([out, self.read(first + len(out), rest)]) if rest else out
+
+    def gather(self, starts, places, position):
+        """The tokens at these positions of documents that begin at `starts` and stand at `places`."""
+        doc = np.searchsorted(places, position, side='right') - 1
+        return self.tokens[starts[doc] + position - places[doc]].astype(np.int64)
+
+    def pace(self, step, progress):
+        """Only a curriculum has something to do here."""
+
+
+def admitted(progress, s):
+    """The share of the text, easiest first, that a curriculum admits (Diehl Martinez 2023, 2311.08886)."""
+    u = min(1.0, max(0.0, progress - s.pacing_start) / max(s.pacing_end - s.pacing_start, 1e-9))
+    way = {'linear': u, 'quad': u ** 2, 'root': u ** 0.5, 'exp': math.expm1(10 * u) / math.expm1(10),
+           'log': 1 + 0.1 * math.log(u + math.exp(-10)), 'step': math.floor(4 * u) / 3}[s.pacing]
+    return s.pacing_floor + (1 - s.pacing_floor) * min(1.0, max(0.0, way))
+
+
+class Curriculum(Stream):
+    """A stream that draws, a step's worth at a time, from the easiest documents only, more of them with time:
+    each once before any comes again. shares: what is admitted at each step, fixed some steps ahead of
+    training, so that every rank and every resumption reads the same."""
+
+    AHEAD = 8                    # steps; more than a Prefetcher holds
+
+    def __init__(self, tokens, docs, difficulty, s):
+        super().__init__(tokens, docs, s.seed)
+        self.s, n = s, len(docs)
+        self.rank = np.empty(n, np.int64)                    # ties fall by chance
+        self.rank[np.lexsort((np.random.default_rng(s.seed).random(n), difficulty))] = np.arange(n)
+        self.up_to = self.lengths[self.rank.argsort()].cumsum()
+        self.shares, self.round, self.left = [], -1, np.zeros(n, bool)
+        self.deck = self.rank_in_deck = np.zeros(n, np.int64)
+        self.drawn, self.places = np.zeros(0, np.int64), np.zeros(1, np.int64)
+        few, step = self.up_to[self.easiest(s.pacing_floor) - 1], s.tokens_per_step
+        refuse(few < step, f'pacing_floor {s.pacing_floor:g} admits {few:,} tokens at first and a step reads '
+                           f'{step:,}: raise it, or lower tokens_per_step')
+        self.pace(0, 0.0)
+
+    def easiest(self, share):
+        """How many documents, the easiest first, come to this share of the text."""
+        return min(len(self.rank), int(np.searchsorted(self.up_to, share * self.up_to[-1])) + 1)
+
+    def pace(self, step, progress):
+        """Fix what is admitted up to AHEAD steps from here."""
+        self.shares += [admitted(progress, self.s)] * (step + self.AHEAD - len(self.shares))
+
+    def draw(self):
+        end, step = int(self.places[-1]), self.s.tokens_per_step
+        admit = self.easiest(self.shares[end // step])
+        may = np.flatnonzero(self.left & (self.rank_in_deck < admit))
+        if not len(may):                                     # all that are admitted have been read
+            self.round += 1
+            self.deck = np.random.default_rng([self.s.seed, self.round]).permutation(len(self.rank))
+            if self.s.curriculum_order == 'frontier':
+                self.deck = (-self.rank).argsort()
+            self.rank_in_deck, self.left = self.rank[self.deck], np.ones(len(self.rank), bool)
+            may = np.flatnonzero(self.rank_in_deck < admit)
+        ends = self.lengths[self.deck[may]].cumsum()
+        may = may[:np.searchsorted(ends, step) + 1]
+        self.left[may] = False
+        self.drawn = np.append(self.drawn, self.deck[may])
+        self.places = np.append(self.places, end + ends[:len(may)])
+
+    def read(self, first, count):
+        while self.places[-1] < first + count:
+            self.draw()
+            gone = min(int(np.searchsorted(self.places, first, side='right')) - 1, len(self.drawn))
+            self.drawn, self.places = self.drawn[gone:], self.places[gone:]
+        return self.gather(self.starts[self.drawn], self.places, np.arange(first, first + count))
 
 
 class Prefetcher:
@@ -664,7 +744,7 @@ def open_or_build(s, rank):
     if not (folder / 'meta.json').exists() and rank == 0:
         print(f'{folder} is missing: building it', flush=True)
         command = [sys.executable, prepare_data.__file__, s.dataset, '--tokenizer', s.tokenizer,
-                   '--vocab_size', str(s.vocab_size), '--data_dir', s.data_dir]
+                   '--vocab_size', str(s.vocab_size), '--data_dir', s.data_dir, *s.prepare.split()]
         refuse(subprocess.run(command).returncode, f'{s.dataset} could not be prepared, see above')
     if dist.is_initialized():
         dist.barrier()
@@ -674,7 +754,11 @@ def open_or_build(s, rank):
 def make_stream(s, data):
     """The training stream of a run."""
     weights = prepare_data.source_weights(s.weights, data)
-    return Stream(data.tokens['train'], data.docs['train'], s.seed, weights)
+    if not s.curriculum:
+        return Stream(data.tokens['train'], data.docs['train'], s.seed, weights)
+    refuse(weights, 'weights and curriculum cannot both decide what is read: leave one away')
+    difficulty = prepare_data.measure(data, 'train', s.curriculum)
+    return Curriculum(data.tokens['train'], data.docs['train'], difficulty, s)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -686,7 +770,8 @@ BAD_STEPS = 5       # steps in a row that are not finite before the run goes bac
 STEP_KEYS = ('seed', 'weights', 'dtype', 'tokens_per_step', 'max_steps', 'max_tokens', 'optimizer',
              'learning_rate', 'embedding_lr', 'head_lr', 'scalar_lr', 'weight_decay', 'momentum', 'beta1',
              'beta2', 'grad_clip', 'warmup_frac', 'cooldown_frac', 'final_lr_frac', 'growth', 'growth_snr_db',
-             'growth_depth')
+             'growth_depth', 'curriculum', 'curriculum_order', 'pacing', 'pacing_floor', 'pacing_start',
+             'pacing_end')
 
 
 class Stopped(Exception):
@@ -830,9 +915,11 @@ def main(argv):
     name = hardware(device)
     peak = peak_flops(name) if device == 'cuda' and dtype_name == 'bfloat16' else None
     stream, rows = make_stream(s, data), s.tokens_per_step // s.block_size
+    if s.init_from == 'resume':
+        stream.shares = list(checkpoint['shares'])
     epoch_tokens = int(stream.epoch(0)[1][-1])
-    early = torch.from_numpy(stream.read(0, 64 * s.block_size)).view(64, -1).to(device)
-    flops = config.flops_per_token(model.attended(early))      # of 64 rows: documents end before a row does
+    early = torch.from_numpy(stream.read(0, min(64, rows) * s.block_size)).view(-1, s.block_size).to(device)
+    flops = config.flops_per_token(model.attended(early))      # of some rows: documents end before these do
     changed = {k: v for k, v in vars(s).items() if v != KEYS[k].default}
     say(f'halfhour: {s.dataset}, {s.budget_minutes:g} minutes on {name}' + f', {world} ranks' * (world > 1))
     say('settings that differ from the defaults: ' + ', '.join(f'{k}={v!r}' for k, v in changed.items()))
@@ -871,7 +958,7 @@ def main(argv):
             if master:
                 save_checkpoint(out_dir, dict(
                     version=2, step=step, progress=clock.progress, elapsed=clock.elapsed(), skipped=skipped,
-                    grown=n_grown, times=dict(times), tokens=tokens, flops=flops_done,
+                    grown=n_grown, shares=stream.shares, times=dict(times), tokens=tokens, flops=flops_done,
                     model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                     rng=torch.get_rng_state(),
                     config=dataclasses.asdict(config), settings=vars(s), fingerprint=fingerprint,
@@ -967,6 +1054,7 @@ def main(argv):
             continue                             # that took time
 
         began = time.monotonic()
+        stream.pace(step, progress)
         micro_batches, wait = batches.next(step)
         short = not clock.max_steps and left < step_seconds      # a last step, made of fewer micro-steps
         n_micro = max(1, round(accum * left / step_seconds)) if short else accum

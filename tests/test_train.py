@@ -940,3 +940,91 @@ def test_a_finished_run_grows(main, tmp_path):
     assert losses(tmp_path / 'second')[0] == pytest.approx(losses(tmp_path / 'run')[-1], abs=0.3)
     with pytest.raises(UserError, match='another model.*whole multiples'):
         main('--init_from=run', '--out_dir=third', '--n_embd=96')
+
+
+# ---- curricula
+
+def test_pacing_is_what_climb_defines():
+    def at(progress, pacing):
+        return train.admitted(progress, train.read_settings([f'--pacing={pacing}']))
+    for pacing in ('linear', 'quad', 'root', 'exp', 'log', 'step'):
+        assert at(0.0, pacing) == at(0.0625, pacing) == pytest.approx(0.1)
+        assert at(0.875, pacing) == at(1.0, pacing) == pytest.approx(1.0)
+        shares = [at(p / 100, pacing) for p in range(101)]
+        assert shares == sorted(shares)
+    middle = (0.0625 + 0.875) / 2
+    assert at(middle, 'linear') == pytest.approx(0.55) and at(middle, 'quad') == pytest.approx(0.1 + 0.9 / 4)
+    assert at(middle, 'root') == pytest.approx(0.1 + 0.9 * 0.5 ** 0.5) and at(middle, 'step') == pytest.approx(0.7)
+    assert at(middle, 'exp') == pytest.approx(0.1 + 0.9 * math.expm1(5) / math.expm1(10))
+    assert at(0.0625 + 0.12 * 0.8125, 'log') == pytest.approx(0.1 + 0.9 * 0.79, abs=0.005)
+
+
+def made_up(n=400, order='shuffled', **settings):
+    """A curriculum over n documents of 5 to 14 tokens, all of them the document's number; and the difficulties."""
+    dice = np.random.default_rng(0)
+    lengths = dice.integers(5, 15, n)
+    docs = np.zeros(n, prepare_data.DOC)
+    docs['start'] = lengths.cumsum() - lengths
+    s = train.read_settings([f'--curriculum_order={order}', '--tokens_per_step=64', *(f'--{k}={v}' for k, v in settings.items())])
+    return train.Curriculum(np.repeat(np.arange(n), lengths), docs, dice.random(n).round(1), s)
+
+
+@pytest.mark.parametrize('order', ['shuffled', 'frontier'])
+def test_a_curriculum_reads_what_it_admits_and_each_document_once_a_round(order):
+    stream, steps = made_up(order=order), 200
+    for step in range(steps):
+        stream.pace(step, step / steps)
+    read, at = stream.read(0, 64 * 60), 0
+    while at < len(read) - 15:                               # documents come whole
+        n = int(stream.lengths[read[at]])
+        assert (read[at:at + n] == read[at]).all()
+        limit = stream.shares[at // 64] + 1e-9
+        assert stream.up_to[stream.rank[read[at]]] <= limit * stream.up_to[-1] + 64, 'not admitted yet'
+        at += n
+    starts = [int(d) for i, d in enumerate(read) if i == 0 or read[i - 1] != d]
+    k = stream.easiest(stream.shares[0])
+    first = {int(d) for d in starts[:k // 2]}
+    assert len(first) == k // 2 and all(stream.rank[d] < k for d in first)         # none twice while others wait
+    assert (order == 'frontier') == (sorted(starts[:8], key=lambda d: -stream.rank[d]) == starts[:8])
+
+
+def test_a_curriculum_is_the_same_from_any_place():
+    whole, other = made_up(seed=4), made_up(seed=4)
+    for step in range(60):
+        whole.pace(step, step / 60)
+    other.shares = list(whole.shares)
+    expected = whole.read(0, 64 * 50)
+    assert (np.concatenate([other.read(a, b - a) for a, b in zip([0, 7, 64, 1000, 2222], [7, 64, 1000, 2222, 3200])]) == expected).all()
+    late = made_up(seed=4)
+    late.shares = list(whole.shares)
+    assert (late.read(2000, 500) == expected[2000:2500]).all() and len(late.drawn) < 150
+    assert (made_up(seed=5).read(0, 300) != expected[:300]).any()
+
+
+@pytest.fixture(scope='session')
+def scored(corpus, tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp('scored')
+    prepare_data.build(f'files:{corpus.source}', tokenizer='bytes', data_dir=data_dir, scores=True, quiet=True)
+    return [f'--data_dir={data_dir}', '--curriculum=bigram', '--max_steps=12']
+
+
+def test_a_run_with_a_curriculum_resumes(main, tmp_path, scored, monkeypatch):
+    main(*scored)
+    step_of, left = train.train_step, iter(range(9))
+    monkeypatch.setattr(train, 'train_step', lambda *a: step_of(*a[:-1], lambda: next(left, None) is None))
+    with pytest.raises(train.Stopped):
+        main(*scored, '--out_dir=parts')
+    monkeypatch.setattr(train, 'train_step', step_of)
+    main(*scored, '--out_dir=parts', '--init_from=resume')
+    assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and len(losses(tmp_path / 'run')) == 12
+    main(*scored, '--curriculum=', '--out_dir=plain')
+    assert losses(tmp_path / 'plain') != losses(tmp_path / 'run')
+
+
+def test_curricula_that_cannot_be(main, scored):
+    for settings, said in ((['--curriculum=bigrams'], "no measure 'bigrams'.*bigram.*--scores"), (['--weights=tales:2'], 'leave one away'),
+                           (['--pacing_floor=0.001'], 'admits [0-9]+ tokens at first and a step reads 512')):
+        with pytest.raises(UserError, match=said):
+            main(*scored, *settings)
+    with pytest.raises(UserError, match='no measure'):
+        main('--curriculum=bigram')

@@ -1,0 +1,18 @@
+"""Raise a model: it grows as its text gets harder, stage by stage.
+
+    torchrun train.py config/babylm.py config/raise.py
+
+Three stages: half as wide and half as deep on the easiest text, full depth on more of it, full width on all of it. Growth is
+HyperCloning's (Samragh 2024, 2409.12903), with layers that do nothing at first; the curriculum is CLIMB's (2311.08886) in steps at the
+same fractions of the run. The control for each half of the idea is config/hypercloning.py and config/climb_data.py.
+"""
+prepare = '--scores'
+curriculum = 'bigram'
+pacing = 'step'                     # at a quarter, a half and three quarters of the way from start to end
+pacing_floor = 0.25
+pacing_start = 0.0
+pacing_end = 1.0
+head_dim = n_embd // n_head // 2
+growth = [(0.25, dict(n_layer=n_layer)), (0.5, dict(n_embd=n_embd))]
+n_embd = n_embd // 2
+n_layer = (n_layer + 1) // 2
