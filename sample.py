@@ -4,16 +4,21 @@
     python sample.py out/quickstart "Mia left the kite" --samples 3    three continuations at once
     python sample.py out/quickstart --file prompts.txt                 one continuation a line
     python sample.py out/quickstart --interactive                      a prompt at a time, until an empty line
+    python sample.py out/babylm --pairs blimp.tar.xz                   minimal pairs: accuracy, frequency bias
 
 What train.py measures at the end of a run stands here too: bits_per_byte and pair_accuracy.
 """
 import argparse
 import codecs
 import hashlib
+import json
+import lzma
 import math
 import pickle
 import sys
+import tarfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -165,36 +170,117 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
 
 
 @torch.no_grad()
-def pair_accuracy(model, tokenizer, pairs, max_tokens=8192):
-    """Share of pairs whose good ending is likelier than the bad one after the same context; a tie is wrong.
+def pair_scores(model, tokenizer, pairs, max_tokens=8192):
+    """(pairs, 2) nats of the good and of the bad ending, given the context: sums, not means.
 
-    pairs: dicts of kind, context, good, bad. A score is the sum, not the mean, of the ending's log-probs.
-    Returns accuracy, its standard error, the number of pairs, and accuracy per kind.
+    pairs: dicts of context, good, bad. Every text begins with BOS.
     """
     device, block_size, rows = next(model.parameters()).device, model.config.block_size, []
     for number, pair in enumerate(pairs):
         context = [tokenizer.bos] + tokenizer.encode(pair['context'])
-        both = {side: np.array([tokenizer.bos] + tokenizer.encode(pair['context'] + pair[side]))
-                for side in ('good', 'bad')}
+        both = [np.array([tokenizer.bos] + tokenizer.encode(pair['context'] + pair[side]))
+                for side in ('good', 'bad')]
         # tokens may merge over the context's end: both are scored from the first that is not the context's
         seam = min(next((i for i, (a, b) in enumerate(zip(context, ids)) if a != b),
                         min(len(context), len(ids)))
-                   for ids in both.values())
-        for side, ids in both.items():
+                   for ids in both)
+        for side, ids in enumerate(both):
             x, y = ids[:-1], ids[1:].copy()
             y[:seam - 1] = -1
             rows.append(((number, side), x[-block_size:], y[-block_size:]))
-    score = {}
+    score = np.zeros((len(pairs), 2))
     for keys, idx, targets in batches(rows, max_tokens, block_size):
         nats = model(torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device), reduction='none')
-        score.update(zip(keys, nats.double().sum(dim=1).tolist()))
-    right = [score[i, 'good'] < score[i, 'bad'] for i in range(len(pairs))]
-    kinds = {}
+        score[tuple(zip(*keys))] = nats.double().sum(dim=1).tolist()
+    return score
+
+
+def pair_accuracy(model, tokenizer, pairs, score=None):
+    """Share of pairs whose good ending is likelier than the bad one after the same context; a tie is wrong.
+
+    pairs: dicts of kind, context, good, bad; score: what pair_scores says of them.
+    Returns accuracy, its standard error, the number of pairs, and accuracy per kind.
+    """
+    score = pair_scores(model, tokenizer, pairs) if score is None else score
+    right, kinds = score[:, 0] < score[:, 1], {}
     for pair, ok in zip(pairs, right):
         kinds.setdefault(pair['kind'], []).append(ok)
-    accuracy = float(np.mean(right))
+    accuracy = float(right.mean())
     return dict(accuracy=accuracy, error=math.sqrt(accuracy * (1 - accuracy) / len(pairs)), pairs=len(pairs),
                 per_kind={kind: float(np.mean(ok)) for kind, ok in kinds.items()})
+
+
+def read_pairs(path):
+    """Minimal pairs of a .jsonl file, a folder or a tar of them (.gz, .xz): sentence_good and sentence_bad,
+    as BLiMP has them (Warstadt 2020, 1912.00582), or context, good and bad, as the stories' pairs.jsonl."""
+    path, files, wanted = Path(path), [], 'give .jsonl lines with sentence_good and sentence_bad'
+    try:
+        if '.tar' in path.suffixes:
+            with tarfile.open(path) as tar:
+                files = [(m.name, tar.extractfile(m).read()) for m in tar if m.name.endswith('.jsonl')]
+        elif path.is_dir():
+            files = [(p.name, p.read_bytes()) for p in sorted(path.glob('*.jsonl'))]
+        else:
+            with open(path, 'rb') as raw:
+                files = [(path.name, prepare_data.open_source(raw, path.name).read())]
+        rows = [(name, json.loads(line)) for name, text in files
+                for line in text.split(b'\n') if line.strip()]
+        pairs = [dict(kind=row.get('kind') or Path(name).name.split('.')[0], context=row.get('context', ''),
+                      good=row['good'] if 'good' in row else row['sentence_good'],
+                      bad=row['bad'] if 'bad' in row else row['sentence_bad']) for name, row in rows]
+    except (OSError, ValueError, KeyError, AttributeError, tarfile.TarError, lzma.LZMAError, EOFError) as e:
+        raise UserError(f'{path} holds no minimal pairs ({type(e).__name__}: {e}): {wanted}') from e
+    if not pairs:
+        raise UserError(f'{path} holds no minimal pairs: {wanted}')
+    return pairs
+
+
+def frequency_bias(score, tokenizer, pairs, counts):
+    """Accuracy where the good sentence has the more frequent tokens, less accuracy where the bad one has.
+
+    Of the pairs that differ in a replacement: thirds by mean log-count of the tokens that only the good one
+    has less that of the tokens that only the bad one has (Diehl Martinez 2024, 2410.11462). score: of
+    pair_scores; counts (V,): of the training text. Returns the bias and how many pairs differ so.
+    """
+    log, rows = np.log(counts + 1.0), []
+    for pair, (good, bad) in zip(pairs, score):
+        mine, other = (Counter(tokenizer.encode(pair['context'] + pair[side])) for side in ('good', 'bad'))
+        mine, other = list((mine - other).elements()), list((other - mine).elements())
+        if mine and other:
+            rows.append((log[mine].mean() - log[other].mean(), good < bad))
+    delta, right = np.array(rows, float).reshape(-1, 2).T
+    if not len(delta):
+        return 0.0, 0
+    low, high = np.quantile(delta, [1 / 3, 2 / 3])
+    return float(right[delta >= high].mean() - right[delta <= low].mean()), len(delta)
+
+
+@torch.no_grad()
+def anisotropy(model, tokens, docs, n_pairs=1000, length=64):
+    """Mean cosine between hidden states at random places of two random documents, after every layer.
+
+    0 where directions are used evenly, 1 where all point one way (Ethayarajh 2019, 1909.00512). tokens, docs:
+    a split of prepare_data.open_data.
+    """
+    dice, length = np.random.default_rng(0), min(length, model.config.block_size)
+    starts, ends = docs['start'], np.append(docs['start'][1:], len(tokens))
+    some = dice.permutation(len(docs))[:256]
+    idx = np.zeros((len(some), length), np.int64) + model.config.bos
+    for row, doc in zip(idx, some):
+        text = tokens[starts[doc]:min(ends[doc], starts[doc] + length)]
+        row[:len(text)] = text
+    a, b = dice.integers(len(some), size=(2, n_pairs))
+    b = np.where(a == b, (b + 1) % len(some), b)
+    at = [np.minimum(dice.integers(1, length, n_pairs), (ends - starts)[some[rows]] - 1) for rows in (a, b)]
+    states, hooks = [], [block.register_forward_hook(lambda _, __, out: states.append(out))
+                         for block in model.blocks]
+    try:
+        model.trunk(torch.from_numpy(idx).to(model.wte.weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.cosine_similarity(x[a, at[0]].float(), x[b, at[1]].float(), dim=-1).mean().item()
+            for x in states]
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -223,6 +309,24 @@ def complete(model, tokenizer, prompt, args, generator):
         print(f'--- {number}\n{prompt}{tokenizer.decode(ids)}')
 
 
+def judge(model, tokenizer, args):
+    """Print accuracy on minimal pairs and, where the run's data is at hand, frequency bias and anisotropy."""
+    pairs = read_pairs(args.pairs)
+    score = pair_scores(model, tokenizer, pairs)
+    result = pair_accuracy(model, tokenizer, pairs, score)
+    for kind, accuracy in sorted(result['per_kind'].items(), key=lambda item: item[1]):
+        print(f'{accuracy:7.4f}  {kind}')
+    print(f'accuracy: {result["accuracy"]:.4f} +- {result["error"]:.4f} on {len(pairs):,} pairs, chance 0.5')
+    folder = Path(read_checkpoint(args.run)['data'])
+    if (folder / 'meta.json').exists():
+        data = prepare_data.open_data(folder)
+        counts = np.bincount(data.tokens['train'][:2 ** 26], minlength=tokenizer.vocab_size)
+        bias, n = frequency_bias(score, tokenizer, pairs, counts)
+        print(f'frequency_bias: {bias:.4f} on the {n:,} pairs that differ in a replacement')
+        layers = ' '.join(f'{a:.3f}' for a in anisotropy(model, data.tokens['val'], data.docs['val']))
+        print(f'anisotropy: {layers} after each layer')
+
+
 def main(argv):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -239,6 +343,7 @@ def main(argv):
                         help='only the likeliest tokens that together hold this probability')
     parser.add_argument('--seed', type=int, default=1)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--pairs', help='a .jsonl of minimal pairs, a folder or a tar of them')
     args = parser.parse_intermixed_args(argv)      # the prompt may follow options
     for name, low, high in (('samples', 1, 4096), ('max_new_tokens', 1, 10 ** 9), ('temperature', 0, 100),
                             ('top_k', 0, 10 ** 9)):
@@ -247,6 +352,8 @@ def main(argv):
     if not 0 < args.top_p <= 1:
         raise UserError(f'--top_p is {args.top_p}, it must be above 0 and at most 1')
     model, tokenizer = load(args.run, args.device)
+    if args.pairs:
+        return judge(model, tokenizer, args)
     generator = torch.Generator(device=args.device).manual_seed(args.seed)
     if args.file:
         try:

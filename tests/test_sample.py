@@ -1,9 +1,12 @@
 """sample.py: what it prints, and the two measures that train.py reports."""
 import io
+import json
+import lzma
 import math
 import re
 import shutil
 import sys
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -286,3 +289,66 @@ def test_shuffled_labels_give_chance():
     made = [dict(kind='x', context='Mia', good=' ' + letters[a], bad=' ' + letters[b])
             for a, b in rng.integers(0, 8, (600, 2)) if a != b]
     assert 0.4 < sample.pair_accuracy(model, BYTES, made)['accuracy'] < 0.6
+
+
+# ---- minimal pairs from files, frequency bias, anisotropy
+
+def test_pairs_from_files_folders_and_tars(tmp_path):
+    rows = [dict(sentence_good=f'Good {i}.', sentence_bad=f'Bad {i}.', UID='agreement') for i in range(3)]
+    text = ''.join(json.dumps(row) + '\n' for row in rows).encode()
+    (tmp_path / 'blimp').mkdir()
+    (tmp_path / 'blimp' / 'agreement.jsonl').write_bytes(text)
+    (tmp_path / 'agreement.jsonl.xz').write_bytes(lzma.compress(text))
+    with tarfile.open(tmp_path / 'blimp.tar.xz', 'w:xz') as tar:
+        tar.add(tmp_path / 'blimp' / 'agreement.jsonl', 'blimp/agreement.jsonl')
+    expected = [dict(kind='agreement', context='', good=f'Good {i}.', bad=f'Bad {i}.') for i in range(3)]
+    for name in ('blimp', 'agreement.jsonl.xz', 'blimp.tar.xz', 'blimp/agreement.jsonl'):
+        assert sample.read_pairs(tmp_path / name) == expected
+    ours = dict(kind='place', context='Mia left.', good=' She did.', bad=' He did.')
+    (tmp_path / 'pairs.jsonl').write_text(json.dumps(ours) + '\n')
+    assert sample.read_pairs(tmp_path / 'pairs.jsonl') == [ours]
+    for name, content in {'no.jsonl': b'{"text": "x"}\n', 'empty.jsonl': b'', 'bad.jsonl': b'{', 'cut.jsonl.xz': text[:20],
+                          'list.jsonl': b'[1]\n', 'x.tar.xz': b'no tar'}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f'{name} holds no minimal pairs'):
+            sample.read_pairs(tmp_path / name)
+    with pytest.raises(UserError, match='gone.jsonl'):
+        sample.read_pairs(tmp_path / 'gone.jsonl')
+
+
+def test_frequency_bias_of_a_judge_that_goes_by_frequency():
+    tokenizer, counts = prepare_data.ByteTokenizer(), np.ones(257)
+    counts[[ord(c) for c in 'abcdef']] = [1, 10, 100, 1000, 10_000, 100_000]
+    pairs = [dict(context='', good=x + 'z', bad=y + 'z') for x in 'abcdef' for y in 'abcdef' if x != y]
+    often = np.array([[-counts[ord(p['good'][0])], -counts[ord(p['bad'][0])]] for p in pairs], float)
+    assert sample.frequency_bias(often, tokenizer, pairs, counts) == (1.0, 30)
+    assert sample.frequency_bias(-often, tokenizer, pairs, counts) == (-1.0, 30)
+    knows = np.array([[0.0, 1.0]] * 30)
+    assert sample.frequency_bias(knows, tokenizer, pairs, counts)[0] == 0.0
+    longer = [dict(context='', good='abz', bad='az')] * 4                # an insertion: nothing is replaced
+    assert sample.frequency_bias(knows[:4], tokenizer, longer, counts) == (0.0, 0)
+
+
+def test_anisotropy_of_states_that_are_known(corpus):
+    data = corpus.open()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=257, bos=256, block_size=64, n_layer=2, n_head=2, n_embd=64))
+    one_way = torch.ones(64)
+
+    def narrow(_, __, out):
+        return out + 1e4 * one_way                    # after the second layer all point nearly one way
+    hook = model.blocks[1].register_forward_hook(narrow)
+    first, second = sample.anisotropy(model, data.tokens['val'], data.docs['val'])
+    hook.remove()
+    assert -0.1 < first < 0.9 and second > 0.999
+    assert sample.anisotropy(model, data.tokens['val'], data.docs['val']) == pytest.approx([first, first], abs=0.2)
+
+
+def test_pairs_on_the_command_line(finished, tmp_path):
+    (tmp_path / 'p.jsonl').write_text(''.join(json.dumps(dict(sentence_good=f'Mia lost the kite by the {a}.',
+                                                              sentence_bad=f'Mia lost the kite by the {b}.')) + '\n'
+                                              for a in ('tree', 'lake') for b in ('xqzw', 'kjvv')))
+    code, out, err = script('sample.py', finished[0], '--pairs', tmp_path / 'p.jsonl', '--device=cpu', cwd=tmp_path)
+    assert code == 0, err
+    assert re.search(r'accuracy: 1.0000 .* on 4 pairs', out) and re.search(r'frequency_bias: .* on the 4 pairs', out)
+    assert len(re.search('anisotropy: (.*) after', out)[1].split()) == 2
