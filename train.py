@@ -761,6 +761,24 @@ def make_stream(s, data):
     return Curriculum(data.tokens['train'], data.docs['train'], difficulty, s)
 
 
+# ---- objective ---------------------------------------------------------------------------------------------
+
+def make_objective(s, data, config, device, rank):
+    """objective(model, step, progress): the function of (idx, targets) whose mean a step makes smaller.
+
+    Chosen once: the plain one is the model's own loss and costs nothing. An idea that changes the loss adds
+    an entry to `extra`: an argument of GPT.forward, and a function of (idx, progress) that makes it. What
+    changes on the way is a tensor there: torch.compile would make a new program for every float.
+    """
+    extra = {}
+    if not extra:
+        return lambda model, step, progress: model
+
+    def objective(model, step, progress):
+        return lambda idx, targets: model(idx, targets, **{k: f(idx, progress) for k, f in extra.items()})
+    return objective
+
+
 # ---- the run -----------------------------------------------------------------------------------------------
 
 LEAVING = 0.6       # seconds from the last line printed to the prompt back
@@ -782,16 +800,17 @@ class Diverged(Exception):
     """Steps were not finite again and again, after going back to a checkpoint too."""
 
 
-def train_step(step_model, model, optimizers, micro_batches, progress, s, world=1, stop=lambda: False):
-    """One optimizer step: loss, gradient norm before clipping, learning-rate multiplier, and if any rank must
-    stop; None if a lone rank must, before its last micro-step. Not finite: the weights stay as they are."""
+def train_step(loss_of, model, optimizers, micro_batches, progress, s, world=1, stop=lambda: False):
+    """One optimizer step down the mean of loss_of(idx, targets): that loss, gradient norm before clipping,
+    learning-rate multiplier, and if any rank must stop; None if a lone rank must, before its last micro-step.
+    Not finite: the weights stay as they are."""
     device = model.wte.weight.device
     loss = torch.zeros((), device=device)
     for idx, targets in micro_batches:
         if world == 1 and stop():               # a CPU's step can outlast the grace before a machine goes
             return None
         idx, targets = idx.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        micro_loss = step_model(idx, targets) / len(micro_batches)
+        micro_loss = loss_of(idx, targets) / len(micro_batches)
         micro_loss.backward()
         loss += micro_loss.detach()
     flag = average_over_ranks(model, loss, stop(), world)
@@ -914,6 +933,7 @@ def main(argv):
         torch.set_rng_state(checkpoint['rng'])
     name = hardware(device)
     peak = peak_flops(name) if device == 'cuda' and dtype_name == 'bfloat16' else None
+    objective = make_objective(s, data, config, device, rank)
     stream, rows = make_stream(s, data), s.tokens_per_step // s.block_size
     if s.init_from == 'resume':
         stream.shares = list(checkpoint['shares'])
@@ -988,8 +1008,9 @@ def main(argv):
         began = time.monotonic()
         step_model = torch.compile(model, dynamic=False) if compiling else model
         idx = torch.full((micro, s.block_size), config.bos, device=device)
-        step_model(idx, idx.clone()).backward()    # a clone: one tensor twice would compile another program
-        seconds = accum * agreed(seconds_of(lambda: step_model(idx, idx.clone()).backward(), 1))
+        loss_of = objective(step_model, step, clock.progress)
+        loss_of(idx, idx.clone()).backward()    # a clone: one tensor twice would compile another program
+        seconds = accum * agreed(seconds_of(lambda: loss_of(idx, idx.clone()).backward(), 1))
         model.zero_grad()
         times['compile'] += time.monotonic() - began
         return step_model, seconds
@@ -1058,8 +1079,8 @@ def main(argv):
         micro_batches, wait = batches.next(step)
         short = not clock.max_steps and left < step_seconds      # a last step, made of fewer micro-steps
         n_micro = max(1, round(accum * left / step_seconds)) if short else accum
-        done = train_step(step_model, model, optimizers, micro_batches[:n_micro], progress, s, world,
-                          lambda: bool(signals))
+        done = train_step(objective(step_model, step, progress), model, optimizers, micro_batches[:n_micro],
+                          progress, s, world, lambda: bool(signals))
         if done is None:
             stopping = True
             break
