@@ -54,6 +54,7 @@ class GPTConfig:
     window: int = 0             # and only to so many tokens, itself included; 0 is off
     rotary_dim: int = 0         # channels of a head that rotary embedding turns, even; 0 means all D
     z_loss: float = 0.0         # weight of the squared log of the softmax's sum (Chowdhery 2022, 2204.02311)
+    classes: int = 0            # word classes that a second head guesses; train.py takes it from the data set
     head_scale: float = 1.0     # of the last hidden states, before the head; growth lowers a tied head's
 
     def __post_init__(self):
@@ -256,6 +257,7 @@ class GPT(nn.Module):
         self.shift = nn.Parameter(torch.empty(config.n_embd)) if config.token_shift else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.class_head = Linear(config.n_embd, config.classes) if config.classes else None
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
         cos, sin = rotary_table(config.block_size, config.rotary_dim, config.rope_base)
@@ -269,6 +271,8 @@ class GPT(nn.Module):
         C = self.config.n_embd
         self.wte.weight.normal_(std=1.0)
         self.lm_head.weight.normal_(std=0.5 / C)   # last, so that a tied table gets the head's init
+        if self.class_head is not None:
+            self.class_head.weight.zero_()
         if self.shift is not None:
             self.shift.copy_(torch.linspace(0, 1, C))
         for block in self.blocks:
@@ -314,11 +318,19 @@ class GPT(nn.Module):
             cache.doc_start = start[:, -1]
         return torch.maximum(start, position - self.config.window + 1) if self.config.window else start
 
-    def forward(self, idx, targets, reduction='mean', soft=()):
-        """Cross-entropy in nats: mean over targets >= 0, or with 'none' one a token, 0 where target < 0."""
+    def forward(self, idx, targets, reduction='mean', soft=(), classes=()):
+        """Cross-entropy in nats: mean over targets >= 0, or with 'none' one a token, 0 where target < 0.
+
+        soft: see soft_targets. classes: the class of every id (V,), and the share () its guess has in the loss.
+        """
         x = self.trunk(idx)
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                                     self.config.logit_softcap, reduction, self.config.z_loss, soft)
+        if classes:
+            class_of, share = classes
+            guess, seen = self.class_head(x).float().flatten(0, 1), targets.flatten()
+            named = torch.where(seen >= 0, class_of[seen.clamp(min=0)], -1)
+            loss = (1 - share) * loss + share * F.cross_entropy(guess, named, ignore_index=-1)
         return loss if reduction == 'mean' else loss.view_as(targets)
 
     def logits(self, x):

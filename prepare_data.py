@@ -1000,6 +1000,15 @@ def measure(data, split, name):
     return table[name]
 
 
+def word_class_table(data):
+    """(V, classes) float32: how often every id occurs in words of each class."""
+    path = data.folder / 'classes.npy'
+    if not path.is_file():
+        raise UserError(f'{data.folder} has no word classes: run python prepare_data.py '
+                        f'{data.meta["dataset"]} as before, with --classes 29 and --overwrite')
+    return np.load(path)
+
+
 def source_weights(text, data):
     """How often an epoch reads each source, from 'childes:2,gutenberg:0.5'; None from nothing."""
     weights = dict.fromkeys(data.meta['sources'], 1.0)

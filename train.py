@@ -51,10 +51,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import prepare_data
 import sample
-from model import GPT, GPTConfig, GROWS, Linear, choose_kernels, grow, grown_config, kernels_named, spread
+from model import (GPT, GPTConfig, Linear, choose_kernels, grow, grown_config, kernels_named, similarity_norm,
+                   spread)
 from prepare_data import UserError
 
 
@@ -75,10 +77,16 @@ class Settings:
     weights: str = ''                 # how often an epoch reads a source: 'childes:2,gutenberg:0.5'; or 1
     curriculum: str = ''              # read easy documents first, by a measure of prepare_data.py --scores
     curriculum_order: str = 'shuffled'  # of what is admitted: 'shuffled', or the hardest first ('frontier')
+    vocabulary_floor: float = 1.0     # share of the ids, most frequent first, that is known at first
     pacing: str = 'linear'            # how what is admitted grows: linear, quad, root, exp, log or step
-    pacing_floor: float = 0.1         # share of the text that is admitted at first
-    pacing_start: float = 0.0625      # progress at which it begins to grow
+    pacing_floor: float = 0.1         # share of the text that a curriculum admits at first
+    pacing_start: float = 0.0625      # progress at which that, or the vocabulary, begins to grow
     pacing_end: float = 0.875         # progress from which all of it is admitted
+    class_loss: float = 0.0           # share in the loss, at first, of guessing the next token's word class
+    class_until: float = 0.25         # progress at which that has faded to nothing
+    smoothing: float = 0.0            # what the right token's likes get of its target at first, falling to 0
+    smoothing_by: str = 'classes'     # who those are: tokens of like word 'classes', or 'uniform', all others
+    smoothing_temperature: float = 0.025  # of the cosine between two tokens' word classes
     prepare: str = ''                 # more options for prepare_data.py, where the data is yet to be built
     data_dir: str = 'data'            # where prepared data stands
     out_dir: str = ''                 # where the run goes; empty: out/<names of the configs>
@@ -123,14 +131,16 @@ class Settings:
 CHOICES = dict(budget_counts=('all', 'training'), device=('auto', 'cuda', 'cpu'), optimizer=('muon', 'adamw'),
                dtype=('auto', 'bfloat16', 'float32'), compile=('auto', 'on', 'off'),
                tokenizer=('bpe', 'bytes', 'gpt2'), growth_depth=('fresh', 'stack'),
-               curriculum_order=('shuffled', 'frontier'),
+               curriculum_order=('shuffled', 'frontier'), smoothing_by=('classes', 'uniform'),
                pacing=('linear', 'quad', 'root', 'exp', 'log', 'step'))
 LIMITS = dict(beta1=(0, 0.9999), beta2=(0, 0.999999), momentum=(0, 0.9999), warmup_frac=(0, 1),
               cooldown_frac=(0, 1), final_lr_frac=(0, 1), pacing_floor=(0, 1), pacing_start=(0, 1),
-              pacing_end=(0, 1), budget_minutes=(0.01, math.inf),
+              pacing_end=(0, 1), vocabulary_floor=(0, 1), class_loss=(0, 1), class_until=(0.001, 1),
+              smoothing=(0, 1), smoothing_temperature=(0.001, math.inf), budget_minutes=(0.01, math.inf),
               tokens_per_step=(1, math.inf), micro_batch_size=(1, math.inf),
               log_interval=(1, math.inf))      # where they are not just 0 and above
-MODEL_KEYS = {f.name: f for f in dataclasses.fields(GPTConfig) if f.name not in ('vocab_size', 'bos')}
+FROM_DATA = ('vocab_size', 'bos', 'classes')
+MODEL_KEYS = {f.name: f for f in dataclasses.fields(GPTConfig) if f.name not in FROM_DATA}
 KEYS = {f.name: f for f in dataclasses.fields(Settings)} | MODEL_KEYS
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow, ast.USub: operator.neg}
@@ -276,12 +286,12 @@ class Stream:
         """Only a curriculum has something to do here."""
 
 
-def admitted(progress, s):
-    """The share of the text, easiest first, that a curriculum admits (Diehl Martinez 2023, 2311.08886)."""
+def admitted(progress, s, floor):
+    """The share, from `floor` up, that a curriculum admits (Diehl Martinez 2023, 2311.08886)."""
     u = min(1.0, max(0.0, progress - s.pacing_start) / max(s.pacing_end - s.pacing_start, 1e-9))
     way = {'linear': u, 'quad': u ** 2, 'root': u ** 0.5, 'exp': math.expm1(10 * u) / math.expm1(10),
            'log': 1 + 0.1 * math.log(u + math.exp(-10)), 'step': math.floor(4 * u) / 3}[s.pacing]
-    return s.pacing_floor + (1 - s.pacing_floor) * min(1.0, max(0.0, way))
+    return floor + (1 - floor) * min(1.0, max(0.0, way))
 
 
 class Curriculum(Stream):
@@ -311,7 +321,8 @@ class Curriculum(Stream):
 
     def pace(self, step, progress):
         """Fix what is admitted up to AHEAD steps from here."""
-        self.shares += [admitted(progress, self.s)] * (step + self.AHEAD - len(self.shares))
+        share = admitted(progress, self.s, self.s.pacing_floor)
+        self.shares += [share] * (step + self.AHEAD - len(self.shares))
 
     def draw(self):
         end, step = int(self.places[-1]), self.s.tokens_per_step
@@ -453,7 +464,8 @@ def make_optimizers(model, s, dtype):
     matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
     tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not head]
     scalars = [p for p in model.parameters() if p.ndim < 2]
-    groups = [dict(params=[head], base_lr=head_lr),
+    heads = [head] if model.class_head is None else [head, model.class_head.weight]
+    groups = [dict(params=heads, base_lr=head_lr),
               dict(params=tables, base_lr=s.embedding_lr), dict(params=scalars, base_lr=s.scalar_lr)]
     optimizers = [Muon(matrices, s.momentum, dtype)] if s.optimizer == 'muon' else []
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
@@ -648,7 +660,8 @@ def model_config(s, data):
     try:
         kernels_named(s.kernels)
         shape = {k: getattr(s, k) for k in MODEL_KEYS}
-        return GPTConfig(vocab_size=data.meta['vocab_size'], bos=data.meta['bos'], **shape)
+        classes = prepare_data.word_class_table(data).shape[1] if s.class_loss else 0
+        return GPTConfig(vocab_size=data.meta['vocab_size'], bos=data.meta['bos'], classes=classes, **shape)
     except ValueError as e:
         raise UserError(f'the model cannot be built: {e}') from e
 
@@ -770,13 +783,53 @@ def make_objective(s, data, config, device, rank):
     an entry to `extra`: an argument of GPT.forward, and a function of (idx, progress) that makes it. What
     changes on the way is a tensor there: torch.compile would make a new program for every float.
     """
-    extra = {}
-    if not extra:
+    extra, known = {}, None
+    if s.smoothing:
+        table = smoothing_table(s, data).to(device)
+        norm = similarity_norm(table)
+        extra['soft'] = lambda idx, progress: (
+            table, norm, torch.tensor(1 - s.smoothing * (1 - progress), device=device))
+    if s.class_loss:
+        class_of = torch.from_numpy(prepare_data.word_class_table(data).argmax(1)).to(device)
+        extra['classes'] = lambda idx, progress: (
+            class_of, torch.tensor(s.class_loss * max(0.0, 1 - progress / s.class_until), device=device))
+    if s.vocabulary_floor < 1:
+        known = known_ids(s, data, device)
+    if not extra and not known:
         return lambda model, step, progress: model
 
     def objective(model, step, progress):
-        return lambda idx, targets: model(idx, targets, **{k: f(idx, progress) for k, f in extra.items()})
+        def loss_of(idx, targets):
+            arguments = {k: f(idx, progress) for k, f in extra.items()}
+            return model(*(known(idx, targets, progress) if known else (idx, targets)), **arguments)
+        return loss_of
     return objective
+
+
+def smoothing_table(s, data):
+    """(V, r) for model.soft_targets: the product of two rows is log2 of how alike their tokens are, the cosine
+    of their word classes over a temperature (Diehl Martinez 2024, 2410.11462). r is a power of 2 for Triton."""
+    if s.smoothing_by == 'uniform':
+        return torch.zeros(data.meta['vocab_size'], 16)
+    rows = torch.from_numpy(prepare_data.word_class_table(data))
+    rows = F.normalize(rows, dim=1) * (math.log2(math.e) / s.smoothing_temperature) ** 0.5
+    return F.pad(rows, (0, max(16, 2 ** math.ceil(math.log2(rows.shape[1]))) - rows.shape[1]))
+
+
+def known_ids(s, data, device):
+    """(idx, targets, progress) -> both without ids that are not known yet: unk in the input, and no target."""
+    unk = getattr(data.tokenizer, 'unk', None)
+    refuse(unk is None, f'vocabulary_floor needs an id for what is not known, {s.tokenizer} has none: '
+           f'use bpe')
+    counts = np.bincount(data.tokens['train'][:2 ** 26], minlength=data.meta['vocab_size'])
+    rank = torch.from_numpy((-counts).argsort(kind='stable').argsort()).to(device)
+
+    def known(idx, targets, progress):
+        n = admitted(progress, s, s.vocabulary_floor) * len(rank)
+        # what the document begins with is always known, and -1 is no id
+        return (torch.where((rank[idx] < n) | (idx == data.meta['bos']), idx, unk),
+                torch.where((rank[targets.clamp(min=0)] < n) & (targets >= 0), targets, -1))
+    return known
 
 
 # ---- the run -----------------------------------------------------------------------------------------------

@@ -946,7 +946,7 @@ def test_a_finished_run_grows(main, tmp_path):
 
 def test_pacing_is_what_climb_defines():
     def at(progress, pacing):
-        return train.admitted(progress, train.read_settings([f'--pacing={pacing}']))
+        return train.admitted(progress, train.read_settings([f'--pacing={pacing}']), 0.1)
     for pacing in ('linear', 'quad', 'root', 'exp', 'log', 'step'):
         assert at(0.0, pacing) == at(0.0625, pacing) == pytest.approx(0.1)
         assert at(0.875, pacing) == at(1.0, pacing) == pytest.approx(1.0)
