@@ -531,7 +531,7 @@ class Web:
                 name = self.path.rsplit('/', 1)[1]
                 web.asked.append((name, self.headers.get('Range')))
                 trouble = web.troubles[name].pop(0) if web.troubles.get(name) else None
-                body = web.files.get(name)
+                body = web.files.get(self.path, web.files.get(name))
                 if isinstance(trouble, int) or body is None:
                     return self.send_error(trouble or 404)
                 start = int((self.headers.get('Range') or 'bytes=0-')[6:-1])
@@ -626,6 +626,47 @@ def test_digests_are_in_the_table(tmp_path, web):
         assert all(re.fullmatch('[0-9a-f]{64}', digest) for digest in entry.get('sha256', {}).values())
 
 
+@pytest.mark.parametrize('name', pd.DATASETS)
+def test_every_named_data_set_is_built_from_the_paths_it_names(tmp_path, web, monkeypatch, name):
+    monkeypatch.setattr(pd, 'VAL_STORIES', 20)
+    monkeypatch.setattr(pd, 'PAIRS', 20)
+    entry, rows, texts_in = pd.DATASETS[name], {}, set()
+    monkeypatch.setitem(pd.DATASETS, name, entry | dict(sha256={}))              # these are other files
+    for seed, (file, path) in enumerate(entry['files'].items()):
+        rows[file] = prose(30, seed)
+        body = '\n\n'.join(rows[file]).encode()
+        if path.endswith('.parquet'):
+            pytest.importorskip('pyarrow')
+            import pyarrow
+            from pyarrow.parquet import write_table
+            write_table(pyarrow.table(dict(text=rows[file])), tmp_path / 'x.parquet')
+            body = (tmp_path / 'x.parquet').read_bytes()
+        web.files[f'/{entry["repo"]}/resolve/main/{path}'] = body
+        texts_in.update(rows[file])
+    if name == 'python':
+        write(tmp_path / 'raw/python/m.py', 'x = 1\n' * 200)
+        write(tmp_path / 'raw/python/n.py', 'y = 2\n' * 200)
+    folder = pd.build(name, 'bytes', data_dir=tmp_path, base_url=web.url, documents=20, quiet=True)
+    data = pd.open_data(folder, name)
+    assert len(web.asked) == len(entry['files'])
+    assert data.meta['licence'] == entry['licence'] and f'licence: {entry["licence"]}' in pd.summary(folder, data.meta)
+    if texts_in:                                                                 # nothing lost, and splits kept
+        assert {t for split in data.docs for t in texts(data, split)} == texts_in
+        held = {t for file in rows if re.search(r'\.dev|valid', file) for t in rows[file]}
+        assert not held or set(texts(data, 'val')) == held
+
+
+def test_help_says_size_licence_and_terms(capsys):
+    with pytest.raises(SystemExit):
+        pd.main(['--help'])
+    shown = capsys.readouterr().out
+    for name, entry in pd.DATASETS.items():
+        about, licence = re.escape(entry['about']), re.escape(entry['licence'])
+        assert re.search(rf'  {name} +{about}\n +about {entry["mb"]:,} MB; {licence}\n', shown)
+        assert re.search('a document (is|ends at)', entry['about'])
+        assert 'babylm' not in name or 'BNC, and EWoK' in entry['licence']
+
+
 def test_download_without_network_says_where_to_put_the_file(tmp_path):
     message = refuses('could not be downloaded', pd.build, 'babylm', data_dir=tmp_path,
                       base_url='http://127.0.0.1:9')
@@ -675,6 +716,187 @@ def test_python_of_a_folder(tmp_path):
         write(tmp_path / f'b/raw/python/code.{split}.txt', '<|endoftext|>'.join(prose(n, n)))
     data = pd.open_data(pd.build('python', 'bytes', data_dir=tmp_path / 'b', quiet=True), 'python')
     assert (len(data.docs['train']), len(data.docs['val'])) == (30, 4) and data.meta['files']
+
+
+def test_a_folder_of_python_files_is_code(tmp_path):
+    """Files are documents, those that do not compile are counted, and a change of the folder is seen."""
+    for n in range(9):
+        write(tmp_path / f'src/a/m{n}.py', f'def f{n}(x):\n\n    return x * {n}\n' * 40)
+    write(tmp_path / 'src/bad.py', 'print "2.7"\n')
+    data = prepare(tmp_path / 'src', tmp_path / 'out')
+    assert len(texts(data, 'train') + texts(data, 'val')) == 9 and data.meta['sources'] == ['python']
+    assert data.meta['report'] == {'files dropped, no Python that compiles': 1}
+    write(tmp_path / 'src/a/m1.py', 'x = 1\n')
+    refuses('changed since', pd.open_data, data.folder, f'files:{tmp_path / "src"}')
+
+
+FAKE_BANDIT = """import json, pathlib, sys
+pathlib.Path(__file__).with_name('calls').open('a').write('x')
+metrics = {}
+for path in pathlib.Path('.').rglob('*.py'):
+    text = path.read_text()
+    if 'unread' not in text:
+        metrics[f'./{path}'] = {f'SEVERITY.{s.upper()}': text.count(f'is {s}') for s in ('low', 'medium', 'high')}
+levels = ('LOW', 'MEDIUM', 'HIGH')
+metrics['_totals'] = {f'SEVERITY.{s}': sum(n[f'SEVERITY.{s}'] for n in metrics.values()) for s in levels}
+json.dump(dict(errors=[dict(filename=p) for p in metrics if p != '_totals' and 'broken' in open(p).read()],
+               metrics=metrics, results=[]), sys.stdout)
+"""
+
+
+@pytest.fixture
+def code(tmp_path):
+    """A folder of Python files of which the names say what is wrong with them."""
+    for name in ('ok1', 'ok2', 'ok3', 'low', 'medium', 'high', 'broken', 'unread'):
+        write(tmp_path / f'src/{name}.py', f'# this is {name}\n' + f'def {name}():\n    return 1\n' * 30)
+    return tmp_path / 'src'
+
+
+def test_secure_drops_what_bandit_flags_in_one_run(tmp_path, code, monkeypatch):
+    write(tmp_path / 'lib/bandit.py', FAKE_BANDIT)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'lib'))
+    data = prepare(code, tmp_path / 'out', secure=True)
+    kept = {re.search(r'this is (\w+)', t)[1] for split in ('train', 'val') for t in texts(data, split)}
+    assert kept == {'ok1', 'ok2', 'ok3', 'low'} and (tmp_path / 'lib/calls').read_text() == 'x'
+    assert data.meta['flagged'] == ['broken.py', 'high.py', 'medium.py', 'unread.py']
+    assert data.meta['report'] == {f'findings of {s} severity by bandit': 1 for s in ('low', 'medium', 'high')} | {
+        'files dropped, bandit finds medium or high severity': 4}
+    assert 'dropped for bandit: broken.py, high.py' in pd.summary(data.folder, data.meta)
+    for n in range(3):                                               # and of added code, with an other corpus
+        write(tmp_path / f'more/raw/python/{("low", "high", "ok")[n]}.py', f'# is {("low", "high", "ok")[n]}\nx = {n}\n')
+    more = prepare(write(tmp_path / 'x.txt', '\n\n'.join(prose(40))), tmp_path / 'more', secure=True, add='python')
+    assert more.meta['flagged'] == ['high.py'] and more.meta['splits']['train']['sources']['python']['documents'] == 2
+
+
+def test_secure_without_bandit_or_without_python(tmp_path, code, monkeypatch):
+    write(tmp_path / 'lib/bandit.py', 'raise ModuleNotFoundError("No module named bandit")')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'lib'))
+    refuses('No module named bandit.*pip install bandit', prepare, code, tmp_path / 'out', secure=True)
+    assert not list((tmp_path / 'out').iterdir())
+    refuses('has none', prepare, write(tmp_path / 'x.txt', '\n\n'.join(prose(40))), tmp_path / 'out', secure=True)
+
+
+def test_secure_with_the_real_bandit(tmp_path):
+    pytest.importorskip('bandit')
+    body = 'def f(x):\n    return x + 1\n' * 20
+    bad = dict(ok='', ok2='', low='assert 1\n', medium='import pickle\npickle.loads(b"")\n',
+               high='import subprocess, sys\nsubprocess.call(sys.argv[1], shell=True)  # nosec\n')
+    for name, text in bad.items():
+        write(tmp_path / f'.git/src/{name}.py', f'# {name}\n{text}{body}')     # a path that bandit leaves out by itself
+    data = prepare(tmp_path / '.git/src', tmp_path / '.git/out', secure=True)
+    assert data.meta['flagged'] == ['high.py', 'medium.py'] and len(texts(data, 'train') + texts(data, 'val')) == 3
+    assert data.meta['report']['findings of low severity by bandit'] >= 1
+
+
+# Added sources
+
+def test_added_sources_are_for_training_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd.sysconfig, 'get_paths', lambda: dict(stdlib=str(tmp_path / 'lib')))
+    for n in range(9):
+        write(tmp_path / f'lib/m{n}.py', f'def f{n}(x):\n    return x * {n}\n')
+    write(tmp_path / 'in/a.train.jsonl', '\n'.join(json.dumps(dict(body=p)) for p in prose(40, 1)))
+    write(tmp_path / 'in/a.dev.jsonl', '\n'.join(json.dumps(dict(body=p)) for p in prose(6, 2)))
+    settings = dict(text_field='body', add='arithmetic, brackets,python', add_documents=7)
+    data = prepare(tmp_path / 'in', tmp_path / 'out', **settings)
+    assert data.meta['sources'] == ['a', 'arithmetic', 'brackets', 'python'] and texts(data, 'val') == prose(6, 2)
+    counts = data.meta['splits']['train']['sources']
+    assert {name: n['documents'] for name, n in counts.items()} == dict(a=40, arithmetic=7, brackets=7, python=7)
+    assert texts(data, 'train')[40:54] == [*pd.arithmetic_documents(7, 1337), *pd.bracket_documents(7, 1337)]
+    assert pd.source_weights('arithmetic:0.5', data) == [1, 0.5, 1, 1] and 'PSF' in data.meta['licence']
+    again = prepare(tmp_path / 'in', tmp_path / 'out', **settings)
+    assert again.meta['fingerprint'] == data.meta['fingerprint']
+    for make in (pd.arithmetic_documents, pd.bracket_documents):
+        assert list(make(3, 1)) != list(make(3, 2)) and len(set(make(300, 1))) == 300
+    refuses("names 'arithmetics'", prepare, tmp_path / 'in', tmp_path / 'out', add='arithmetics')
+    refuses('a source of python already', pd.build, 'python', 'bytes', data_dir=tmp_path, add='python')
+    refuses('add_documents 0', prepare, tmp_path / 'in', tmp_path / 'out', **settings | dict(add_documents=0))
+
+
+def test_what_hashes_hold_out_is_not_added_to_training(tmp_path):
+    rows = [*pd.arithmetic_documents(300, 1337)]
+    path = write(tmp_path / 'x.jsonl', '\n'.join(json.dumps(dict(text=r)) for r in rows))
+    data = prepare(path, tmp_path / 'out', add='arithmetic', add_documents=300, val_fraction=0.1)
+    val, train = texts(data, 'val'), texts(data, 'train')
+    assert len(val) > 10 and not set(val) & set(train)
+    assert len(train) == 2 * (300 - len(val))
+    assert data.meta['report'] == {'training documents dropped, identical to held-out ones': len(val)}
+
+
+def test_arithmetic_is_true():
+    lines = [line for text in pd.arithmetic_documents(300, 5) for line in text.split('\n')]
+    assert len(lines) == 3000
+    for line in lines:
+        assert eval(line.replace('x', '*').replace(' = ', ' == ')) is True, line
+    signs = Counter(line.split()[1] for line in lines)
+    assert all(signs[s] > 600 for s in '+-x') and signs['<'] > 200 and signs['>'] > 200
+    assert '347 - 85 = 347 - 80 - 5 = 267 - 5 = 262'.count('=') == max(
+        line.count('=') for line in lines if re.fullmatch(r'\d{3} - \d[1-9] .*', line))
+    assert max(len(line.split()[2]) for line in lines) == 5
+
+
+def test_brackets_are_closed_in_order():
+    lengths, depths = [], []
+    for text in pd.bracket_documents(500, 5):
+        stack, depth = [], 0
+        for bracket in text.split(' '):
+            if bracket in '([{':
+                stack.append(bracket)
+                depth = max(depth, len(stack))
+            else:
+                assert stack.pop() + bracket in ('()', '[]', '{}')
+        assert not stack and set(text) <= set('()[]{} ')
+        lengths.append(len(text.split(' ')))
+        depths.append(depth)
+    assert 16 <= min(lengths) < 40 and 480 < max(lengths) <= 512 and min(depths) == 2 and 12 < max(depths) <= 16
+
+
+# Looking
+
+def test_compare_tokenizers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pd.GPT2Tokenizer, 'find', lambda folders: refuse())
+    def refuse():
+        raise UserError('no gpt2 here')
+    write(tmp_path / 'in/a.train', '\n\n'.join(train := prose(400, 1)))
+    write(tmp_path / 'in/a.dev', '\n\n'.join(val := prose(30, 2)))
+    args = [f'files:{tmp_path}/in', f'--data_dir={tmp_path}/data', '--compare_tokenizers=300,9000', '--width=64']
+    assert pd.main(args) is None and not (tmp_path / 'data').exists()
+    out = capsys.readouterr().out
+    tokens = sum(map(len, pd.BPETokenizer.train(train, 300).encode_batch(val)))
+    row = re.search(r'bpe 300 +([\d.]+) +([\d.]+)% +[\d.]+\n', out)
+    assert row[1] == f'{sum(len(t.encode()) for t in val) / tokens:.3f}'
+    assert row[2] == f'{100 * 300 * 64 / (300 * 64 + 7 * 12 * 64 * 64):.1f}'
+    assert re.search(r'unigram 300 +\d', out) and re.search(r'bpe 9,000 +a vocabulary of 9,000 is too large', out)
+    assert re.search(r'bytes +1\.000', out) and 'no gpt2 here' in out and '30 held-out documents' in out
+
+
+def test_unigram_is_lossless_and_another_model():
+    sample = [*prose(300), '*MOT:\tno.\n*CHI:\tyes?\n' * 50]
+    unigram, bpe = (pd.BPETokenizer.train(sample, 330, kind) for kind in ('unigram', 'bpe'))
+    assert unigram.blob != bpe.blob and all(unigram.decode(unigram.encode(text)) == text for text in HARD + sample)
+
+
+def test_inspect(tmp_path, capsys, monkeypatch):
+    rows = prose(40, 1)
+    write(tmp_path / 'in/a.train', '\n\n'.join(rows + rows[:3] + ['bell \x07 and \x1b[31mred']))
+    write(tmp_path / 'in/a.dev', '\n\n'.join(prose(6, 2)))
+    data, args = f'files:{tmp_path}/in', ['--tokenizer=bytes', f'--data_dir={tmp_path}/out', '--inspect']
+    assert pd.main([data, *args]) == 2 and 'is not a prepared data set' in capsys.readouterr().err
+    folder = prepare(tmp_path / 'in', tmp_path / 'out', scores=True).folder
+    before = (folder / 'meta.json').read_bytes()
+    assert pd.main([data, *args]) is None
+    out = capsys.readouterr().out
+    assert '3 of 44 training documents repeat another; near duplicates were not looked for' in out
+    words = Counter(re.findall('[a-z]+', ' '.join(rows + rows[:3] + ['bell and red'])))
+    top, n = words.most_common(1)[0]
+    assert f'per thousand\n{top} {1000 * n / words.total():.0f}, ' in out and 'easiest and hardest' in out
+    histogram = re.findall(r'^ +([\d,]+) to +([\d,]+) +(\d+) (#+)$', out, re.M)
+    assert sum(int(row[2]) for row in histogram) == 44 and max(len(row[3]) for row in histogram) == 50
+    assert '\x1b' not in out and '\x07' not in out and out.split('\n')[-2].count('|') == 63
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    pd.main([data, *args])
+    last = capsys.readouterr().out.split('\n')[-2]
+    assert last.count('\x1b[30;46m') == last.count('\x1b[30;43m') == 32 and '|' not in last
+    assert (folder / 'meta.json').read_bytes() == before
 
 
 # Stories
