@@ -321,7 +321,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets, reduction='mean', soft=(), classes=()):
         """Cross-entropy in nats: mean over targets >= 0, or with 'none' one a token, 0 where target < 0.
 
-        soft: see soft_targets. classes: the class of every id (V,), and the share () its guess has in the loss.
+        soft: see soft_targets. classes: the class of every id (V,), and the share () of its guess.
         """
         x = self.trunk(idx)
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),

@@ -807,8 +807,9 @@ def make_objective(s, data, config, device, rank):
 
 
 def smoothing_table(s, data):
-    """(V, r) for model.soft_targets: the product of two rows is log2 of how alike their tokens are, the cosine
-    of their word classes over a temperature (Diehl Martinez 2024, 2410.11462). r is a power of 2 for Triton."""
+    """(V, r) for model.soft_targets: the product of two rows is log2 of how alike their tokens are, by the
+    cosine of their word classes over a temperature (Diehl Martinez 2024, 2410.11462). r is a power of 2, for
+    Triton."""
     if s.smoothing_by == 'uniform':
         return torch.zeros(data.meta['vocab_size'], 16)
     rows = torch.from_numpy(prepare_data.word_class_table(data))
@@ -817,7 +818,7 @@ def smoothing_table(s, data):
 
 
 def known_ids(s, data, device):
-    """(idx, targets, progress) -> both without ids that are not known yet: unk in the input, and no target."""
+    """(idx, targets, progress) -> both without ids not known yet: unk in the input, and no target."""
     unk = getattr(data.tokenizer, 'unk', None)
     refuse(unk is None, f'vocabulary_floor needs an id for what is not known, {s.tokenizer} has none: '
            f'use bpe')

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import model as model_file
 import prepare_data
 import sample
 import train
@@ -1028,3 +1029,83 @@ def test_curricula_that_cannot_be(main, scored):
             main(*scored, *settings)
     with pytest.raises(UserError, match='no measure'):
         main('--curriculum=bigram')
+
+
+# ---- what changes the loss
+
+@pytest.fixture(scope='module')
+def classed(corpus, tmp_path_factory):
+    """The small corpus with word classes made up for it."""
+    folder = tmp_path_factory.mktemp('classed') / corpus.folder.name
+    shutil.copytree(corpus.folder, folder)
+    np.save(folder / 'classes.npy', np.random.default_rng(0).integers(0, 5, (257, 7)).astype(np.float32))
+    return folder
+
+
+def test_soft_targets_are_those_of_the_paper(classed):
+    """A softmax of cosines over a temperature over all but the right token, times 1 - alpha."""
+    data, s = prepare_data.open_data(classed), train.read_settings(['--smoothing=0.5', '--smoothing_temperature=0.2'])
+    table = train.smoothing_table(s, data)
+    assert table.shape == (257, 16)
+    rows = torch.from_numpy(np.load(classed / 'classes.npy')).double()
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    alike = torch.exp(rows @ rows.T / 0.2).fill_diagonal_(0)
+    expected = 0.3 * alike / alike.sum(1, keepdim=True) + 0.7 * torch.eye(257)
+    got = model_file.soft_targets(torch.arange(257)[:, None], (table, model_file.similarity_norm(table), torch.tensor(0.7)))
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-7)
+    s = train.read_settings(['--smoothing=0.5', '--smoothing_by=uniform'])
+    table = train.smoothing_table(s, data)
+    got = model_file.soft_targets(torch.tensor([[3]]), (table, model_file.similarity_norm(table), torch.tensor(0.7)))
+    torch.testing.assert_close(got[0], torch.full((257,), 0.3 / 256).index_fill(0, torch.tensor(3), 0.7))
+
+
+def test_alpha_and_the_classes_share_follow_progress(classed):
+    data = prepare_data.open_data(classed)
+    s = train.read_settings(['--smoothing=0.4', '--class_loss=0.5', '--class_until=0.5'])
+    seen = []
+    objective = train.make_objective(s, data, None, 'cpu', 0)
+    for progress in (0.0, 0.25, 0.5, 1.0):
+        objective(lambda idx, targets, soft, classes: seen.append((soft[2].item(), classes[1].item())), 0, progress)(0, 0)
+    assert seen == [pytest.approx(pair) for pair in ((0.6, 0.5), (0.7, 0.25), (0.8, 0.0), (1.0, 0.0))]
+    plain = train.read_settings([])
+    assert train.make_objective(plain, data, None, 'cpu', 0)(seen, 0, 0.5) is seen          # the model itself
+
+
+def test_the_second_head_guesses_classes():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=32, classes=4))
+    torch.nn.init.normal_(model.class_head.weight)
+    idx, class_of = torch.randint(1, 50, (3, 16)), torch.arange(50) % 4
+    targets = idx.roll(-1, 1)
+    targets[0, :4] = -1
+    x = model.trunk(idx)[targets >= 0]
+    both = [torch.nn.functional.cross_entropy(z, t) for z, t in ((model.lm_head(x), targets[targets >= 0]),
+                                                                 (model.class_head(x), class_of[targets[targets >= 0]]))]
+    got = model(idx, targets, classes=(class_of, torch.tensor(0.25)))
+    torch.testing.assert_close(got, 0.75 * both[0] + 0.25 * both[1])
+
+
+def test_rare_ids_are_neither_read_nor_taught():
+    counts = np.array([0, 0, 50, 40, 30, 20, 10, 5])            # bos, unk, and six ids, the frequent first
+    tokens = np.repeat(np.arange(8), counts)
+    data = SimpleNamespace(tokenizer=SimpleNamespace(unk=1), tokens=dict(train=tokens), meta=dict(vocab_size=8, bos=0))
+    s = train.read_settings(['--vocabulary_floor=0.25', '--pacing_start=0', '--pacing_end=1'])
+    known = train.known_ids(s, data, 'cpu')
+    idx, targets = torch.tensor([[0, 2, 3, 4, 7]]), torch.tensor([[2, 3, 4, 7, -1]])
+    assert [x.tolist() for x in known(idx, targets, 0.0)] == [[[0, 2, 3, 1, 1]], [[2, 3, -1, -1, -1]]]
+    assert [x.tolist() for x in known(idx, targets, 0.34)] == [[[0, 2, 3, 4, 1]], [[2, 3, 4, -1, -1]]]
+    assert [x.tolist() for x in known(idx, targets, 1.0)] == [idx.tolist(), targets.tolist()]
+
+
+def test_runs_with_another_objective(main, tmp_path, classed):
+    here = f'--data_dir={classed.parent}'
+    main(here)
+    plain = losses(tmp_path / 'run')
+    for number, settings in enumerate((['--smoothing=0.5'], ['--smoothing=0.5', '--smoothing_by=uniform'], ['--class_loss=0.5'])):
+        main(here, *settings, f'--out_dir=other{number}')
+        assert losses(tmp_path / f'other{number}') != plain
+        sample.load(tmp_path / f'other{number}')
+    with pytest.raises(UserError, match='no word classes.*--classes'):
+        main('--smoothing=0.5', '--out_dir=none')
+    with pytest.raises(UserError, match='bytes has none: use bpe'):
+        main('--vocabulary_floor=0.5', '--out_dir=none')
