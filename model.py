@@ -55,6 +55,8 @@ class GPTConfig:
     rotary_dim: int = 0         # channels of a head that rotary embedding turns, even; 0 means all D
     z_loss: float = 0.0         # weight of the squared log of the softmax's sum (Chowdhery 2022, 2204.02311)
     classes: int = 0            # word classes that a second head guesses; train.py takes it from the data set
+    dropout: float = 0.0        # share of what attention and MLP add that training leaves out, at random
+    layer_drop: float = 0.0     # chance that a row of the batch skips what the last layer adds; less below
     head_scale: float = 1.0     # of the last hidden states, before the head; growth lowers a tied head's
 
     def __post_init__(self):
@@ -225,6 +227,10 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.mix = nn.Parameter(torch.empty(2))  # weights of the residual stream and of the token embedding
+        if config.dropout or config.layer_drop:  # hooks: a model without has nothing of it in its forward pass
+            by_row = config.layer_drop * (layer + 1) / config.n_layer
+            for branch in (self.attn, self.mlp):
+                branch.register_forward_hook(functools.partial(thin_out, config.dropout, by_row))
 
     def forward(self, x, x0, *context):
         x = self.mix[0].to(x.dtype) * x + self.mix[1].to(x.dtype) * x0
@@ -498,6 +504,12 @@ def add_norm(x, branch):
     return x, rms_norm(x)
 
 
+def thin_out(rate, by_row, module, inputs, branch):
+    """A forward hook: dropout (Srivastava 2014), and whole rows (Huang 2016, 1603.09382), of a branch."""
+    if module.training:
+        return F.dropout(branch, rate) * F.dropout(branch.new_ones(len(branch), 1, 1), by_row)
+
+
 def softcap(logits, cap):
     return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -714,7 +726,7 @@ class Probe:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            self.model = GPT(dataclasses.replace(config, n_layer=1, value_embeds=0)).to(device)
+            self.model = GPT(dataclasses.replace(config, n_layer=1, value_embeds=0)).to(device).eval()
             self.model.compute_dtype = dtype
             for p in self.model.parameters():
                 nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else nn.init.uniform_(p, 0.5, 1)

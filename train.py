@@ -136,7 +136,8 @@ CHOICES = dict(budget_counts=('all', 'training'), device=('auto', 'cuda', 'cpu')
 LIMITS = dict(beta1=(0, 0.9999), beta2=(0, 0.999999), momentum=(0, 0.9999), warmup_frac=(0, 1),
               cooldown_frac=(0, 1), final_lr_frac=(0, 1), pacing_floor=(0, 1), pacing_start=(0, 1),
               pacing_end=(0, 1), vocabulary_floor=(0, 1), class_loss=(0, 1), class_until=(0.001, 1),
-              smoothing=(0, 1), smoothing_temperature=(0.001, math.inf), budget_minutes=(0.01, math.inf),
+              smoothing=(0, 1), smoothing_temperature=(0.001, math.inf), dropout=(0, 0.95),
+              layer_drop=(0, 0.95), budget_minutes=(0.01, math.inf),
               tokens_per_step=(1, math.inf), micro_batch_size=(1, math.inf),
               log_interval=(1, math.inf))      # where they are not just 0 and above
 FROM_DATA = ('vocab_size', 'bos', 'classes')
@@ -783,7 +784,7 @@ def make_objective(s, data, config, device, rank):
     an entry to `extra`: an argument of GPT.forward, and a function of (idx, progress) that makes it. What
     changes on the way is a tensor there: torch.compile would make a new program for every float.
     """
-    extra, known = {}, None
+    extra, known, noisy = {}, None, config.dropout or config.layer_drop
     if s.smoothing:
         table = smoothing_table(s, data).to(device)
         norm = similarity_norm(table)
@@ -795,10 +796,13 @@ def make_objective(s, data, config, device, rank):
             class_of, torch.tensor(s.class_loss * max(0.0, 1 - progress / s.class_until), device=device))
     if s.vocabulary_floor < 1:
         known = known_ids(s, data, device)
-    if not extra and not known:
+    if not extra and not known and not noisy:
         return lambda model, step, progress: model
 
     def objective(model, step, progress):
+        if noisy:      # each step's own numbers, another rank's others: a resumed run draws the same again
+            torch.manual_seed(int(np.random.default_rng([s.seed, step, rank]).integers(2 ** 62)))
+
         def loss_of(idx, targets):
             arguments = {k: f(idx, progress) for k, f in extra.items()}
             return model(*(known(idx, targets, progress) if known else (idx, targets)), **arguments)

@@ -320,3 +320,29 @@ def test_a_grown_model_computes_the_same(options, changes):
     assert (after - before).abs().max() < 1e-10 and before.std() > 0.1
     assert m.grow(old, new.config, math.inf)[0].blocks[-1].attn.q.weight.std() < new.blocks[-1].attn.q.weight.std() or \
         'n_embd' not in changes                                        # the noise is there
+
+
+# ---- objectives and regularisers
+
+def test_dropout_leaves_out_the_share_it_says_of_what_a_layer_adds():
+    out, module = torch.ones(3, 500, 64), torch.nn.Linear(1, 1)
+    thin = m.thin_out(0.2, 0.0, module, (), out)
+    assert (thin == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
+    torch.testing.assert_close(thin[thin != 0], torch.full((int((thin != 0).sum()),), 1 / 0.8))
+    rows = m.thin_out(0.0, 0.3, module, (), torch.ones(5000, 2, 3)).flatten(1)
+    assert (rows == rows[:, :1]).all() and rows.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert (rows == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize('options', [dict(dropout=0.3), dict(layer_drop=0.9)])
+def test_dropout_is_of_training_alone_and_reaches_every_branch(options):
+    model, plain, idx = make(**options), make(), tokens(4, 20)
+    assert torch.equal(model.trunk(idx), plain.trunk(idx))                   # make() is in eval mode
+    model.train()
+    assert not torch.equal(model.trunk(idx), model.trunk(idx))
+    assert [len(b._forward_hooks) for block in model.blocks for b in (block.attn, block.mlp)] == [1] * 6
+    assert not any(module._forward_hooks for module in plain.modules())      # off, it is not there at all
+    torch.manual_seed(0)                                                     # in depth the chance rises: 0.3, 0.6, 0.9 of 0.9
+    ones = torch.ones(4000, 1, 1)
+    kept = [(list(block.mlp._forward_hooks.values())[0](block.mlp, (), ones) != 0).float().mean().item() for block in model.blocks]
+    assert kept == pytest.approx([1 - model.config.layer_drop * (i + 1) / 3 if model.config.layer_drop else 0.7 for i in range(3)], abs=0.03)

@@ -1063,12 +1063,12 @@ def test_alpha_and_the_classes_share_follow_progress(classed):
     data = prepare_data.open_data(classed)
     s = train.read_settings(['--smoothing=0.4', '--class_loss=0.5', '--class_until=0.5'])
     seen = []
-    objective = train.make_objective(s, data, None, 'cpu', 0)
+    objective = train.make_objective(s, data, GPTConfig(), 'cpu', 0)
     for progress in (0.0, 0.25, 0.5, 1.0):
         objective(lambda idx, targets, soft, classes: seen.append((soft[2].item(), classes[1].item())), 0, progress)(0, 0)
     assert seen == [pytest.approx(pair) for pair in ((0.6, 0.5), (0.7, 0.25), (0.8, 0.0), (1.0, 0.0))]
     plain = train.read_settings([])
-    assert train.make_objective(plain, data, None, 'cpu', 0)(seen, 0, 0.5) is seen          # the model itself
+    assert train.make_objective(plain, data, GPTConfig(), 'cpu', 0)(seen, 0, 0.5) is seen          # the model itself
 
 
 def test_the_second_head_guesses_classes():
@@ -1109,3 +1109,41 @@ def test_runs_with_another_objective(main, tmp_path, classed):
         main('--smoothing=0.5', '--out_dir=none')
     with pytest.raises(UserError, match='bytes has none: use bpe'):
         main('--vocabulary_floor=0.5', '--out_dir=none')
+# ---- objectives and regularisers
+
+@pytest.mark.parametrize('settings', [['--dropout=0.2', '--layer_drop=0.3']])
+def test_a_run_resumes_to_the_bit_with(main, tmp_path, monkeypatch, settings):
+    settings = [*settings, '--max_steps=20', '--micro_batch_size=4', '--budget_minutes=10000']
+    main(*settings)
+    step_of, left = train.train_step, iter(range(30))                 # it is asked three times a step
+    monkeypatch.setattr(train, 'train_step', lambda *a: step_of(*a[:-1], lambda: next(left, None) is None))
+    with pytest.raises(train.Stopped, match='after step 10'):
+        main(*settings, '--out_dir=parts')
+    monkeypatch.setattr(train, 'train_step', step_of)
+    main(*settings, '--out_dir=parts', '--init_from=resume')
+    ours, theirs = weights(tmp_path / 'run'), weights(tmp_path / 'parts')
+    assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and ours['step'] == 20
+    assert all(torch.equal(ours['model'][k], theirs['model'][k]) for k in ours['model'])
+
+
+def objective_of(settings, rank=0, data=None, **options):
+    s = train.read_settings(settings)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=32, **options))
+    return train.make_objective(s, data, model.config, 'cpu', rank), model
+
+
+def test_random_numbers_are_of_seed_step_and_rank():
+    idx = torch.randint(1, 50, (8, 16), generator=torch.Generator().manual_seed(1))
+
+    def two(step, rank=0, seed=1):
+        objective, model = objective_of([f'--seed={seed}'], rank, dropout=0.5)
+        torch.nn.init.normal_(model.lm_head.weight)
+        loss_of = objective(model, step, 0.5)
+        return [loss_of(idx, idx).item() for _ in range(2)]
+    assert two(3) == two(3) and len({*two(3), *two(4), *two(3, rank=1), *two(3, seed=2)}) == 8
+
+
+def test_what_is_off_is_the_model_itself():
+    objective, model = objective_of([])
+    assert objective(model, 3, 0.5) is model

@@ -1,0 +1,9 @@
+"""Dropout (Srivastava 2014) of what every attention and MLP adds to the residual stream.
+
+    torchrun train.py config/babylm.py config/dropout.py
+
+For text that is read many times: BabyLM's 10 million words come round some fifty times in half an hour, 100 million about five.
+The slowrun leaderboard (100 million tokens, fifteen epochs) trains with 0.1. In a first epoch it only costs capacity. Expected:
+worse on large text, better from ten epochs or so on. Not yet measured.
+"""
+dropout = 0.1
