@@ -65,7 +65,7 @@ def load(run, device='cpu'):
         raise UserError(f'{folder / tokenizer.filename} is not the vocabulary that the checkpoint was '
                         f'trained with: put back the one of {state["data"]}')
     model = GPT(GPTConfig(**state['config']))
-    model.load_state_dict(state['model'])
+    model.load_state_dict((state.get('average') or state)['model'])     # averaged weights, where it keeps any
     try:
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError) as e:

@@ -119,6 +119,7 @@ class Settings:
     warmup_frac: float = 0.02         # of progress, learning rates rise from a tenth
     cooldown_frac: float = 0.6        # of progress, learning rates fall linearly to final_lr_frac
     final_lr_frac: float = 0.0
+    ema: float = 0.0                  # > 0: what is evaluated is averaged over about so much of progress
     eval_interval: float = 0.25       # in progress: validation on a part of the closing share; 0 is off
     log_interval: int = 10            # steps
     save_minutes: float = 5.0         # between checkpoints; 0 saves after every step
@@ -523,6 +524,18 @@ def schedule(progress, s):
     return rise * (s.final_lr_frac + (1 - s.final_lr_frac) * fall)
 
 
+def new_average(model, progress):
+    """The weights' running average, as it begins."""
+    return dict(progress=progress, model={name: w.clone() for name, w in model.state_dict().items()})
+
+
+def follow(average, model, progress, ema):
+    """Draw the average to the model's weights: what is `ema` of progress ago counts 1 / e of what is now."""
+    weight = -math.expm1((average['progress'] - progress) / ema)
+    torch._foreach_lerp_(list(average['model'].values()), list(model.state_dict().values()), weight)
+    average['progress'] = progress
+
+
 def set_rates(optimizers, progress, s):
     rate = schedule(progress, s)
     for optimizer in optimizers:
@@ -727,7 +740,7 @@ def check_room(s, config, micro, device, out_dir):
            f'the model needs about {need / 2**30:.1f} GiB and {have / 2**30:.1f} are free: lower '
            f'micro_batch_size (now {micro}), n_layer or n_embd')
     place = next(p for p in [out_dir.absolute(), *out_dir.absolute().parents] if p.exists())
-    free, checkpoint = shutil.disk_usage(place).free, 12 * total
+    free, checkpoint = shutil.disk_usage(place).free, (12 + 4 * (s.ema > 0)) * total
     refuse(free < 3 * checkpoint + 2 ** 20,
            f'{place} has {free / 2**20:,.0f} MiB free, three checkpoints need '
            f'{3 * checkpoint / 2**20:,.0f}: make room or choose another --out_dir')
@@ -847,7 +860,7 @@ STEP_KEYS = ('seed', 'weights', 'dtype', 'tokens_per_step', 'max_steps', 'max_to
              'learning_rate', 'embedding_lr', 'head_lr', 'scalar_lr', 'weight_decay', 'momentum', 'beta1',
              'beta2', 'grad_clip', 'warmup_frac', 'cooldown_frac', 'final_lr_frac', 'growth', 'growth_snr_db',
              'growth_depth', 'curriculum', 'curriculum_order', 'pacing', 'pacing_floor', 'pacing_start',
-             'pacing_end')
+             'pacing_end', 'ema')
 
 
 class Stopped(Exception):
@@ -974,6 +987,7 @@ def main(argv):
         before.load_state_dict(checkpoint['model'])
         source = grow(before, config, s.growth_snr_db, seed=s.seed)[0] if differ else before
         model.load_state_dict(source.state_dict())
+    average = new_average(model, 0.0) if s.ema else None
     if s.init_from == 'resume':
         refuse(checkpoint['fingerprint'] != fingerprint,
                f'{data.folder} is not the data that {out_dir} began with: restore it, or start afresh')
@@ -983,6 +997,9 @@ def main(argv):
         refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
         for optimizer, state in zip(optimizers, checkpoint['optimizers']):
             optimizer.load_state_dict(state)
+        if average:
+            known = {name: w.to(device) for name, w in checkpoint['average']['model'].items()}
+            average = checkpoint['average'] | dict(model=known)
         step, skipped, tokens, flops_done = (checkpoint[k] for k in ('step', 'skipped', 'tokens', 'flops'))
         times |= checkpoint['times']
         # what a killed run did after its last checkpoint was paid for too
@@ -1037,7 +1054,7 @@ def main(argv):
                 save_checkpoint(out_dir, dict(
                     version=2, step=step, progress=clock.progress, elapsed=clock.elapsed(), skipped=skipped,
                     grown=n_grown, shares=stream.shares, times=dict(times), tokens=tokens, flops=flops_done,
-                    model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
+                    model=model.state_dict(), average=average, optimizers=[o.state_dict() for o in optimizers],
                     rng=torch.get_rng_state(),
                     config=dataclasses.asdict(config), settings=vars(s), fingerprint=fingerprint,
                     tokenizer=data.meta['tokenizer_sha256'], data=str(data.folder)))
@@ -1119,6 +1136,8 @@ def main(argv):
         clock.reserve = closing_seconds()
         decision = [clock.fits(step, step_seconds / accum), clock.progress, clock.left(), step_seconds]
         go, progress, left, step_seconds = all_reduce(np.array(decision) * master).tolist()
+        if average:
+            follow(average, model, progress, s.ema)
         if not go:
             break
         clock.progress = progress
@@ -1127,6 +1146,7 @@ def main(argv):
         if stages and progress >= stages[0][0]:
             n_grown, (_, config) = n_grown + 1, stages.pop(0)
             model, optimizers = grown(model, optimizers, config, s, n_grown)
+            average = new_average(model, progress) if average else None
             step_model, step_seconds = warm_up()
             flops = config.flops_per_token(model.attended(early))
             say(f'         grown to {config.describe()}')
@@ -1213,6 +1233,9 @@ def main(argv):
         raise unsaved or Stopped(f'stopped by a signal after step {step}; {saved}')
     deadline = clock.budget + min(0.01 * clock.budget, 5.0)
     deadline -= token_seconds * s.sample_tokens + pair_seconds * n_pairs + LEAVING
+
+    if average:
+        model.load_state_dict(average['model'])
 
     def out_of_time():
         late = s.budget_counts == 'all' and clock.elapsed() + slice_seconds * slices / 16 > deadline

@@ -1111,7 +1111,7 @@ def test_runs_with_another_objective(main, tmp_path, classed):
         main('--vocabulary_floor=0.5', '--out_dir=none')
 # ---- objectives and regularisers
 
-@pytest.mark.parametrize('settings', [['--dropout=0.2', '--layer_drop=0.3']])
+@pytest.mark.parametrize('settings', [['--dropout=0.2', '--layer_drop=0.3'], ['--ema=0.1', '--growth=[(0.3, dict(n_embd=128))]']])
 def test_a_run_resumes_to_the_bit_with(main, tmp_path, monkeypatch, settings):
     settings = [*settings, '--max_steps=20', '--micro_batch_size=4', '--budget_minutes=10000']
     main(*settings)
@@ -1123,7 +1123,8 @@ def test_a_run_resumes_to_the_bit_with(main, tmp_path, monkeypatch, settings):
     main(*settings, '--out_dir=parts', '--init_from=resume')
     ours, theirs = weights(tmp_path / 'run'), weights(tmp_path / 'parts')
     assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and ours['step'] == 20
-    assert all(torch.equal(ours['model'][k], theirs['model'][k]) for k in ours['model'])
+    for one, other in zip(*([x['model'], (x['average'] or x)['model']] for x in (ours, theirs))):
+        assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 def objective_of(settings, rank=0, data=None, **options):
@@ -1147,3 +1148,33 @@ def test_random_numbers_are_of_seed_step_and_rank():
 def test_what_is_off_is_the_model_itself():
     objective, model = objective_of([])
     assert objective(model, 3, 0.5) is model
+
+
+def test_the_average_is_the_weighted_sum_of_all_weights_at_any_speed():
+    _, model = objective_of([])
+    torch.nn.init.zeros_(model.lm_head.weight)
+    average, at, expected = train.new_average(model, 0.0), 0.0, 0.0
+    for progress in (0.01, 0.03, 0.1, 0.11):                            # the weights are 100 progress
+        torch.nn.init.constant_(model.lm_head.weight, 100 * progress)
+        train.follow(average, model, progress, 0.02)
+        old = math.exp((at - progress) / 0.02)
+        expected, at = old * expected + (1 - old) * 100 * progress, progress
+    assert average['model']['lm_head.weight'].mean().item() == pytest.approx(expected)
+    slow, fast = train.new_average(model, 0.11), train.new_average(model, 0.11)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    for progress in (0.12, 0.13, 0.14):
+        train.follow(fast, model, progress, 0.02)
+    train.follow(slow, model, 0.14, 0.02)
+    torch.testing.assert_close(slow['model'], fast['model'])
+    assert slow['model']['lm_head.weight'].mean().item() == pytest.approx(11 * math.exp(-1.5))
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_what_is_measured_saved_and_sampled_is_the_average(main, tmp_path, corpus, tied):
+    main('--ema=0.3', '--max_steps=12', f'--tie_embeddings={tied}', '--final_lr_frac=1.0')
+    state, result, data = weights(tmp_path / 'run'), json.loads((tmp_path / 'run' / 'result.json').read_text()), corpus.open()
+    model, tokenizer = sample.load(tmp_path / 'run')
+    assert state['average']['progress'] == 1 and torch.equal(model.wte.weight, state['average']['model']['wte.weight'])
+    assert sample.bits_per_byte(model, data.tokens['val'], data.docs['val'])['bpb'] == pytest.approx(result['val_bpb'], rel=1e-6)
+    model.load_state_dict(state['model'])
+    assert sample.bits_per_byte(model, data.tokens['val'], data.docs['val'])['bpb'] != pytest.approx(result['val_bpb'], rel=1e-3)
