@@ -227,7 +227,7 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.mix = nn.Parameter(torch.empty(2))  # weights of the residual stream and of the token embedding
-        if config.dropout or config.layer_drop:  # hooks: a model without has nothing of it in its forward pass
+        if config.dropout or config.layer_drop:    # hooks: a forward pass without them has nothing of it
             by_row = config.layer_drop * (layer + 1) / config.n_layer
             for branch in (self.attn, self.mlp):
                 branch.register_forward_hook(functools.partial(thin_out, config.dropout, by_row))

@@ -1054,7 +1054,8 @@ def main(argv):
                 save_checkpoint(out_dir, dict(
                     version=2, step=step, progress=clock.progress, elapsed=clock.elapsed(), skipped=skipped,
                     grown=n_grown, shares=stream.shares, times=dict(times), tokens=tokens, flops=flops_done,
-                    model=model.state_dict(), average=average, optimizers=[o.state_dict() for o in optimizers],
+                    model=model.state_dict(), average=average,
+                    optimizers=[o.state_dict() for o in optimizers],
                     rng=torch.get_rng_state(),
                     config=dataclasses.asdict(config), settings=vars(s), fingerprint=fingerprint,
                     tokenizer=data.meta['tokenizer_sha256'], data=str(data.folder)))

@@ -93,7 +93,7 @@ def test_all_mistakes_at_once_with_exit_code_2(tmp_path):
 
 
 @pytest.mark.parametrize('line', [
-    'import os', 'seed = __import__("os").getpid()', 'seed = open("touched", "w").write("x")', 'seed = n_layer',
+    'import os', 'seed = __import__("os").getpid()', 'seed = open("touched", "w").write("x")', 'seed = layers',
     'seed = 3 if 1 else 2', 'out_dir = f"{1}"', 'seed += 1', 'def f(): pass', 'seed: int = 3', 'seed = 2 ** 10 ** 9',
     'learning_rate = 1e200 ** 4', 'learning_rate = 1 / 0', 'learning_rate = 10 ** 64 * 1e300', 'learning_rate = (10 ** 64) ** 10', 'seed = (', 'seed = 1e999',
     'seed = True', 'seed = None', 'overwrite = 1', 'sample_prompt = 3', 'seed = -1'])
