@@ -754,7 +754,8 @@ def main(argv):
         return keep(result)
     results = []
     for shape in [SHAPES[name] for name in own['shapes']] or [{}]:
-        derived = dict.fromkeys(('n_kv_head', 'head_dim', 'rotary_dim', 'mlp_hidden'), 0)
+        derived = dict.fromkeys(('n_kv_head', 'head_dim', 'rotary_dim', 'mlp_hidden', 'kv_latent',
+                                 'q_latent'), 0)
         sized = GPTConfig(**vars(config) | derived | dict(tie_embeddings=True) | shape) if shape else config
         rows = max(1, micro * config.block_size // sized.block_size)
         results.append(measure(own, s, sized, data, rows, device, dtype, compiling, peak))

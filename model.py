@@ -1,6 +1,6 @@
 """The model of halfhour: a small decoder-only transformer, and the operations it stands on.
 
-    part 1   the model        GPTConfig, GPT (Attention, MLP, Block), counts and FLOPs, generate
+    part 1   the model        GPTConfig, GPT (Attention, LatentAttention, MLP, Block), counts, generate
     part 2   growth           grown_config, grow: a wider or deeper model that computes the same
     part 3   the operations   rms_norm, rotary, attention, linear_cross_entropy: the reference in PyTorch,
                               what a CPU runs, and choose_kernels, which says what runs instead on a GPU
@@ -53,6 +53,8 @@ class GPTConfig:
     doc_mask: bool = True       # a token attends only within its document
     window: int = 0             # and only to so many tokens, itself included; 0 is off
     rotary_dim: int = 0         # channels of a head that rotary embedding turns, even; 0 means all D
+    kv_latent: int = 0          # width of a latent that keys and values are made from; 0 is plain attention
+    q_latent: int = 0           # with kv_latent: width of one that queries are made from; 0 is none
     z_loss: float = 0.0         # weight of the squared log of the softmax's sum (Chowdhery 2022, 2204.02311)
     classes: int = 0            # word classes that a second head guesses; train.py takes it from the data set
     dropout: float = 0.0        # share of what attention and MLP add that training leaves out, at random
@@ -85,6 +87,13 @@ class GPTConfig:
         if not 0 <= self.value_embeds <= self.n_layer:
             raise ValueError(f'value_embeds is {self.value_embeds}, it counts layers and '
                              f'n_layer is {self.n_layer}')
+        if self.kv_latent < 0 or self.q_latent < 0 or self.q_latent and not self.kv_latent:
+            raise ValueError(f'kv_latent is {self.kv_latent} and q_latent {self.q_latent}: neither may be '
+                             f'negative, and q_latent needs kv_latent')
+        if self.kv_latent and (self.rotary_dim == self.head_dim or self.value_embeds
+                               or self.n_kv_head != self.n_head):
+            raise ValueError(f'kv_latent {self.kv_latent} needs rotary_dim below head_dim {self.head_dim} '
+                             f'(it is {self.rotary_dim}), no n_kv_head and no value_embeds')
 
     def params(self):
         """Parameter counts: dict of total, embedding (token tables and an untied head), non_embedding."""
@@ -153,6 +162,7 @@ class Attention(nn.Module):
         self.k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.proj = Linear(self.n_head * self.head_dim, config.n_embd)
+        self.cached = 2, self.n_kv_head, self.head_dim       # tensors, heads and width in a KVCache
         has_table = layer >= config.n_layer - config.value_embeds
         width = self.n_kv_head * self.head_dim
         self.value_embed = nn.Embedding(config.vocab_size, width) if has_table else None
@@ -160,7 +170,7 @@ class Attention(nn.Module):
 
     def forward(self, x, idx, cos, sin, first, last, cache=None):
         B, T, C = x.shape
-        qkv = self.packed(x).view(B, T, -1, self.head_dim)                         # (B, T, H + 2 H_kv, D)
+        qkv = self.packed(x, idx).view(B, T, -1, self.head_dim)                    # (B, T, H + 2 H_kv, D)
         if self.value_embed is not None:
             table = (self.value_gain * self.value_embed(idx)).to(x.dtype).view(B, T, self.n_kv_head, -1)
             qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
@@ -173,7 +183,7 @@ class Attention(nn.Module):
         o = attention(q, k, v, first, self.scale)                     # (B, H, T, D)
         return self.proj(o.transpose(1, 2).reshape(B, T, -1))
 
-    def packed(self, x):
+    def packed(self, x, idx):
         weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])          # one product, not three
         return F.linear(x, weight.to(x.dtype))
 
@@ -197,6 +207,73 @@ class Attention(nn.Module):
         if self.value_embed is not None:
             self.value_embed.weight.normal_(std=1.0)
             self.value_gain.fill_(0.5)
+
+
+class LatentAttention(Attention):
+    """Multi-head latent attention: one narrow latent makes all heads' keys and values (Liu 2024, 2405.04434).
+
+    The latent is c = rms_norm(W_DKV x), a head's key [r; W_UK c], its value W_UV c; r, the rotary_dim
+    channels that turn, is one for all heads. A cache keeps [r; c]: there W_UK is taken into the query, and
+    W_UV applied to the weighted sum of latents. So QK-norm is of queries and r alone: a norm of whole keys is
+    not linear in c. With token_shift half of r and of W_UK c come from the token before.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        H, D, R, C, L = self.n_head, self.head_dim, config.rotary_dim, config.n_embd, config.kv_latent
+        self.widths, self.cached, self.shifts = (R, L), (1, 1, R + L), config.token_shift
+        self.norm, self.qk_norm, self.from_before = config.qk_norm, False, None    # `packed` does both itself
+        self.register_buffer('slow', slow_channels(R, R), persistent=False)
+        self.down, self.v = Linear(C, R + L), Linear(L, H * D)
+        self.k, self.k_before = Linear(L, H * (D - R) // 2), Linear(L, H * (D - R) // 2)
+        self.q_down = Linear(C, config.q_latent) if config.q_latent else None
+        self.q = Linear(config.q_latent or C, H * D)
+
+    def latent(self, x, idx, cache=None):
+        """r (B, T, R), not yet turned; c, and that of the token before, (B, T, kv_latent)."""
+        x = self.down(x)
+        before = shift(x, (idx != self.bos)[..., None], self, cache) if self.shifts else x
+        (r, c), (r_before, c_before) = (t.split(self.widths, dim=-1) for t in (x, before))
+        r = torch.where(self.slow, r_before, r)
+        return rms_norm(r) if self.norm else r, rms_norm(c), rms_norm(c_before)
+
+    def queries(self, x):
+        q = self.q(x if self.q_down is None else rms_norm(self.q_down(x)))
+        q = q.unflatten(-1, (self.n_head, self.head_dim))                          # (B, T, H, D)
+        return rms_norm(q) if self.norm else q
+
+    def packed(self, x, idx):
+        r, c, before = self.latent(x, idx)
+        parts = self.k(c), self.k_before(before), self.v(c)
+        k, k_before, v = (t.unflatten(-1, (self.n_head, -1)) for t in parts)
+        r = r[:, :, None].expand(-1, -1, self.n_head, -1)
+        return torch.cat([self.queries(x), torch.cat([r, k, k_before], dim=-1), v], dim=2)
+
+    def forward(self, x, idx, cos, sin, first, last, cache=None):
+        if cache is None:
+            return super().forward(x, idx, cos, sin, first, last)
+        r, c, _ = (t[:, None] for t in self.latent(x, idx, cache))
+        past, = cache.append(self, torch.cat([rotary(r, cos, sin), c], dim=-1))    # (B, 1, S, R + kv_latent)
+        c = past[..., self.widths[0]:]
+        before = shift(c, cache.follows[:, None, :c.shape[2], None], self) if self.shifts else c
+        q = rotary(self.queries(x).transpose(1, 2), cos, sin)
+        k, k_before, v = (up.weight.to(x.dtype).unflatten(0, (self.n_head, -1))
+                          for up in (self.k, self.k_before, self.v))
+        r, q, q_before = q.split([self.widths[0], k.shape[1], k.shape[1]], dim=-1)
+        q, k = torch.cat([r, q @ k, q_before @ k_before], dim=-1), torch.cat([past, before], dim=-1)
+        o = attention(q, k, c, first, self.scale) @ v.mT                           # (B, H, T, D)
+        return self.proj(o.transpose(1, 2).flatten(2))
+
+    def init_weights(self):
+        for linear in filter(None, (self.down, self.k, self.k_before, self.v, self.q_down)):
+            linear.weight.normal_(std=linear.in_features ** -0.5)
+        r, c = self.down.weight.split(self.widths)
+        k, k_before = ((up.weight @ c).unflatten(0, (self.n_head, -1)) for up in (self.k, self.k_before))
+        q = torch.cat([r.expand(self.n_head, -1, -1), k, k_before], dim=1).flatten(0, 1)           # (H D, C)
+        if self.q_down is not None:
+            q = q @ self.q_down.weight.t() * (self.q_down.in_features / self.q.in_features) ** 0.5
+        self.q.weight.copy_(q)
+        self.proj.weight.copy_(0.3 * (self.v.weight @ c).t())
 
 
 class MLP(nn.Module):
@@ -224,7 +301,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.attn = Attention(config, layer)
+        self.attn = (LatentAttention if config.kv_latent else Attention)(config, layer)
         self.mlp = MLP(config)
         self.mix = nn.Parameter(torch.empty(2))  # weights of the residual stream and of the token embedding
         if config.dropout or config.layer_drop:    # hooks: a forward pass without them has nothing of it
@@ -251,6 +328,7 @@ class GPT(nn.Module):
         | q, v, MLP up              | N(1 / sqrt C) | unit outputs from unit inputs at any width             |
         | k                         | as q          | a token looks for its like (Trockman 2023, 2305.09828) |
         | attention out             | 0.3 v^T       | and copies what it finds there (README, "measured")    |
+        | latents: to and from them | N(1 / sqrt n) | n the width they come from; q, out: as the k, v made   |
         | MLP down                  | 0             | MLPs begin as the identity (Zhang 2019, 1901.09321)    |
         | mix of a block            | 1, 0          | a plain residual stream                                |
         | token_shift, a channel    | 0 ... 1       | some channels know the token, some the one before      |
@@ -322,6 +400,7 @@ class GPT(nn.Module):
         start = start.cummax(dim=1).values
         if cache is not None:
             cache.doc_start = start[:, -1]
+            cache.follows[:, past:past + idx.shape[1]] = idx != self.config.bos
         return torch.maximum(start, position - self.config.window + 1) if self.config.window else start
 
     def forward(self, idx, targets, reduction='mean', soft=(), classes=()):
@@ -362,22 +441,30 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every layer, (B, H_kv, block_size, D) each, filled up to `length`; and what `shift`
-    needs of the last position."""
+    """Keys and values, or latents, of every layer, (B, heads, block_size, width) each, filled up to `length`;
+    and what `shift` needs of the last position."""
 
     def __init__(self, model, batch_size):
-        c, weight = model.config, model.wte.weight
-        shape = (2, batch_size, c.n_kv_head, c.block_size, c.head_dim)
-        self.store = {block.attn: torch.empty(shape, dtype=model.compute_dtype, device=weight.device)
-                      for block in model.blocks}
+        weight, size = model.wte.weight, model.config.block_size
+        self.store = {}
+        for layer in (block.attn for block in model.blocks):
+            n, heads, width = layer.cached
+            shape = n, batch_size, heads, size, width
+            self.store[layer] = torch.empty(shape, dtype=model.compute_dtype, device=weight.device)
         self.length, self.last = 0, {}
         self.doc_start = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
+        self.follows = torch.zeros(batch_size, size, dtype=torch.bool, device=weight.device)
 
-    def append(self, layer, k, v):
+    def append(self, layer, *new):
         """Add k, v (B, H_kv, T, D), return all the layer has seen; `length` moves after the last layer."""
-        kv, end = self.store[layer], self.length + k.shape[2]
-        kv[0, :, :, self.length:end], kv[1, :, :, self.length:end] = k, v
-        return kv[0, :, :, :end], kv[1, :, :, :end]
+        store, end = self.store[layer], self.length + new[0].shape[2]
+        for old, x in zip(store, new):
+            old[:, :, self.length:end] = x
+        return store[..., :end, :].unbind()
+
+    def values(self):
+        """How many numbers it keeps of a token in each layer, on average."""
+        return sum(s.numel() / (s.shape[1] * s.shape[3]) for s in self.store.values()) / len(self.store)
 
 
 def sample_token(logits, temperature, top_k, top_p, generator=None):
@@ -576,7 +663,7 @@ def attention(q, k, v, first, scale, rows=128):
         bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, float('-inf'))
         scores = q[:, :, :, start:stop].reshape(B, H_kv, -1, D) @ k[:, :, :end].transpose(-1, -2)
         scores = scores.view(B, H_kv, -1, stop - start, end) + bias[:, None, None]
-        out.append((scores.softmax(-1).view(B, H_kv, -1, end) @ v[:, :, :end]).view(B, H, stop - start, D))
+        out.append((scores.softmax(-1).view(B, H_kv, -1, end) @ v[:, :, :end]).view(B, H, stop - start, -1))
     return torch.cat(out, dim=2)
 
 

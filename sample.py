@@ -5,6 +5,7 @@
     python sample.py out/quickstart --file prompts.txt                 one continuation a line
     python sample.py out/quickstart --interactive                      a prompt at a time, until an empty line
     python sample.py out/babylm --pairs blimp.tar.xz                   minimal pairs: accuracy, frequency bias
+    python sample.py out/quickstart "Mia" --stats                      and what the cache of the past takes
 
 What train.py measures at the end of a run stands here too: bits_per_byte and pair_accuracy.
 """
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 import prepare_data
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache
 from prepare_data import UserError
 
 PROTOCOL = 1     # version of bits_per_byte's definition; stored beside every number it makes
@@ -341,6 +342,7 @@ def main(argv):
     parser.add_argument('--top_k', type=int, default=0, help='only the k likeliest tokens; 0 is all')
     parser.add_argument('--top_p', type=float, default=1.0,
                         help='only the likeliest tokens that together hold this probability')
+    parser.add_argument('--stats', action='store_true', help='say at the end how much the KV cache holds')
     parser.add_argument('--seed', type=int, default=1)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--pairs', help='a .jsonl of minimal pairs, a folder or a tar of them')
@@ -367,6 +369,8 @@ def main(argv):
             complete(model, tokenizer, prompt, args, generator)
     else:
         complete(model, tokenizer, args.prompt, args, generator)
+    if args.stats:
+        print(f'KV cache: {KVCache(model, 1).values():,.0f} values a token and layer')
 
 
 if __name__ == '__main__':

@@ -256,7 +256,7 @@ def test_mlp(M, K, N, gated, dtype):
 # ---- the model on all of them
 
 MODELS = [dict(), dict(n_kv_head=1, mlp='swiglu', value_embeds=1, tie_embeddings=True), dict(window=15, rotary_dim=16, logit_softcap=9.0),
-          dict(qk_norm=False, token_shift=False, z_loss=0.01)]
+          dict(qk_norm=False, token_shift=False, z_loss=0.01), dict(kv_latent=24, rotary_dim=16)]
 
 
 def gradients(model, idx, soft=()):

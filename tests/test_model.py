@@ -15,7 +15,9 @@ SHAPES = [dict(), dict(n_kv_head=2), dict(n_kv_head=1, mlp='swiglu'), dict(tie_e
           dict(value_embeds=2, n_kv_head=2),
           dict(value_embeds=3, tie_embeddings=True, mlp='swiglu', mlp_hidden=40), dict(head_dim=6, logit_softcap=5.0),
           dict(qk_norm=False, doc_mask=False),
-          dict(token_shift=False, value_embeds=1), dict(window=9, rotary_dim=4), dict(doc_mask=False, window=20, n_kv_head=2)]
+          dict(token_shift=False, value_embeds=1), dict(window=9, rotary_dim=4), dict(doc_mask=False, window=20, n_kv_head=2),
+          dict(kv_latent=12, rotary_dim=4), dict(kv_latent=13, q_latent=20, rotary_dim=2, window=20, doc_mask=False),
+          dict(kv_latent=12, rotary_dim=6, qk_norm=False), dict(kv_latent=10, rotary_dim=4, token_shift=False)]
 
 
 def make(seed=0, std=0.15, **options):
@@ -117,15 +119,19 @@ def test_forward_means_over_targets_that_count():
     torch.testing.assert_close(each.sum() / (targets >= 0).sum(), expected)
 
 
-def test_every_parameter_gets_a_gradient():
-    model, idx = make(value_embeds=1, n_kv_head=2, mlp='swiglu'), tokens(2, 20)
+@pytest.mark.parametrize('options', [dict(value_embeds=1, n_kv_head=2, mlp='swiglu'),
+                                     dict(kv_latent=12, q_latent=20, rotary_dim=4)])
+def test_every_parameter_gets_a_gradient(options):
+    model, idx = make(**options), tokens(2, 20)
     model(idx, idx).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
 @pytest.mark.parametrize('wrong', [
     dict(n_layer=0), dict(n_head=0), dict(n_embd=0), dict(block_size=0), dict(vocab_size=-1), dict(mlp='gelu'),
-    dict(n_kv_head=3), dict(n_embd=36, n_head=4), dict(head_dim=7), dict(value_embeds=4), dict(value_embeds=-1)])
+    dict(n_kv_head=3), dict(n_embd=36, n_head=4), dict(head_dim=7), dict(value_embeds=4), dict(value_embeds=-1),
+    dict(kv_latent=-1), dict(q_latent=8), dict(kv_latent=8), dict(kv_latent=8, rotary_dim=4, n_kv_head=2),
+    dict(kv_latent=8, rotary_dim=4, value_embeds=1)])
 def test_a_config_that_makes_no_model_is_a_ValueError(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)).replace('n_embd', 'n_embd|head_dim')):
         GPTConfig(**SMALL | wrong)
@@ -157,6 +163,15 @@ def test_attention_begins_by_copying_what_is_alike(options):
             of = head // (c.n_head // c.n_kv_head)
             assert torch.equal(out[head], 0.3 * v[of])
         assert torch.equal(k, q[::c.n_head // c.n_kv_head])
+
+
+def test_latent_attention_begins_by_looking_for_what_is_alike():
+    layer = GPT(GPTConfig(**SMALL, kv_latent=12, rotary_dim=4, token_shift=False, qk_norm=False)).blocks[0].attn
+    q, k, _ = layer.packed(torch.randn(2, 5, 32), tokens(2, 5)).split(4, dim=2)             # (B, T, H, D) each
+    for made, wanted in zip(q.split(4, dim=-1), k.split(4, dim=-1)):                        # of r, of the latent
+        torch.testing.assert_close(F.normalize(made, dim=-1), F.normalize(wanted, dim=-1))
+    copied = layer.v.weight @ layer.down.weight[4:]
+    torch.testing.assert_close(layer.proj.weight, 0.3 * copied.t())
 
 
 def test_copying_from_the_context_is_learned_in_thirty_steps():

@@ -89,6 +89,14 @@ def test_interactive_until_an_empty_line(ask, monkeypatch):
     assert 'Mia' in out and 'Tom' in out and 'never' not in out
 
 
+@pytest.mark.parametrize('latent, values', [(dict(), 768), (dict(kv_latent=192, rotary_dim=16), 208)])
+def test_stats_say_what_the_cache_holds(latent, values, monkeypatch, capsys):
+    model = GPT(GPTConfig(vocab_size=257, bos=256, n_layer=2, n_embd=384, n_head=6, mlp_hidden=32, block_size=16, **latent))
+    monkeypatch.setattr(sample, 'load', lambda *args: (model, BYTES))
+    sample.main(['run', 'Mia', '--stats', '--max_new_tokens=2', '--device=cpu'])
+    assert capsys.readouterr().out.splitlines()[-1] == f'KV cache: {values} values a token and layer'
+
+
 def test_a_prompt_longer_than_a_block(ask):
     assert len(ask('Mia lost the kite. ' * 20)) > 380
 
