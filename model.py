@@ -56,6 +56,11 @@ class GPTConfig:
     kv_latent: int = 0          # width of a latent that keys and values are made from; 0 is plain attention
     q_latent: int = 0           # with kv_latent: width of one that queries are made from; 0 is none
     z_loss: float = 0.0         # weight of the squared log of the softmax's sum (Chowdhery 2022, 2204.02311)
+    attn_tokens: int = 0        # parameter tokens in place of each matrix of attention (Pattention); 0 is off
+    mlp_tokens: int = 0         # parameter tokens in place of the MLP; 0 is off
+    token_norm: str = 'norm_gelu'  # of their scores: 'norm_gelu', GeLU after normalising, or 'gelu_norm'
+    attn_scale_tokens: int = 0  # the root of this scales the scores; 0 means attn_tokens. A grown model that
+    mlp_scale_tokens: int = 0   # keeps its old number computes what it did; 0 means mlp_tokens
     classes: int = 0            # word classes that a second head guesses; train.py takes it from the data set
     dropout: float = 0.0        # share of what attention and MLP add that training leaves out, at random
     layer_drop: float = 0.0     # chance that a row of the batch skips what the last layer adds; less below
@@ -70,12 +75,21 @@ class GPTConfig:
         hidden = 4 * self.n_embd if self.mlp == 'relu2' else -(-self.n_embd // 12) * 32
         self.mlp_hidden = self.mlp_hidden or hidden
         self.rotary_dim = self.rotary_dim or self.head_dim
+        self.attn_scale_tokens = self.attn_scale_tokens or self.attn_tokens
+        self.mlp_scale_tokens = self.mlp_scale_tokens or self.mlp_tokens
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_kv_head', 'head_dim', 'mlp_hidden',
                      'rope_base', 'rotary_dim'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}, it must be at least 1')
         if self.mlp not in ('relu2', 'swiglu'):
             raise ValueError(f"mlp is {self.mlp!r}, it must be 'relu2' or 'swiglu'")
+        for name in ('attn_tokens', 'mlp_tokens', 'attn_scale_tokens', 'mlp_scale_tokens'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name} is {getattr(self, name)}, it must be 0 (off) or more')
+        if self.attn_tokens and self.kv_latent:
+            raise ValueError('attn_tokens and kv_latent both replace the matrices of attention: choose one')
+        if self.token_norm not in ('norm_gelu', 'gelu_norm'):
+            raise ValueError(f"token_norm is {self.token_norm!r}, it must be 'norm_gelu' or 'gelu_norm'")
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}')
         if self.head_dim % 2:
@@ -115,8 +129,10 @@ class GPTConfig:
 
     def describe(self):
         p = self.params()
+        mlp = f'{self.mlp_tokens} feed-forward tokens' if self.mlp_tokens else f'{self.mlp} {self.mlp_hidden}'
+        mlp = f'{self.attn_tokens} attention tokens, {mlp}' if self.attn_tokens else mlp
         return (f'{self.n_layer} layers, {self.n_embd} wide, {self.n_head} heads of {self.head_dim} '
-                f'({self.n_kv_head} for keys and values), {self.mlp} {self.mlp_hidden}, '
+                f'({self.n_kv_head} for keys and values), {mlp}, '
                 f'vocabulary {self.vocab_size}: {p["total"]:,} parameters '
                 f'({p["non_embedding"]:,} without embeddings), '
                 f'{self.flops_per_token() / 1e6:.1f}M FLOPs a training token')
@@ -197,6 +213,12 @@ class Attention(nn.Module):
         return rotary(q, cos, sin), rotary(k, cos, sin), v
 
     def init_weights(self):
+        self.init_maps()
+        if self.value_embed is not None:
+            self.value_embed.weight.normal_(std=1.0)
+            self.value_gain.fill_(0.5)
+
+    def init_maps(self):
         C = self.q.in_features
         for linear in (self.q, self.v):
             linear.weight.normal_(std=C ** -0.5)
@@ -204,9 +226,6 @@ class Attention(nn.Module):
         self.k.weight.copy_(heads[:, 0].flatten(0, 1))
         values = self.v.weight.view(self.n_kv_head, 1, self.head_dim, C).expand_as(heads)
         self.proj.weight.copy_(0.3 * values.reshape(-1, C).t())
-        if self.value_embed is not None:
-            self.value_embed.weight.normal_(std=1.0)
-            self.value_gain.fill_(0.5)
 
 
 class LatentAttention(Attention):
@@ -298,11 +317,77 @@ class MLP(nn.Module):
         self.down.weight.zero_()
 
 
+class Pattention(nn.Module):
+    """A map from fan_in to fan_out channels made of n tokens, each a key and a value (Wang 2024, 2410.23168).
+
+    y = sum_i g_i value_i, g = GeLU(tau s / |s|) for 'norm_gelu', tau GeLU(s) / |GeLU(s)| for 'gelu_norm', of
+    scores s_i = x key_i; tau^2 = scale_tokens, which is n until tokens are appended.
+    """
+
+    def __init__(self, fan_in, fan_out, n, scale_tokens, norm):
+        super().__init__()
+        self.keys, self.values = Linear(fan_in, n), Linear(n, fan_out)
+        self.share, self.norm_first = scale_tokens / n, norm == 'norm_gelu'
+
+    def forward(self, x):
+        s = self.keys(x)
+        s = rms_norm(s if self.norm_first else F.gelu(s), 1e-6 * self.share)     # eps: the same for any n
+        s = s * self.share ** 0.5 if self.share != 1 else s
+        return self.values(F.gelu(s) if self.norm_first else s)
+
+    def init_weights(self, size=0.0, generator=None):
+        """Unit inputs give outputs of this size (RMS); 0 for a feed-forward layer, as MLP down."""
+        power = 0.425 if self.norm_first else 1.0             # mean square of GeLU of a unit normal
+        self.keys.weight.normal_(std=self.keys.in_features ** -0.5, generator=generator)
+        self.values.weight.normal_(std=size * (power * self.values.in_features) ** -0.5, generator=generator)
+
+    @torch.no_grad()
+    def append(self, old, zero_keys=True, generator=None):
+        """Become `old` and some tokens more. Where their keys are 0 and scale_tokens is still the old one's,
+        the output is the old one to rounding; random keys, as in the released code, change it.
+
+        The new values are random: where key and value are both 0 neither would ever get a gradient.
+        """
+        n = old.keys.out_features
+        self.init_weights((self.keys.out_features / n) ** 0.5, generator)     # as large as old values began
+        if zero_keys:
+            self.keys.weight.zero_()
+        self.keys.weight[:n], self.values.weight[:, :n] = old.keys.weight, old.values.weight
+
+
+class TokenAttention(Attention):
+    """Attention whose four matrices are Pattention; all else is as it was."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        for name in ('q', 'k', 'v', 'proj'):
+            plain = getattr(self, name)
+            setattr(self, name, Pattention(plain.in_features, plain.out_features, config.attn_tokens,
+                                           config.attn_scale_tokens, config.token_norm))
+
+    def packed(self, x, idx):
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+    def init_maps(self):
+        for part, size in ((self.q, 1.0), (self.v, 1.0), (self.proj, 0.3)):
+            part.init_weights(size)
+        n, keys, out = self.q.values.in_features, self.v.keys.weight, self.proj.values.weight
+        heads = self.q.values.weight.view(self.n_kv_head, -1, self.head_dim, n)
+        self.k.keys.weight.copy_(self.q.keys.weight)            # a token looks for its like, as in Attention
+        self.k.values.weight.copy_(heads[:, 0].flatten(0, 1))
+        values = self.v.values.weight.view(self.n_kv_head, 1, self.head_dim, n).expand_as(heads)
+        self.proj.keys.weight.copy_(values.reshape(-1, n).t())  # and goes back by the way that a value came
+        out.copy_(keys.t() * (out.std() / keys.std()))
+
+
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.attn = (LatentAttention if config.kv_latent else Attention)(config, layer)
-        self.mlp = MLP(config)
+        C = config.n_embd
+        kind = TokenAttention if config.attn_tokens else LatentAttention if config.kv_latent else Attention
+        self.attn = kind(config, layer)
+        self.mlp = MLP(config) if not config.mlp_tokens else Pattention(
+            C, C, config.mlp_tokens, config.mlp_scale_tokens, config.token_norm)
         self.mix = nn.Parameter(torch.empty(2))  # weights of the residual stream and of the token embedding
         if config.dropout or config.layer_drop:    # hooks: a forward pass without them has nothing of it
             by_row = config.layer_drop * (layer + 1) / config.n_layer
@@ -482,14 +567,16 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
 
 # ---- part 2: growth ----------------------------------------------------------------------------------------
 
-GROWS = ('n_embd', 'n_head', 'n_kv_head', 'mlp_hidden', 'n_layer')
+WIDTHS = ('n_embd', 'n_head', 'n_kv_head', 'mlp_hidden')
+GROWS = (*WIDTHS, 'n_layer', 'attn_tokens', 'mlp_tokens')
 
 
-def grown_config(config, changes):
+def grown_config(config, changes, random_tokens=False):
     """The config after growth to `changes`, a dict of sizes. ValueError if it does not lead there.
 
     Widths grow by whole multiples, and n_embd takes the number of heads and mlp_hidden along unless they are
-    named; a head keeps its width, and a key head that serves all queries stays the only one.
+    named; a head keeps its width, and a key head that serves all queries stays the only one. Tokens of
+    Pattention are appended, their scores scaled as before; with random_tokens as if they had all been there.
     """
     if unknown := [name for name in changes if name not in GROWS]:
         raise ValueError(f'{unknown[0]} cannot grow: choose {", ".join(GROWS)}')
@@ -498,11 +585,17 @@ def grown_config(config, changes):
     kept = config.n_kv_head == 1 < config.n_head
     wide.setdefault('n_kv_head', 1 if kept else wide['n_head'] * config.n_kv_head // config.n_head)
     new = dataclasses.replace(config, **wide)
-    times = {name: getattr(new, name) / getattr(config, name) for name in GROWS}
-    for name, by in times.items():
-        if by < 1 or by % 1 and name != 'n_layer':
-            raise ValueError(f'{name} grows by whole multiples, and {getattr(new, name)} is none of '
-                             f'{getattr(config, name)}')
+    for name in GROWS:
+        old, size = getattr(config, name), getattr(new, name)
+        if size < old or old == 0 < size or name in WIDTHS and size % old:
+            by = 'whole multiples' if name in WIDTHS else 'more of them'
+            raise ValueError(f'{name} grows by {by}, and {size} is none of {old}')
+    appended = any(getattr(new, name) > getattr(config, name) for name in ('attn_tokens', 'mlp_tokens'))
+    if appended and new.n_embd > config.n_embd:
+        raise ValueError('tokens and n_embd cannot grow at once: grow one after the other')
+    if random_tokens:
+        new.attn_scale_tokens, new.mlp_scale_tokens = new.attn_tokens, new.mlp_tokens
+    times = {name: getattr(new, name) // getattr(config, name) for name in WIDTHS}
     if times['n_kv_head'] != times['n_head'] and not kept:
         raise ValueError(f'n_kv_head {new.n_kv_head} would give key heads other query heads than before: '
                          f'let it grow as n_head does')
@@ -524,48 +617,58 @@ def grown_layers(old, new, stack):
             for source in [None] * after.count(i) + [i] * (i < old.n_layer)]
 
 
-def spread(x, shape, gated=False):
-    """x repeated whole, like tiles, to `shape`; gated: two matrices in one, one above the other."""
-    if gated:
+def spread(x, shape, how=''):
+    """x repeated whole, like tiles, to `shape`; or two matrices in one, one above the other ('gated'), or
+    zeros after it ('append')."""
+    if how == 'gated':
         return torch.cat([spread(half, (shape[0] // 2, shape[1])) for half in x.chunk(2)])
+    if how == 'append':
+        return F.pad(x, (0, shape[1] - x.shape[1], 0, shape[0] - x.shape[0]))
     return x.repeat([new // old for new, old in zip(shape, x.shape)]) if x.ndim else x.clone()
 
 
 @torch.no_grad()
-def grow(old, config, snr_db=10.0, stack=False, seed=0):
+def grow(old, config, snr_db=10.0, stack=False, random_tokens=False, seed=0):
     """A model of `config`, from grown_config, that computes what `old` does.
 
     HyperCloning (Samragh 2024, 2409.12903): every activation becomes copies of the old one, so a matrix is
     repeated, and divided by how often its input is. Noise, + on one of a pair of input copies and - on the
     other, cancels as long as the copies are equal, and lets them learn different things; snr_db is the
-    weights' power over it in decibels, math.inf for none. Returns the model and {parameter: (old parameter,
-    copies that share its gradient, gated)}, without the parameters of fresh layers.
+    weights' power over it in decibels, math.inf for none. Appended tokens have keys of 0 and change nothing
+    either, or random ones. Returns the model and {parameter: (old parameter, copies that share its gradient,
+    how it was spread)}, without the parameters of fresh layers.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        new = GPT(config).to(old.wte.weight)
+        new = GPT(config).to(old.wte.weight.dtype)
     new.compute_dtype = old.compute_dtype
     layers, source = grown_layers(old.config, config, stack), dict(old.named_parameters())
     dice, came_from = torch.Generator().manual_seed(seed), {}
     for name, p in new.named_parameters():
-        module, layer = new.get_submodule(name.rpartition('.')[0]), None
-        if name.startswith('blocks.'):
+        in_block, path, owner = name.startswith('blocks.'), name.rpartition('.')[0], name.rsplit('.', 2)[0]
+        module, owner = new.get_submodule(path), new.get_submodule(owner) if in_block else None
+        if in_block:
             _, layer, rest = name.split('.', 2)
             name = f'blocks.{layers[int(layer)]}.{rest}'
         if name not in source:
-            if name.endswith('attn.proj.weight'):
+            if name.endswith(('attn.proj.weight', 'attn.proj.values.weight')):
                 p.zero_()
             continue
-        q, gated = source[name], name.endswith('mlp.up.weight') and config.mlp == 'swiglu'
-        p.copy_(spread(q, p.shape, gated))
+        q, how = source[name], 'gated' if name.endswith('mlp.up.weight') and config.mlp == 'swiglu' else ''
+        if isinstance(owner, Pattention) and config.n_embd == old.config.n_embd and p.shape != q.shape:
+            if module is owner.keys:
+                owner.append(old.get_submodule(name.rsplit('.', 2)[0]), not random_tokens, dice)
+            came_from[p] = q, 1, 'append'
+            continue
+        p.copy_(spread(q, p.shape, how))
         copies = 1 if p.shape == q.shape else p.shape[-1] // q.shape[-1]
         if isinstance(module, Linear):
             n_in, copies = copies, p.shape[0] // q.shape[0]
             p.div_(n_in)
-            if layer is not None and n_in > 1:                 # the head gets none
+            if in_block and n_in > 1:                          # the heads get none
                 p.add_(cancelling_noise(p, n_in, snr_db, dice))
-        came_from[p] = q, copies, gated
-    return new.train(old.training), came_from
+        came_from[p] = q, copies, how
+    return new.train(old.training).to(old.wte.weight.device), came_from
 
 
 def cancelling_noise(weight, n_in, snr_db, dice):
@@ -789,6 +892,7 @@ def choose_kernels(names, config, device, dtype):
     if not why and dtype == torch.float32:
         without = 'in float32 it would do without tensor cores'
         reasons |= dict.fromkeys(('attention', 'qk_norm', 'mlp'), without)
+    reasons |= {'mlp': 'mlp_tokens take the place of the MLP'} if config.mlp_tokens and not why else {}
     reasons |= {name: 'switched off' for name in KERNELS if name not in named}
     probe = None
     for together in ('attention', 'qk_norm'), ('rms_norm',), ('cross_entropy',), ('mlp',):

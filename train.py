@@ -110,6 +110,7 @@ class Settings:
     scalar_lr: float = 0.02           # AdamW's for the few scalars
     growth: tuple = ()                # [(progress, sizes from then on)]: [(0.3, dict(n_embd=384)), ...]
     growth_snr_db: float = 10.0       # the weights' power over that of the noise that tells copies apart
+    growth_tokens: str = 'zero'       # keys of appended tokens: 'zero' (they do nothing at first) or 'random'
     growth_depth: str = 'fresh'       # new layers 'fresh' (they do nothing at first) or a 'stack' of the old
     weight_decay: float = 0.1         # of matrices, as a share of learning_rate, falling to 0 with progress
     momentum: float = 0.95            # Muon's
@@ -132,6 +133,7 @@ class Settings:
 CHOICES = dict(budget_counts=('all', 'training'), device=('auto', 'cuda', 'cpu'), optimizer=('muon', 'adamw'),
                dtype=('auto', 'bfloat16', 'float32'), compile=('auto', 'on', 'off'),
                tokenizer=('bpe', 'bytes', 'gpt2'), growth_depth=('fresh', 'stack'),
+               growth_tokens=('zero', 'random'),
                curriculum_order=('shuffled', 'frontier'), smoothing_by=('classes', 'uniform'),
                pacing=('linear', 'quad', 'root', 'exp', 'log', 'step'))
 LIMITS = dict(beta1=(0, 0.9999), beta2=(0, 0.999999), momentum=(0, 0.9999), warmup_frac=(0, 1),
@@ -488,7 +490,7 @@ def growth_stages(s, config):
             at, changes = stage
             if not last < at < 1:
                 raise ValueError(f'progress {at} does not lie between {last} and 1')
-            old, config, last = config, grown_config(config, changes), at
+            old, config, last = config, grown_config(config, changes, s.growth_tokens == 'random'), at
             if s.growth_depth == 'stack' and config.n_layer % old.n_layer:
                 raise ValueError(f'{config.n_layer} layers are no stack of {old.n_layer}')
         except (TypeError, ValueError, AttributeError) as e:
@@ -499,14 +501,15 @@ def growth_stages(s, config):
 
 def grown(model, optimizers, config, s, number):
     """The model grown to a config, as the run's `number`th growth, and its optimizers, with all they knew."""
-    bigger, came_from = grow(model, config, s.growth_snr_db, s.growth_depth == 'stack', s.seed + number)
+    bigger, came_from = grow(model, config, s.growth_snr_db, s.growth_depth == 'stack',
+                             s.growth_tokens == 'random', s.seed + number)
     fresh, known = make_optimizers(bigger, s, bigger.compute_dtype), {}
     for optimizer in optimizers:
         known |= optimizer.each() if isinstance(optimizer, Muon) else optimizer.state
     state = {}
-    for p, (q, copies, gated) in came_from.items():           # gradients are shared out among the copies
+    for p, (q, copies, how) in came_from.items():           # gradients are shared out among the copies
         shares = dict(momentum=copies, exp_avg=copies, exp_avg_sq=copies ** 2)
-        state[p] = {name: spread(t, p.shape, gated) / shares[name] if name in shares else t.clone()
+        state[p] = {name: spread(t, p.shape, how) / shares[name] if name in shares else t.clone()
                     for name, t in known.get(q, {}).items()}
     for optimizer in fresh:
         if isinstance(optimizer, Muon):
@@ -855,12 +858,10 @@ def known_ids(s, data, device):
 LEAVING = 0.6       # seconds from the last line printed to the prompt back
 UNPRINTED = ('evals', 'settings', 'config', 'hardware', 'versions', 'data', 'sample')    # or told below
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
-# settings that decide what a step computes: a run that goes on must not change them
-STEP_KEYS = ('seed', 'weights', 'dtype', 'tokens_per_step', 'max_steps', 'max_tokens', 'optimizer',
-             'learning_rate', 'embedding_lr', 'head_lr', 'scalar_lr', 'weight_decay', 'momentum', 'beta1',
-             'beta2', 'grad_clip', 'warmup_frac', 'cooldown_frac', 'final_lr_frac', 'growth', 'growth_snr_db',
-             'growth_depth', 'curriculum', 'curriculum_order', 'pacing', 'pacing_floor', 'pacing_start',
-             'pacing_end', 'ema')
+# settings that a run which goes on may change; all others decide what a step computes
+FREE = set('dataset tokenizer vocab_size prepare data_dir out_dir overwrite init_from budget_minutes '
+           'budget_counts device compile kernels micro_batch_size eval_interval log_interval save_minutes '
+           'sample_prompt sample_tokens dollars_per_hour dry_run'.split()) | MODEL_KEYS.keys()
 
 
 class Stopped(Exception):
@@ -993,7 +994,7 @@ def main(argv):
                f'{data.folder} is not the data that {out_dir} began with: restore it, or start afresh')
         theirs, ours = checkpoint['settings'], vars(s)
         differ = [f'{k} (was {theirs.get(k)!r}, now {ours[k]!r})'
-                  for k in ours if k in STEP_KEYS and theirs.get(k) != ours[k]]
+                  for k in ours if k not in FREE and theirs.get(k) != ours[k]]
         refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
         for optimizer, state in zip(optimizers, checkpoint['optimizers']):
             optimizer.load_state_dict(state)

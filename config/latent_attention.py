@@ -3,7 +3,7 @@ numbers a token, and the cache that generation reads holds it and one shared rot
 
     python train.py config/babylm.py config/latent_attention.py
 
-To be expected: no faster training, about the loss of plain attention, and a cache of 208 values a token and layer: plain
+To be expected: no faster training, a little more loss than plain attention, and a cache of 208 values a token and layer: plain
 attention keeps 640 at the width of babylm.py, 768 with six heads of 64 (`python sample.py <run> --stats` counts them). What it
 did on a CPU stands in the README.
 """

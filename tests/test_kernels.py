@@ -371,6 +371,12 @@ def test_kernels_that_cannot_or_should_not_run_are_not_tried(card):
     assert m.IN_USE == {'rms_norm', 'cross_entropy'}
 
 
+def test_tokens_take_the_place_of_the_mlp_and_keep_the_kernel_of_attention(card):
+    config = GPTConfig(vocab_size=90, block_size=40, n_head=1, head_dim=32, n_embd=48, attn_tokens=36, mlp_tokens=60)
+    lines = m.choose_kernels('all', config, 'cuda', torch.float16)
+    assert m.IN_USE == set(m.KERNELS) - {'mlp'} and lines[-1] == 'mlp: torch, mlp_tokens take the place of the MLP'
+
+
 def test_without_triton_the_model_is_whole():
     code = ('import sys; sys.modules["triton"] = None; import torch, model as m; c = m.GPTConfig(vocab_size=90, n_layer=1, n_embd=32);'
             'x = torch.zeros(1, 512, dtype=torch.long); m.GPT(c)(x, x).backward(); print(m.triton, m.IN_USE)')

@@ -1,4 +1,5 @@
 """model.py: what the model computes, against slow and plain definitions of the same."""
+import dataclasses
 import math
 import zlib
 
@@ -17,7 +18,9 @@ SHAPES = [dict(), dict(n_kv_head=2), dict(n_kv_head=1, mlp='swiglu'), dict(tie_e
           dict(qk_norm=False, doc_mask=False),
           dict(token_shift=False, value_embeds=1), dict(window=9, rotary_dim=4), dict(doc_mask=False, window=20, n_kv_head=2),
           dict(kv_latent=12, rotary_dim=4), dict(kv_latent=13, q_latent=20, rotary_dim=2, window=20, doc_mask=False),
-          dict(kv_latent=12, rotary_dim=6, qk_norm=False), dict(kv_latent=10, rotary_dim=4, token_shift=False)]
+          dict(kv_latent=12, rotary_dim=6, qk_norm=False), dict(kv_latent=10, rotary_dim=4, token_shift=False),
+          dict(attn_tokens=24, mlp_tokens=80, n_kv_head=2, value_embeds=1), dict(attn_tokens=24, token_norm='gelu_norm'),
+          dict(mlp_tokens=80, mlp_scale_tokens=60, head_dim=6)]
 
 
 def make(seed=0, std=0.15, **options):
@@ -119,8 +122,8 @@ def test_forward_means_over_targets_that_count():
     torch.testing.assert_close(each.sum() / (targets >= 0).sum(), expected)
 
 
-@pytest.mark.parametrize('options', [dict(value_embeds=1, n_kv_head=2, mlp='swiglu'),
-                                     dict(kv_latent=12, q_latent=20, rotary_dim=4)])
+@pytest.mark.parametrize('options', [dict(value_embeds=1, n_kv_head=2, mlp='swiglu'), dict(kv_latent=12, q_latent=20, rotary_dim=4),
+                                     dict(value_embeds=1, n_kv_head=2, attn_tokens=24, mlp_tokens=80)])
 def test_every_parameter_gets_a_gradient(options):
     model, idx = make(**options), tokens(2, 20)
     model(idx, idx).backward()
@@ -131,7 +134,8 @@ def test_every_parameter_gets_a_gradient(options):
     dict(n_layer=0), dict(n_head=0), dict(n_embd=0), dict(block_size=0), dict(vocab_size=-1), dict(mlp='gelu'),
     dict(n_kv_head=3), dict(n_embd=36, n_head=4), dict(head_dim=7), dict(value_embeds=4), dict(value_embeds=-1),
     dict(kv_latent=-1), dict(q_latent=8), dict(kv_latent=8), dict(kv_latent=8, rotary_dim=4, n_kv_head=2),
-    dict(kv_latent=8, rotary_dim=4, value_embeds=1)])
+    dict(kv_latent=8, rotary_dim=4, value_embeds=1), dict(attn_tokens=8, kv_latent=8, rotary_dim=4),
+    dict(attn_tokens=-1), dict(mlp_scale_tokens=-1), dict(token_norm='softmax')])
 def test_a_config_that_makes_no_model_is_a_ValueError(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)).replace('n_embd', 'n_embd|head_dim')):
         GPTConfig(**SMALL | wrong)
@@ -174,12 +178,24 @@ def test_latent_attention_begins_by_looking_for_what_is_alike():
     torch.testing.assert_close(layer.proj.weight, 0.3 * copied.t())
 
 
-def test_copying_from_the_context_is_learned_in_thirty_steps():
+@torch.no_grad()
+@pytest.mark.parametrize('norm', ['norm_gelu', 'gelu_norm'])
+def test_attention_made_of_tokens_begins_by_copying_too(norm):
+    torch.manual_seed(0)
+    attn = GPT(GPTConfig(vocab_size=20, n_layer=1, n_embd=128, attn_tokens=96, token_norm=norm)).blocks[0].attn
+    x = torch.randn(500, 128)
+    back = attn.proj(attn.v(x))
+    assert torch.equal(attn.q(x), attn.k(x))
+    assert F.cosine_similarity(back, x).mean() > 0.25 and 0.25 < back.square().mean().sqrt() < 0.5
+
+
+@pytest.mark.parametrize('options', [dict(), dict(attn_tokens=48, mlp_tokens=192)])
+def test_copying_from_the_context_is_learned_in_thirty_steps(options):
     """The second half of a row is the first, turned by a different number of places each step, so that only a
     search by content helps. Without token_shift the same model stays at ln 63 = 4.14 for more than a hundred."""
     import train
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=64, block_size=48, n_layer=2, n_head=2, n_embd=64))
+    model = GPT(GPTConfig(vocab_size=64, block_size=48, n_layer=2, n_head=2, n_embd=64, **options))
     s = train.read_settings([])
     optimizers, losses = train.make_optimizers(model, s, torch.float32), []
     for _ in range(30):
@@ -189,6 +205,99 @@ def test_copying_from_the_context_is_learned_in_thirty_steps():
         targets[:, :24] = -1
         losses.append(train.train_step(model, model, optimizers, [(row, targets)], 0.3, s)[0])
     assert losses[0] > 3.9 and sum(losses[-5:]) / 5 < 1.5
+
+
+# ---- parameters as tokens
+
+def pattention(n, scale_tokens=0, norm='norm_gelu', fan_in=24, fan_out=20):
+    layer = m.Pattention(fan_in, fan_out, n, scale_tokens or n, norm).double()
+    with torch.no_grad():
+        layer.init_weights(1.0)
+    return layer
+
+
+@pytest.mark.parametrize('scale_tokens', [0, 50])
+@pytest.mark.parametrize('norm', ['norm_gelu', 'gelu_norm'])
+def test_pattention_is_the_formula_of_the_paper(norm, scale_tokens):
+    torch.manual_seed(0)
+    layer, x = pattention(70, scale_tokens, norm), torch.randn(3, 5, 24, dtype=torch.double)
+
+    def gelu(z):
+        return [a * (1 + math.erf(a / 2 ** 0.5)) / 2 for a in z]
+
+    def scaled(z):                                       # tau z / |z|, tau the root of the number of tokens
+        return [a * ((scale_tokens or 70) / sum(b * b for b in z)) ** 0.5 for a in z]
+    for token, y in zip(x.flatten(0, 1), layer(x).flatten(0, 1)):
+        s = [(token @ key).item() for key in layer.keys.weight]
+        weights = gelu(scaled(s)) if norm == 'norm_gelu' else scaled(gelu(s))
+        expected = sum(g * value for g, value in zip(weights, layer.values.weight.t()))
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)     # eps is in the one and not the other
+
+
+@pytest.mark.parametrize('norm', ['norm_gelu', 'gelu_norm'])
+def test_pattention_begins_with_outputs_as_large_as_its_inputs(norm):
+    torch.manual_seed(0)
+    x = torch.randn(200, 256, dtype=torch.double)
+    for n in (128, 1024):
+        y = pattention(n, norm=norm, fan_in=256, fan_out=256)(x)
+        assert y.square().mean().sqrt().item() == pytest.approx(1, abs=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('norm', ['norm_gelu', 'gelu_norm'])
+def test_appended_tokens_change_nothing_while_the_scale_stays(norm):
+    torch.manual_seed(0)
+    old, x = pattention(256, norm=norm), torch.randn(100, 24, dtype=torch.double)
+    before = old(x)
+
+    def error(more, scale_tokens, zero_keys=True):
+        wide = pattention(256 + more, scale_tokens, norm)
+        wide.append(old, zero_keys, torch.Generator().manual_seed(1))
+        assert wide.values.weight[:, 256:].std().item() == pytest.approx(old.values.weight.std().item(), rel=0.1)
+        return ((wide(x) - before).norm() / before.norm()).item()
+    following, random = [], []
+    for more in (64, 256, 768):
+        assert error(more, 256) < 1e-10
+        following.append(error(more, 0))
+        random.append(error(more, 0, zero_keys=False))
+    assert 0.05 < following[0] < following[1] < following[2]
+    assert random[0] < random[1] < random[2] and all(a < b for a, b in zip(following, random))
+    if norm == 'norm_gelu':          # the sizes that the arithmetic gives: sqrt(added / old) for random keys
+        assert following == pytest.approx([0.14, 0.48, 1.13], abs=0.05)
+        assert random == pytest.approx([0.5, 1.0, 1.73], abs=0.15)
+
+
+def test_appended_tokens_learn_at_once_by_their_keys():
+    torch.manual_seed(0)
+    old, wide = pattention(32), pattention(48, 32)
+    wide.append(old)
+    wide(torch.randn(10, 24, dtype=torch.double)).square().sum().backward()
+    keys, values = wide.keys.weight.grad[32:], wide.values.weight.grad[:, 32:]
+    assert keys.abs().min() > 0 and not values.any()     # values from the second step on
+    wide.zero_grad()
+    wide.append(old, zero_keys=False)
+    wide(torch.randn(10, 24, dtype=torch.double)).square().sum().backward()
+    assert wide.keys.weight.grad[32:].any() and wide.values.weight.grad[:, 32:].any()
+
+
+@pytest.mark.parametrize('norm', ['norm_gelu', 'gelu_norm'])
+def test_a_model_with_more_tokens_computes_what_it_did(norm):
+    old = make(attn_tokens=24, mlp_tokens=80, n_kv_head=2, value_embeds=1, token_norm=norm).double()
+    config = dataclasses.replace(old.config, attn_tokens=40, mlp_tokens=128)       # the scales stay
+    assert (config.attn_scale_tokens, config.mlp_scale_tokens) == (24, 80)
+    assert '40 attention tokens, 128 feed-forward tokens' in config.describe()
+    new = GPT(config).double()
+    rest = {name: p for name, p in old.state_dict().items() if 'keys' not in name and 'values' not in name}
+    new.load_state_dict(rest, strict=False)
+    for a, b in zip(new.modules(), old.modules()):
+        if isinstance(a, m.Pattention):
+            a.append(b)
+    old.compute_dtype = new.compute_dtype = torch.float64
+    torch.testing.assert_close(logits(new, tokens(2, 30)), logits(old, tokens(2, 30)), rtol=0, atol=1e-10)
+    follows = GPT(dataclasses.replace(config, attn_scale_tokens=0)).double()
+    follows.load_state_dict(new.state_dict())
+    follows.compute_dtype = torch.float64
+    assert not torch.allclose(logits(follows, tokens(2, 30)), logits(old, tokens(2, 30)), atol=1e-3)
 
 
 # ---- generating
@@ -323,6 +432,8 @@ GROWTHS = [dict(n_embd=64), dict(n_embd=96), dict(mlp_hidden=256), dict(n_head=8
 @pytest.mark.parametrize('changes', GROWTHS)
 @pytest.mark.parametrize('options', SHAPES)
 def test_a_grown_model_computes_the_same(options, changes):
+    if options.get('attn_tokens') and 'n_head' in changes and 'n_embd' not in changes:
+        changes = dict(mlp_hidden=256)
     if 'mlp_hidden' in options and 'mlp_hidden' in changes:
         changes = changes | dict(mlp_hidden=2 * options['mlp_hidden'])
     elif 'mlp' in options and 'mlp_hidden' in changes:
@@ -333,8 +444,8 @@ def test_a_grown_model_computes_the_same(options, changes):
     with torch.no_grad():                                              # logits() gives fp32
         before, after = (x.lm_head(x.trunk(idx)) for x in (old, new))
     assert (after - before).abs().max() < 1e-10 and before.std() > 0.1
-    assert m.grow(old, new.config, math.inf)[0].blocks[-1].attn.q.weight.std() < new.blocks[-1].attn.q.weight.std() or \
-        'n_embd' not in changes                                        # the noise is there
+    silent = m.grow(old, new.config, math.inf)[0]
+    assert ('n_embd' in changes) <= any((a != b).any() for a, b in zip(new.parameters(), silent.parameters()))
 
 
 # ---- objectives and regularisers
@@ -361,3 +472,25 @@ def test_dropout_is_of_training_alone_and_reaches_every_branch(options):
     ones = torch.ones(4000, 1, 1)
     kept = [(list(block.mlp._forward_hooks.values())[0](block.mlp, (), ones) != 0).float().mean().item() for block in model.blocks]
     assert kept == pytest.approx([1 - model.config.layer_drop * (i + 1) / 3 if model.config.layer_drop else 0.7 for i in range(3)], abs=0.03)
+
+
+@pytest.mark.parametrize('norm', ['norm_gelu', 'gelu_norm'])
+def test_a_model_grown_by_tokens_computes_the_same(norm):
+    """Exactly with zero keys and the old scale; with random keys, as the authors' code does it, it does not."""
+    old, idx = double(make(attn_tokens=24, mlp_tokens=80, token_norm=norm)), tokens(2, 40, (0, 13))
+    changes = dict(attn_tokens=40, mlp_tokens=100, n_layer=4)
+    with torch.no_grad():
+        before = old.lm_head(old.trunk(idx))
+        new, came_from = m.grow(old, m.grown_config(old.config, changes))
+        assert (new.lm_head(new.trunk(idx)) - before).abs().max() < 1e-10 and new.config.attn_scale_tokens == 24
+        other, _ = m.grow(old, m.grown_config(old.config, changes, True), random_tokens=True)
+        assert (other.lm_head(other.trunk(idx)) - before).abs().max() > 1e-3 and other.config.attn_scale_tokens == 40
+    p = next(b for b in new.blocks if b.mlp.keys.weight in came_from).mlp.keys.weight
+    q, copies, how = came_from[p]
+    state = m.spread(q, p.shape, how)
+    assert copies == 1 and torch.equal(state[:80], q) and not state[80:].any()
+    for wrong in (dict(attn_tokens=12), dict(attn_tokens=48, n_embd=64)):
+        with pytest.raises(ValueError, match='attn_tokens grows by more|cannot grow at once'):
+            m.grown_config(old.config, wrong)
+    with pytest.raises(ValueError, match='attn_tokens grows by more'):
+        m.grown_config(make().config, dict(attn_tokens=8))
