@@ -775,6 +775,8 @@ def open_or_build(s, rank):
         print(f'{folder} is missing: building it', flush=True)
         command = [sys.executable, prepare_data.__file__, s.dataset, '--tokenizer', s.tokenizer,
                    '--vocab_size', str(s.vocab_size), '--data_dir', s.data_dir, *s.prepare.split()]
+        if s.init_from not in ('scratch', 'resume'):           # weights go with the vocabulary they learned
+            command += ['--tokenizer_from', s.init_from]
         refuse(subprocess.run(command).returncode, f'{s.dataset} could not be prepared, see above')
     if dist.is_initialized():
         dist.barrier()
@@ -980,7 +982,8 @@ def main(argv):
     clock = Clock(s)
     if checkpoint is not None:
         refuse(checkpoint['tokenizer'] != data.meta['tokenizer_sha256'],
-               f'the checkpoint was trained with another vocabulary than {data.folder} has: use its data')
+               f'the checkpoint was trained with another vocabulary than {data.folder} has: use its data, or '
+               f'data that prepare_data.py made with --tokenizer_from')
         before = GPT(GPTConfig(**checkpoint['config'])).to(device)
         theirs, ours = dataclasses.asdict(before.config), dataclasses.asdict(config)
         differ = [f'{k} {theirs[k]} there, {ours[k]} here' for k in ours if theirs[k] != ours[k]]

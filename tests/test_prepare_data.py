@@ -911,50 +911,125 @@ def test_stories_and_pairs_are_built(tmp_path):
     assert not (data.folder / 'raw').exists()
 
 
-@pytest.fixture(scope='module')
-def stories():
-    return list(pd.story_documents(20_000, seed=1))
+@pytest.mark.parametrize('name, world', [('stories_sv', ('stories_sv', False)), ('instructions', ('stories', True)),
+                                         ('instructions_sv', ('stories_sv', True))])
+def test_the_other_worlds_are_built_with_the_tokenizer_of_another_data_set(tmp_path, monkeypatch, name, world):
+    monkeypatch.setattr(pd, 'VAL_STORIES', 20)
+    monkeypatch.setattr(pd, 'PAIRS', 40)
+    settings = dict(data_dir=tmp_path, documents=300, vocab_size=512, quiet=True)
+    first = pd.open_data(pd.build('stories', seed=5, **settings))
+    own = pd.open_data(pd.build(name, **settings))
+    same = list(pd.story_documents(300, 1337, 0, *world))
+    assert texts(own, 'train') == same
+    assert own.meta['tokenizer_sha256'] != first.meta['tokenizer_sha256']
+    data = pd.open_data(pd.build(name, tokenizer_from=first.folder, overwrite=True, **settings), name)
+    assert data.folder == own.folder == tmp_path / f'{name}-bpe512'
+    assert data.meta['tokenizer_sha256'] == first.meta['tokenizer_sha256'] and data.tokenizer.blob == first.tokenizer.blob
+    assert texts(data, 'train') == same
+    pairs = [json.loads(line) for line in (data.folder / 'pairs.jsonl').read_text().splitlines()]
+    assert pairs == pd.story_pairs(40, 1339, *world)
+    refuses('same --tokenizer and --vocab_size', pd.build, name, tokenizer_from=first.folder,
+            **settings | dict(vocab_size=600))
+    assert not (tmp_path / f'{name}-bpe600').exists()
+    refuses('holds no tokenizer', pd.build, name, tokenizer_from=tmp_path, **settings | dict(vocab_size=600))
+
+
+@pytest.fixture(scope='module', params=['stories', 'stories_sv'])
+def world(request):
+    return request.param
 
 
 @pytest.fixture(scope='module')
-def pairs():
-    return pd.story_pairs(2000, seed=1)
+def stories(world):
+    return list(pd.story_documents(20_000 if world == 'stories' else 8000, 1, 0, world))
+
+
+@pytest.fixture(scope='module')
+def pairs(world):
+    return pd.story_pairs(2000, 1, world)
 
 
 def word_list(text):
-    return re.findall(r'[a-z]+(?:-[a-z]+)*', text.lower())
+    return re.findall(r'[a-zåäöé]+(?:-[a-z]+)*', text.lower())
 
 
-def test_a_story_depends_on_seed_and_index_alone(stories):
-    assert list(pd.story_documents(5, seed=1, start=777)) == stories[777:782]
-    assert list(pd.story_documents(5, seed=2)) != stories[:5]
+def test_a_story_depends_on_seed_and_index_alone(stories, world):
+    assert list(pd.story_documents(5, 1, 777, world)) == stories[777:782]
+    assert list(pd.story_documents(5, 2, 0, world)) != stories[:5]
 
 
 def test_no_two_stories_are_equal(stories):
     assert len(set(stories)) == len(stories)
 
 
-def test_vocabulary_and_lengths(stories):
+def test_vocabulary_and_lengths(stories, world):
     vocabulary = Counter(word for text in stories for word in word_list(text))
-    assert 2500 <= len(vocabulary) <= 4000
-    assert min(vocabulary.values()) >= 5
+    least, most, seldom = (2500, 4000, 5) if world == 'stories' else (4000, 5000, 1)
+    assert least <= len(vocabulary) <= most and min(vocabulary.values()) >= seldom
     lengths = [len(text.split()) for text in stories]
     assert 60 <= min(lengths) and max(lengths) <= 160 and 95 <= sum(lengths) / len(lengths) <= 130
 
 
-def test_english(stories, pairs):
+def test_spelling(stories, pairs, world):
     every = stories + [p['context'] + p[side] for p in pairs for side in ('good', 'bad')]
     for text in every:
-        assert not re.search(r'[{}<>|=_~]|  |\n\n| \n|\n |\s$| [.,!?]|[.,]{2}', text), text
-        assert not re.search(r'\b[Aa] [aeiouAEIOU]|\b[Aa]n [^aeiouAEIOU]', text), text
-        assert not re.search(r'(^|[.!?] |\n)"?[a-z]', text), text
-        assert not re.search(r'\bthey was\b|\b[Tt]hey is\b|\b(\w+) \1\b(?<!had had)', text), text
+        assert not re.search(r'[{}<>|=_~/]|  |\n\n| \n|\n |\s$| [.,!?]|[.,]{2}', text), text
+        assert not re.search(r'(^|[.!?] |\n)"?[a-zåäö]|\b(\w+) \2\b(?<!had had)', text), text
         assert text.count('"') % 2 == 0 and text[-1] in '.!?"', text
+        if world == 'stories':
+            assert not re.search(r'\b[Aa] [aeiouAEIOU]|\b[Aa]n [^aeiouAEIOU]', text), text
+            assert not re.search(r'\bthey was\b|\b[Tt]hey is\b', text), text
 
 
-def test_pairs_are_balanced_and_consist_of_mirrored_twins(pairs):
-    assert len(pairs) == 2000 and pd.story_pairs(40, seed=1) == pairs[:40]
-    assert Counter(p['kind'] for p in pairs) == dict.fromkeys(pd.World().kinds, 200)
+def swedish_words():
+    """Of config/stories_sv.txt, as written: {noun: en or ett}, {form of an adjective: places it stands at}."""
+    genders, forms = {}, {}
+    for line in (ROOT / 'config/stories_sv.txt').read_text().split('\n'):
+        kind, _, words = line.partition(': ')
+        for word in words.split(', ') if kind in ('en', 'ett', 'adj') else ():
+            for place, form in enumerate(word.split('/') * (1 if '/' in word or kind != 'adj' else 3)):
+                if kind == 'adj':
+                    forms.setdefault(form, set()).add(place)
+                else:
+                    assert genders.setdefault((form, bool(place)), kind) == kind, word
+    return genders, forms
+
+
+def wrong_agreement(text, genders, forms):
+    """The article, adjective and noun in a row that do not agree: en röd drake, ett rött hus, den röda draken."""
+    for article, adjective, noun in re.findall(r'\b(?=(en|ett|den|det) (\w+) (\w+))', text, re.I):
+        definite = article.lower() in ('den', 'det')
+        kind = genders.get((noun, definite))
+        place = 2 if definite else int(article.lower() == 'ett')
+        if adjective in forms and (noun, not definite) in genders and kind is None:
+            yield article, adjective, noun
+        if adjective in forms and kind and (place not in forms[adjective]
+                                            or article.lower() not in dict(en=('en', 'den'), ett=('ett', 'det'))[kind]):
+            yield article, adjective, noun
+    for article, noun in re.findall(r'\b(?=(en|ett|min|mitt|sin|sitt|din|ditt) (\w+))', text, re.I):
+        if (noun, False) in genders and noun not in forms and article.lower().endswith('tt') != (genders[noun, False] == 'ett'):
+            yield article, noun
+
+
+def test_swedish_agrees():
+    genders, forms = swedish_words()
+    for bad in ('en rött drake', 'ett röd drake', 'den röd draken', 'det röda draken', 'sitt drake', 'en röd draken'):
+        assert list(wrong_agreement(bad, genders, forms)), bad
+    seen = 0
+    for text in pd.story_documents(3000, 4, 0, 'stories_sv'):
+        assert not list(wrong_agreement(text, genders, forms)), text
+        seen += len(re.findall(r'\b(?:en|ett|den|det) (\w+) \w+', text))
+    assert seen > 9000
+
+
+def test_pairs_are_balanced_and_consist_of_mirrored_twins(pairs, world):
+    check_twins(pairs, world)
+    assert pd.story_pairs(40, 1, world) == pairs[:40]
+
+
+def check_twins(pairs, world):
+    assert len(pairs) == 2000 and len(pd.World(world).kinds) >= 8
+    assert Counter(p['kind'] for p in pairs) == dict.fromkeys(pd.World(world).kinds, 200)
     for one, twin in zip(pairs[::2], pairs[1::2]):
         assert one['kind'] == twin['kind'] and one['context'] != twin['context']
         assert one['good'] == twin['bad'] != one['bad'] == twin['good']
@@ -972,7 +1047,7 @@ def test_an_ending_alone_is_a_coin_toss(pairs):
     """A unigram scorer fitted on good against bad endings: on other endings, and on the same."""
     for fitted, judged in ((pairs[:1000], pairs[1000:]), (pairs, pairs)):
         good, bad = (Counter(w for p in fitted for w in word_list(p[side])) for side in ('good', 'bad'))
-        assert good == bad
+        assert good == bad and Counter(p['good'] for p in fitted) == Counter(p['bad'] for p in fitted)
         length = {side: sum(len(p[side]) for p in judged) for side in ('good', 'bad')}
         assert length['good'] == length['bad']
         for weight in (lambda w: log((good[w] + 1) / (bad[w] + 1)), len, hash):
@@ -980,16 +1055,21 @@ def test_an_ending_alone_is_a_coin_toss(pairs):
             assert sum((g > b) + 0.5 * (g == b) for g, b in score) == len(judged) / 2
 
 
-def heuristics(pairs):
+def pronouns(world):
+    """{she: {she, her, herself}, he: ..., they: ...} in the language of the world."""
+    return {row['.group']: {form for field, form in row.items() if field not in ('.group', '.was')}
+            for row in pd.World(world).tables['pronoun']}
+
+
+def heuristics(pairs, world):
     """Accuracy per kind of choosing the option that the context names last, first, or most often."""
-    right = {}
+    right, lists = {}, pd.World(world).lists
     for p in pairs:
         context, good, bad = (re.findall(r'\w+', p[part]) for part in ('context', 'good', 'bad'))
         if p['kind'] == 'pronoun':               # the option is a person: the two of whom the parting speaks
-            names = {w: pronoun for pronoun in ('she', 'he', 'they') for w in pd.World().lists[pronoun]}
+            names = {w: forms for who, forms in pronouns(world).items() for w in lists[who]}
             good, bad = ([word.lower() for word in ending] for ending in (good, bad))
-            options = [{w for w in context if w in names and set(pd.PRONOUNS[names[w]]) & set(ending)}
-                       for ending in (good, bad)]
+            options = [{w for w in context if w in names and names[w] & set(ending)} for ending in (good, bad)]
         else:
             options = set(good) - set(bad), set(bad) - set(good)
         places = [[i for i, word in enumerate(context) if word in option] for option in options]
@@ -1000,41 +1080,84 @@ def heuristics(pairs):
     return {kind: {name: sum(r) / len(r) for name, r in by.items()} for kind, by in right.items()}
 
 
-def test_counting_mentions_does_not_solve_the_pairs():
-    for kind, accuracy in heuristics(pd.story_pairs(6000, seed=3)).items():
+def test_counting_mentions_does_not_solve_the_pairs(world):
+    for kind, accuracy in heuristics(pd.story_pairs(6000, 3, world), world).items():
         assert all(0.4 < share < 0.6 for share in accuracy.values()), (kind, accuracy)
 
 
-def found_where_left(context, ending):
-    places = pd.World().lists['place'] + pd.World().lists['outdoors']
-    place = max((x for x in places if f' {x}' in ending), key=len)
-    things = pd.World().lists['small'] + pd.World().lists['gift'] + pd.World().lists['beast']
-    thing = max((x for x in things if f'he {x} ' in ending.replace(place, '')), key=len)
-    return re.search(rf'\b{thing} (was )?{place}\b', context)
+def found_where_left(world, context, ending):
+    lists, forms = pd.World(world).lists, pd.World(world).forms
+    place = max((x for x in lists['place'] + lists['outdoors'] if f' {x}' in ending), key=len)
+    things = {f.get('.the', f'he {x}'): f.get('.bare', x) for name in ('small', 'gift', 'beast')
+              for x, f in forms[name].items()}                           # draken: drake; he kite: kite
+    rest = re.sub(r"[^\w' -]", ' ', ending.lower().replace(place, ''))
+    thing = max((x for x in things if f'{x} ' in rest), key=len)
+    return re.search(rf'\b({thing[3:] if thing[2] == " " else thing}|{things[thing]}) (was |fanns )?{place}\b', context)
 
 
-def the_one_alone(context, ending):
-    parting = re.split(r"(?<=[.!?\"])\s", context)[-1]
-    name = re.search(r'^(\w+) (?:waved|said|left \w+ n|shook)|(\w+) (?:was alone|stayed)|only (\w+)', parting)
-    pronoun = next(p for p in ('she', 'he', 'they') if name[name.lastindex] in pd.World().lists[p])
-    return re.search(rf"\b({'|'.join(pd.PRONOUNS[pronoun][:4])})\b", ending, re.I)
+def the_one_alone(world, context, ending):
+    parting = re.split(r'(?<=[.!?"])\s', context)[-1]
+    name = re.search(r'^(\w+) (?:waved|said|left \w+ n|shook|vinkade|sa |skildes|tog)|(\w+) (?:was alone|stayed)|'
+                     r'only (\w+)|(?:stannade|var|så) (\w+) (?:kvar|ensam|blev)|bara (\w+)', parting)
+    own = next(forms for who, forms in pronouns(world).items() if name[name.lastindex] in pd.World(world).lists[who])
+    return re.search(rf"\b({'|'.join(own)})\b", ending, re.I)
 
 
-def winner(context, ending):
+def winner(world, context, ending):
     first = (r'(\w+) came first', r'(\w+) crossed the line just before', r'the line just after (\w+)',
              r"but (\w+)(?:'s)? was (?:faster|bigger)", r'(\w+) was faster than', r'(\w+) in front and',
              r'behind and (\w+) in front', r'(?:slower|smaller|lighter) than (\w+)',
              r'(\w+) reached the end ahead', r'reached the end behind (\w+)',
-             r"(\w+)'s \w+ was (?:bigger|heavier) than")
+             r"(\w+)'s \w+ was (?:bigger|heavier) than") if world == 'stories' else (
+             r'(\w+) kom först', r'(\w+) gick i mål strax före', r'i mål strax efter (\w+)', r'men (\w+) var snabbare',
+             r'(\w+) var snabbare än', r'var (\w+) först och', r'sist och (\w+) först', r'långsammare än (\w+)',
+             r'(\w+) nådde målet före', r'nådde målet efter (\w+)', r'(\w+)s \w+ var större än', r'var (\w+)s \w+ tyngre än',
+             r'(?:mindre|lättare) än (\w+)s\.')
     return re.search(rf'\b{next(filter(None, (re.search(f, context) for f in first)))[1]}\b', ending)
 
 
 @pytest.mark.parametrize('kind, holds', [('place', found_where_left), ('pronoun', the_one_alone),
                                          ('order', winner)])
-def test_the_text_itself_tells_good_from_bad(pairs, kind, holds):
+def test_the_text_itself_tells_good_from_bad(pairs, world, kind, holds):
     for p in pairs:
         if p['kind'] == kind:
-            assert holds(p['context'], p['good']) and not holds(p['context'], p['bad']), p
+            assert holds(world, p['context'], p['good']) and not holds(world, p['context'], p['bad']), p
+
+
+# Instructions
+
+@pytest.fixture(scope='module')
+def asked(world):
+    return pd.story_pairs(2000, 1, world, True)
+
+
+def test_a_document_is_a_story_a_question_and_its_answer(world, stories):
+    labels = pd.World(world).lists['label']
+    for text in pd.story_documents(2000, 1, 0, world, True):
+        story, asks = text.split('\n\n')
+        question, answer = re.fullmatch(rf'{labels[0]}: (.+\?)\n{labels[1]}: (.+\.)', asks).groups()
+        assert story not in stories and story.count('\n') == 1 and story[-1] in '.!?"'
+        assert question[0].isupper() and answer[0].isupper() and not re.search('[{}<>=|]', asks)
+        for word in set(word_list(answer)) - {'to', 's', 'att', 'a', 'an', 'en', 'ett'}:     # told in one of its forms
+            assert any(told.startswith(word[:max(3, len(word) - 3)]) for told in word_list(story)), (word, text)
+
+
+def test_answers_are_mirrored_and_an_answer_alone_is_a_coin_toss(world, asked):
+    check_twins(asked, world)
+    test_an_ending_alone_is_a_coin_toss(asked)
+    for one, twin in zip(asked[::2], asked[1::2]):       # the same question, of another story
+        (first, question), (second, other) = (p['context'].split('\n\n') for p in (one, twin))
+        assert question == other and first != second
+
+
+def test_every_kind_is_asked_and_what_is_asked_names_nothing_that_is_exchanged(world):
+    w = pd.World(world)
+    for kind, exchanged in w.swap.items():
+        assert len(w.tables[f'ask.{kind}']) >= 2
+        for row in w.tables[f'ask.{kind}']:
+            asks, answers = ({p[0].split('.')[0].rstrip('+') for p in row[f] if isinstance(p, tuple)}
+                             for f in ('.question', '.answer'))
+            assert not asks & set(exchanged) and answers & set(exchanged), row
 
 
 # Real text
