@@ -7,6 +7,7 @@
     python bench_mfu.py config/babylm.py --micro_batches=32,64,128  which micro-batch is best
     python bench_mfu.py config/babylm.py --kernels=compile-only     build them all without a GPU, check limits
     python bench_mfu.py config/babylm.py --rival_lr=1e-3            train the rival for budget_minutes instead
+    python bench_mfu.py --compare config/babylm.py config/a.py      whole runs: ideas beside their base
 
 Configs and overrides are train.py's, and so is the step that is measured; --rounds=12 says how often,
 --json=FILE keeps all of it. All contestants run in one process and take turns, so that a machine that drifts
@@ -17,11 +18,18 @@ as nanoGPT runs there, and in bf16 autocast, where the hardware has it.
 MFU is the share of the card's data-sheet peak that model FLOPs make up: with the positions really attended to
 (`exact`), and as Chowdhery 2022 (2204.02311) counts them, all T for every token. A card that is not in
 train.py's table gets none. `of GEMM` is the share of matrix products measured here, of this model's shapes.
+
+--compare starts train.py for the base, the first config, and for each other config stacked on it, in turn, at
+the same budget on the same data: --seeds=3 of the base, --idea_seeds=1 of each idea. a.py+b.py is one stack,
+--key=value is for all, --compare_dir (out/compare/<base>) keeps runs and table. The same command again skips
+what is finished, goes on with what was stopped and tries again what failed.
 """
 import json
 import math
 import os
 import re
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +38,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -652,10 +661,166 @@ def compile_only(configs, targets=tuple(SHARED_MEMORY)):
     return rows
 
 
+# ---- whole runs: a base, and ideas stacked on it -----------------------------------------------------------
+
+SAME = ('dataset', 'budget_minutes', 'budget_counts', 'max_steps', 'max_tokens')  # of all runs
+OURS = ('seed', 'out_dir', 'overwrite', 'dry_run', 'init_from')    # only a comparison sets these
+COLUMNS = dict(seeds='d', val_bpb='.4f', sd='.4f', change='+.2%', in_sd='+.1f', total_params=',.0f',
+               non_embedding_params=',.0f', active_params=',.0f', tokens=',.0f', epochs='.2f',
+               train_seconds=',.0f', total_seconds=',.0f', tok_per_sec=',.0f', joules=',.0f')
+
+
+def planned(own, argv):
+    """The runs of a comparison in turn, the base's first; UserError lists the mistakes of all."""
+    configs, runs, wrong = [a for a in argv if not a.startswith('--')], [], []
+    names = ['+'.join(Path(part).stem for part in config.split('+')) for config in configs]
+    train.refuse(not configs, '--compare names no config: it takes a base, then ideas')
+    train.refuse(len({*names}) < len(names), f'two of {", ".join(names)} are called the same: rename one')
+    root = Path(own['compare_dir'] or f'out/compare/{names[0]}')
+    for name, config in zip(names, configs):
+        kept = [a for a in argv if a.startswith('--') or a in (configs[0], config)]      # in their order
+        args = [part for a in kept for part in ([a] if a.startswith('--') else a.split('+'))]
+        wrong += [f'{where}: a comparison has its own {key}'
+                  for where, key, _ in train.assignments(args) if key in OURS]
+        for seed in range(1, own['seeds' if name == names[0] else 'idea_seeds'] + 1):
+            run = SimpleNamespace(name=name, seed=seed, folder=root / name / f'seed{seed}', fault='')
+            run.args = [*args, f'--seed={seed}', f'--out_dir={run.folder}']
+            try:
+                run.s = train.read_settings(run.args)
+            except UserError as e:
+                wrong += [line.strip() for line in str(e).splitlines()[1:]]
+                break
+            runs.append(run)
+            wrong += [f'{name} has {key} {theirs!r}, the base {ours!r}: they must be equal' for key in SAME
+                      if (theirs := vars(run.s)[key]) != (ours := vars(runs[0].s)[key])]
+    train.refuse(wrong, '\n  '.join(['these runs cannot be compared:', *dict.fromkeys(wrong)]))
+    for run in runs:
+        look(run)
+    return sorted(runs, key=lambda run: run.seed)
+
+
+def look(run):
+    """Find what there is of a run: its result, or that it has begun; refuses one of other settings."""
+    result = run.folder / 'result.json'
+    run.result = json.loads(result.read_text()) if result.exists() else None
+    run.begun = any((run.folder / name).exists() for name in ('ckpt.pt', 'ckpt.prev.pt'))
+    found = run.result or (sample.read_checkpoint(run.folder) if run.begun else dict(settings={}))
+    then, now = (json.loads(json.dumps(x)) for x in (found['settings'], vars(run.s)))   # tuples to lists
+    differ = [f'{k} (was {then[k]!r}, now {v!r})' for k, v in now.items()
+              if k not in ('out_dir', 'init_from') and then.get(k, v) != v]
+    train.refuse(differ, f'{run.folder} holds a run with other settings: {", ".join(differ)}; '
+                         f'delete it, or choose another --compare_dir')
+
+
+def make(run):
+    """Start train.py as its user would, or go on with what it saved; KeyboardInterrupt if it was stopped."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, train.__file__, *run.args, *['--init_from=resume'] * run.begun]
+    with open(run.folder / 'log.txt', 'a') as log, tempfile.TemporaryDirectory() as cache:
+        # what one run has compiled would take a part off the next one's bill
+        caches = dict(TORCHINDUCTOR_CACHE_DIR=cache, TRITON_CACHE_DIR=f'{cache}/triton')
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | caches)
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            child.terminate()                   # it saves
+            child.wait()
+            raise
+    if code == 75:
+        raise KeyboardInterrupt
+    if code:
+        last = (run.folder / 'log.txt').read_text().rstrip().rpartition('\n')[2]
+        run.fault = f'seed {run.seed}: exit code {code}, {last}'
+
+
+def ranked(runs):
+    """A row for each idea, best first: means over its seeds, and how they compare to those of runs[0]."""
+    rows = []
+    for name in dict.fromkeys(run.name for run in runs):
+        mine = [run for run in runs if run.name == name]
+        results = [r | {e: v['accuracy'] for e, v in r['evals'].items()} for run in mine if (r := run.result)]
+        notes = ['base'] * (not rows) + [run.fault for run in mine if run.fault]
+        rows.append(row := dict(name=name, seeds=len(results), notes=notes))
+        if not results:
+            continue
+        for key in [*COLUMNS, *results[0]['evals']]:
+            if results[0].get(key) is not None:
+                row[key] = statistics.fmean(r[key] for r in results)
+        if len(results) > 1:
+            row['sd'] = statistics.stdev(r['val_bpb'] for r in results)
+        base, sd = rows[0], rows[0].get('sd')
+        if row is not base and base['seeds']:
+            gain, more = row['val_bpb'] - base['val_bpb'], row['total_params'] / base['total_params'] - 1
+            row |= dict(change=gain / base['val_bpb'], in_sd=gain / sd if sd else None)
+            notes += ['within noise'] * (not sd or abs(gain) < 2 * sd)
+            notes += [f'{more:+.0%} parameters'] * (abs(more) > 0.05)
+    return sorted(rows, key=lambda row: row.get('val_bpb', math.inf))
+
+
+def keep_table(runs, root):
+    """Rank the runs; the table in Markdown, which compare.md keeps, and compare.json its rows."""
+    rows, results = ranked(runs), [run.result for run in runs if run.result]
+    columns = COLUMNS | {e: '.4f' for r in results for e in r['evals']}
+    table = [['rank', 'idea', *columns, 'notes']]
+    for place, row in enumerate(rows, 1):
+        cells = [{'joules': 'not measured'}.get(key, '-') if row.get(key) is None else f'{row[key]:{form}}'
+                 for key, form in columns.items()]
+        rank, notes = str(place) if row['seeds'] else '-', '; '.join(row['notes']).replace('|', '/')
+        table.append([rank, row['name'], *cells, notes])
+    widths = [max(map(len, column)) for column in zip(*table)][:-1] + [0]      # notes can be long
+    table.insert(1, ['-' * (w - 1) + ':' if w else '---' for w in widths])
+    lines = ['| ' + ' | '.join(f'{cell:>{w}}' for cell, w in zip(cells, widths)) + ' |' for cells in table]
+    lines += ['', 'sd: standard deviation of val_bpb over seeds; in_sd: the change in sd of the base.',
+              'Within noise: less than 2 of them, or not known, as one seed of the base has no sd.']
+    for key in ('commit', 'hardware', 'val_share'):
+        if len(kinds := {json.dumps(r[key]) for r in results}) > 1:
+            lines.append(f'Not all runs have the same {key}: {", ".join(sorted(kinds))}.')
+    text = '\n'.join(lines)
+    train.write_beside(root / 'compare.md', lambda f: f.write(text.encode() + b'\n'))
+    train.write_beside(root / 'compare.json', lambda f: f.write(json.dumps(rows, indent=1).encode()))
+    return text
+
+
+def say_runs(runs, root):
+    """What there is to do, how long it takes, and what each idea changes."""
+    base, left = runs[0], sum(not run.result for run in runs)
+    hours = left * base.s.budget_minutes / 60
+    print(f'{len(runs)} runs in {root}, {left} to make, a budget of {hours:.1f} hours')
+    for run in [run for run in runs if run.seed == 1]:
+        sets = [f'{k}={v!r}' for k, v in vars(run.s).items() if v != vars(base.s)[k] and k != 'out_dir']
+        print(f'{run.name}: {", ".join(sets) or "the settings of the base"}')
+        parts = [arg for arg in run.args if arg not in base.args]
+        for line in train.overruled(run.args):
+            if sum(f'{part}:' in line for part in parts) > 1:      # not the base, which is the point
+                print(f'  overruled: {line}')
+
+
+def compare_runs(argv):
+    """Make the runs of --compare that are not finished, one at a time, and rank all."""
+    own, rest = own_options([a for a in argv if a != '--compare'])
+    runs = planned(own, rest)
+    root = runs[0].folder.parents[1]
+    say_runs(runs, root)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for run in runs:
+            train.open_or_build(run.s, 0)       # on no run's bill
+        for run in [run for run in runs if not run.result]:
+            print(f'{run.name}, seed {run.seed}: {run.folder / "log.txt"}', flush=True)
+            make(run)
+            look(run)
+            print(f'  {run.fault}' if run.fault else f'  val_bpb {run.result["val_bpb"]:.4f}', flush=True)
+            keep_table(runs, root)
+    except KeyboardInterrupt as e:
+        again = shlex.join(['python', 'bench_mfu.py', *argv])
+        raise train.Stopped(f'stopped, what was done is kept; to go on, the same again: {again}') from e
+    print(keep_table(runs, root))
+
+
 # ---- main --------------------------------------------------------------------------------------------------
 
 OPTIONS = {'rounds': 12, 'rival_lr': 0.0, 'rival_bf16': False, 'json': '', 'only': '', 'micro_batches': '',
-           'shapes': ''}
+           'shapes': '', 'seeds': 3, 'idea_seeds': 1, 'compare_dir': ''}
 # tied models of 12.5, 33.6 and 97.5 million parameters, whatever the config says
 SHAPES = {'11M': dict(n_layer=8, n_embd=320, n_head=5, block_size=512, vocab_size=8192),
           '34M': dict(n_layer=8, n_embd=512, n_head=8, block_size=512, vocab_size=16384),
@@ -678,6 +843,9 @@ def own_options(argv):
     if own['rounds'] < 1 or not 0 <= own['rival_lr'] < math.inf:
         raise UserError(f'--rounds is {own["rounds"]} and --rival_lr {own["rival_lr"]}: '
                         f'they must be 1 or more, and not negative')
+    if min(own['seeds'], own['idea_seeds']) < 1:
+        raise UserError(f'--seeds is {own["seeds"]} and --idea_seeds {own["idea_seeds"]}: '
+                        f'they must be 1 or more')
     if own['only'] not in ('', 'steps', 'kernels'):
         raise UserError(f"--only is {own['only']!r}, it must be 'steps' or 'kernels'")
     try:
@@ -723,6 +891,8 @@ def say_kernels(rows):
 def main(argv):
     if {'-h', '--help'} & set(argv):
         return print(__doc__)
+    if '--compare' in argv:
+        return compare_runs(argv)
     only_compile = '--kernels=compile-only' in argv
     own, rest = own_options([a for a in argv if a != '--kernels=compile-only'])
     s = train.read_settings(rest)
@@ -824,6 +994,6 @@ if __name__ == '__main__':
             compile_for(int(sys.argv[1].partition('=')[2]), json.loads(sys.argv[2]))
         else:
             main(sys.argv[1:])
-    except UserError as e:
+    except (UserError, train.Stopped) as e:
         print(f'bench_mfu.py: {e}', file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(e, UserError) else 75)

@@ -2,8 +2,11 @@
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 
 import bench_mfu
 import train
-from conftest import ROOT, script
+from conftest import ROOT, finish, script, start
 from model import GPTConfig
 from prepare_data import UserError
 
@@ -166,3 +169,141 @@ def test_the_rival_learns():
 
 def test_matrix_products_are_counted():
     assert 1e8 < bench_mfu.matmul_flops(CONFIG, 512, 'cpu', torch.float32, 0.2) < 1e14
+
+
+# ---- comparing whole runs
+
+@pytest.fixture
+def compare(corpus, tmp_path, monkeypatch, capsys):
+    """--compare in this process and an empty folder, on the small corpus: what it prints, and the runs that it makes;
+    with really=False none is started, and all fail."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_mfu.signal, 'signal', lambda *a: None)
+    (tmp_path / 'base.py').write_text('learning_rate = 0.01\n')
+    (tmp_path / 'fast.py').write_text('learning_rate = learning_rate * 2\nmlp_hidden = 512\n')
+    (tmp_path / 'broken.py').write_text('growth = [(0.3, dict(n_embd=96))]\n')
+    make = bench_mfu.make
+
+    def call(*args, really=True):
+        made = []
+
+        def making(run):
+            made.append((run.name, run.seed))
+            run.folder.mkdir(parents=True, exist_ok=True)
+            make(run) if really else setattr(run, 'fault', f'{run.name} {run.args[:3]}')
+        monkeypatch.setattr(bench_mfu, 'make', making)
+        bench_mfu.main(['--compare', *args, *corpus.args])
+        return capsys.readouterr().out, made
+    return call
+
+
+def test_ideas_are_compared_with_their_base(compare, tmp_path):
+    args = 'base.py', 'broken.py', 'fast.py', '--max_steps=3'
+    out, made = compare(*args, '--seeds=1')
+    assert made == [('base', 1), ('broken', 1), ('fast', 1)]
+    assert '3 runs in out/compare/base, 3 to make, a budget of 1.5 hours' in out and 'fast: learning_rate=0.02, mlp_hidden=512' in out
+    root = tmp_path / 'out' / 'compare' / 'base'
+    base, fast = (json.loads((root / name / 'seed1' / 'result.json').read_text()) for name in ('base', 'fast'))
+    assert fast['settings']['learning_rate'] == 0.02 and fast['settings']['seed'] == 1
+    best = ['base', 'fast'] if base['val_bpb'] < fast['val_bpb'] else ['fast', 'base']
+    expected = [('1', best[0], '1'), ('2', best[1], '1'), ('-', 'broken', '0')]
+    assert re.findall(r'^\| +(\d|-) \| +(\w+) \| +(\d) ', out, re.M) == expected
+    assert re.search(r'broken .* seed 1: exit code 2, train.py: growth has .*whole multiples', out)
+    assert out.endswith((root / 'compare.md').read_text()) and re.search(r' fast .* within noise; \+\d+% parameters', out)
+    row = next(row for row in json.loads((root / 'compare.json').read_text()) if row['name'] == 'fast')
+    assert row['val_bpb'] == fast['val_bpb'] and row['tokens'] == 3 * 512 and row['active_params'] == fast['total_params']
+    # finished runs stay, a failed one is tried again, more seeds take turns
+    assert compare(*args, '--seeds=1', really=False)[1] == [('broken', 1)]
+    assert compare(*args, '--idea_seeds=2', really=False)[1] == [
+        ('broken', 1), ('base', 2), ('broken', 2), ('fast', 2), ('base', 3)]
+    with pytest.raises(UserError, match=r'base/seed1 holds .* other settings: learning_rate \(was 0.01, now 0.03\)'):
+        compare(*args, '--learning_rate=0.03', really=False)
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(compare, corpus, tmp_path):
+    args = 'base.py', '--max_steps=300', '--seeds=1', '--compare_dir=here'
+    log = tmp_path / 'here' / 'base' / 'seed1' / 'metrics.jsonl'
+    process, until = start('bench_mfu.py', '--compare', *args, *corpus.args, cwd=tmp_path), time.monotonic() + 90
+    while not (log.exists() and log.read_text()) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 75 and f'to go on, the same again: python bench_mfu.py --compare {" ".join(args)}' in err, err
+    assert (log.parent / 'ckpt.pt').exists() and not (log.parent / 'result.json').exists()
+    steps = torch.load(log.parent / 'ckpt.pt', weights_only=True)['step']
+    before = log.read_text().split('\n')[:steps]
+    assert 0 < steps <= 300 and compare(*args)[1] == [('base', 1)]
+    assert json.loads((log.parent / 'result.json').read_text())['steps'] == 300 and log.read_text().split('\n')[:steps] == before
+
+
+def fake(name, seed, val_bpb, total=100, **more):
+    """A run as bench_mfu.py keeps it, finished with this result unless val_bpb is None."""
+    result = dict(val_bpb=val_bpb, total_params=total, non_embedding_params=70, active_params=total, tokens=1000 * seed,
+                  epochs=0.5, train_seconds=8.0, total_seconds=10.0, tok_per_sec=125.0, joules=None, commit='abc', hardware={},
+                  val_share=1.0, evals=dict(coherence=dict(accuracy=0.5 + 0.1 * seed))) | more
+    fault = '' if val_bpb else f'seed {seed}: no | yes'
+    return SimpleNamespace(name=name, seed=seed, result=result if val_bpb else None, fault=fault)
+
+
+def test_the_base_s_spread_tells_noise_from_gain(tmp_path):
+    base = [fake('base', seed, val_bpb) for seed, val_bpb in enumerate((2.0, 2.1, 2.2), 1)]         # mean 2.1, sd 0.1
+    ideas = [fake('good', 1, 1.86, joules=5000), fake('noise', 1, 1.94), fake('broken', 1, None), fake('large', 1, 2.6, 106),
+             fake('good', 2, 1.78, joules=7000), fake('large', 2, None)]
+    rows = bench_mfu.ranked(base + ideas)
+    assert [row['name'] for row in rows] == ['good', 'noise', 'base', 'large', 'broken']
+    good, noise, middle, large, broken = rows
+    assert middle['sd'] == pytest.approx(0.1) and middle['tokens'] == 2000 and middle['coherence'] == pytest.approx(0.7)
+    assert good['val_bpb'] == pytest.approx(1.82) and good['sd'] == pytest.approx(0.08 / 2 ** 0.5) and good['joules'] == 6000
+    assert good['change'] == pytest.approx(-0.28 / 2.1) and good['in_sd'] == pytest.approx(-2.8) and good['notes'] == []
+    assert noise['in_sd'] == pytest.approx(-1.6) and noise['notes'] == ['within noise'] and 'sd' not in noise
+    assert large['in_sd'] == pytest.approx(5) and large['notes'] == ['seed 2: no | yes', '+6% parameters']
+    assert broken['seeds'] == 0 and broken['notes'] == ['seed 1: no | yes']
+    text = bench_mfu.keep_table(base + ideas, tmp_path)
+    cells = [line.split(' | ') for line in text.split('\n')[:7]]
+    assert {len(c) for c in cells} == {len(cells[0])} and (tmp_path / 'compare.md').read_text() == text + '\n'
+    table = {c[1].strip(): [x.strip() for x in c] for c in cells}
+    assert table['good'][2:7] == ['2', '1.8200', '0.0566', '-13.33%', '-2.8'] and '6,000' in table['good']
+    assert 'not measured' in table['base'] and table['base'][-1] == 'base |' and table['broken'][-1] == 'seed 1: no / yes |'
+    mixed = bench_mfu.keep_table(base + [fake('other', 1, 2, commit='def')], tmp_path)
+    assert 'the same' not in text and 'the same commit: "abc", "def"' in mixed
+    alone = bench_mfu.ranked(base[:1] + ideas)
+    assert alone[0]['notes'] == ['within noise'] and alone[0]['in_sd'] is None and alone[0]['change'] == pytest.approx(-0.09)
+    assert 'change' not in bench_mfu.ranked([fake('base', 1, None)] + ideas)[0]
+
+
+def test_all_mistakes_of_a_comparison_at_once(compare, tmp_path):
+    for name, text in dict(a='n_layers = 3\n', b='budget_minutes = 5\nseed = 4\n', c='learning_rate = 0.5\n').items():
+        (tmp_path / f'{name}.py').write_text(text)
+    with pytest.raises(UserError) as e:
+        compare('base.py', 'a.py', 'b.py', 'fast.py+c.py', '--init_from=run')
+    assert str(e.value).split('\n  ')[1:] == [
+        '--init_from=run: a comparison has its own init_from', 'a.py:1: no setting is called n_layers; did you mean n_layer?',
+        'b.py:2: a comparison has its own seed', 'b has budget_minutes 5.0, the base 30.0: they must be equal']
+    for args, said in (((), 'no config'), (('base.py', 'fast.py', 'fast.py'), 'two of base, fast, fast'),
+                       (('base.py', '--seeds=0'), '1 or more')):
+        with pytest.raises(UserError, match=said):
+            compare(*args)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_what_ideas_of_one_stack_set_differently_is_said(compare, tmp_path):
+    (tmp_path / 'c.py').write_text('learning_rate = 0.5\n')
+    out, _ = compare('base.py', 'fast.py+c.py', '--seeds=1', really=False)
+    assert re.findall('overruled: (.+)', out) == ['c.py:1 sets learning_rate to 0.5, fast.py:1 had set it to 0.02']
+    assert "fast+c ['base.py', 'fast.py', 'c.py']" in out
+
+
+def test_how_a_run_ends_and_that_none_compiles_for_another(tmp_path, monkeypatch):
+    def ends(code):
+        (tmp_path / 'train.py').write_text(f"import os, sys; print('first')\nprint(os.environ['TORCHINDUCTOR_CACHE_DIR'], "
+                                           f"sys.argv[1:], file=sys.stderr)\nsys.exit({code})")
+        run = SimpleNamespace(folder=tmp_path / 'run', args=['a.py'], begun=code == 3, seed=1, fault='')
+        bench_mfu.make(run)
+        return run.fault
+    monkeypatch.setattr(train, '__file__', str(tmp_path / 'train.py'))
+    first, second = ends(2), ends(3)
+    assert ends(0) == '' and first.endswith("['a.py']") and second.endswith("['a.py', '--init_from=resume']")
+    caches = [re.match(r'seed 1: exit code \d, (/\S+) ', said)[1] for said in (first, second)]
+    assert caches[0] != caches[1] and (tmp_path / 'run' / 'log.txt').read_text().count('first') == 3
+    with pytest.raises(KeyboardInterrupt):                            # told to stop by someone else: all stops
+        ends(75)
