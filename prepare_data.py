@@ -26,6 +26,7 @@ import functools
 import gzip
 import hashlib
 import heapq
+import html
 import http.client
 import io
 import itertools
@@ -41,6 +42,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import unicodedata
 import urllib.request
 import warnings
 import zlib
@@ -53,6 +55,7 @@ import numpy as np
 
 VERSION = 1                  # of the bin format; the trainer refuses any other
 SAMPLE_BYTES = 24_000_000    # the tokenizer learns from at most this; 8 MB gives 0.2 % fewer bytes per token
+MAX_LINE = 1 << 27           # bytes of a row of .jsonl, the one thing that must fit into memory
 MIN_TRAIN_TOKENS = 256       # fewer cannot fill one block of any model worth training
 BATCH_BYTES = 4_000_000      # text encoded at once: enough to keep every thread busy, little enough to hold
 VAL_STORIES, PAIRS = 1000, 2000
@@ -300,10 +303,13 @@ class Part:
     name: str                # relative to the corpus, for the fingerprint
     split: str               # '' where the hash of each document decides
     source: str
+    shard: str = ''
+    kind: str = ''           # what it is written like, and what parts its documents: see layout
+    way: str = ''
 
 
 SUFFIX = r'(?:\.(?:txt|md|jsonl|parquet))?(?:\.(?:gz|xz))?'
-SPLIT_NAME = re.compile(r'(?:.*/)?(.+?)[.-](train|dev|val|valid|validation|test)(?:[.-]\d+(?:-of-\d+)?)?'
+SPLIT_NAME = re.compile(r'(?:.*/)?(.+?)[.-](train|dev|val|valid|validation|test)([.-]\d+(?:-of-\d+)?)?'
                         + SUFFIX)
 
 
@@ -321,11 +327,42 @@ def find_parts(root):
     names = [p.relative_to(root).as_posix() for p in sorted(root.rglob('*')) if p.is_file()]
     found = {name: SPLIT_NAME.fullmatch(name) for name in names if not re.search(r'(^|/)\.', name)}
     if not any(m and m[2] == 'train' for m in found.values()):
-        return [Part(root / name, name, '', stem(name)) for name in found], []
+        return once(Part(root / name, name, '', stem(name)) for name in found), []
     has_val = any(m and m[2] not in ('train', 'test') for m in found.values())
     split_of = {'train': 'train' if has_val else '', 'test': 'test'}
-    parts = [Part(root / name, name, split_of.get(m[2], 'val'), m[1]) for name, m in found.items() if m]
+    parts = once(Part(root / name, name, split_of.get(m[2], 'val'), m[1], m[3] or '')
+                 for name, m in found.items() if m)
     return sorted(parts, key=lambda part: part.split in ('train', '')), [n for n, m in found.items() if not m]
+
+
+def once(parts):
+    """The parts, if no two of them are the same shard of the same split of the same source."""
+    seen = {}
+    for part in parts:
+        other = seen.setdefault((part.split, part.source, part.shard), part)
+        if other is not part:
+            raise UserError(f'{other.path} and {part.path} are both {part.source}: rename or remove one')
+    return list(seen.values())
+
+
+def check_text(parts):
+    """Refuses the files that are no text, all at once; what else is wrong with them, read() says."""
+    wrong = []
+    for part in parts:
+        try:
+            with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
+                head = f.read(1 << 16) if '.parquet' not in part.name else b''
+        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile):
+            continue
+        if head.startswith((b'\xff\xfe', b'\xfe\xff')):
+            wrong.append(f'{part.path} is UTF-16')
+        elif head[:512].lstrip().lower().startswith((b'<!doctype html', b'<html')):
+            wrong.append(f'{part.path} is a web page')
+        elif b'\0' in head:
+            wrong.append(f'{part.path} is no text (a zero byte at offset {head.index(0):,})')
+    if wrong:
+        more = f', and {len(wrong) - 9:,} more' if len(wrong) > 9 else ''
+        raise UserError(f'{", ".join(wrong[:9])}{more}: convert to plain text in UTF-8, or take away')
 
 
 def data_name(dataset):
@@ -421,10 +458,50 @@ SEPARATOR = b'<|endoftext|>'
 BOUNDARY = {                 # what parts the documents of a file: the first that occurs in its first MiB
     'separator': re.compile(re.escape(SEPARATOR)),
     'header': re.compile(rb'^(?== = = .* = = =[ \t\r]*$)', re.M),    # an empty match: it stays with its text
+    'front': re.compile(rb'^(?=---[ \t\r]*\n[a-z_]+:)', re.M),          # YAML before a text in Markdown
     'blank': re.compile(rb'\n(?:[ \t\r]*\n)+'),
     'whole': re.compile(rb'(?!)'),
 }
 BLANK_START = re.compile(rb'(?:[ \t\r]*\n)*')
+KINDS = {                    # by a source's name, else by what most of its lines begin with
+    'code': (r'(^|[\W_])(python|code|thealgorithms|humaneval|mbpp)',
+             rb'.*[][{}=]|\s*(?:#|//|def |class |import |return |else)'),
+    'dialogue': ('childes|switchboard|dialog|bnc|subtitle|qed|plays', rb'- |\*?\w{1,12}:[\t ]'),
+    'web': ('web|crawl|html', rb'(?!)'),
+    'prose': ('', rb'')}
+ARTICLES, SENTENCES = re.compile('wiki'), re.compile('tatoeba|sentences')
+
+
+def layout(part, head, o):
+    """Says what kind of text a file holds and what parts its documents. Returns what splits it.
+
+    Blank lines part articles and dialogues; elsewhere they part paragraphs, which are joined until there are
+    min_doc_bytes of them: by default about 250 tokens, half a block, of text that belongs together.
+    """
+    lines = [line for line in head[:1 << 16].split(b'\n') if line.strip()]
+    part.kind = next(kind for kind, (name, line) in KINDS.items() if re.search(name, part.source)
+                     or sum(map(bool, map(re.compile(line).match, lines))) > 0.5 * len(lines))
+    part.way = 'lines' if SENTENCES.search(part.source) else next(
+        (way for way, b in BOUNDARY.items() if b.search(head)), 'whole')
+    pieces = [p.strip() for p in BOUNDARY['blank'].split(head)] if part.way == 'blank' else []
+    whole = part.kind == 'dialogue' and sum(b'\n' in p for p in pieces) > len(pieces) / 2    # not turns
+    if pieces and part.kind == 'code':
+        part.way = 'whole'                       # a file is a document
+    elif part.way == 'lines' or pieces and not (whole or ARTICLES.search(part.source)):
+        pattern = BOUNDARY['blank'] if pieces else re.compile(b'\n')
+        part.way += ', joined'
+        return SimpleNamespace(split=functools.partial(split_joined, pattern=pattern, least=o.min_doc_bytes))
+    return BOUNDARY[part.way]
+
+
+def split_joined(text, pattern, least):
+    """Splits where a piece has at least so many bytes; the last piece is what follows."""
+    pieces, start = [], 0
+    for gap in pattern.finditer(text):
+        if gap.start() - start >= least:
+            pieces.append(text[start:gap.start()])
+            start = gap.end()
+    return [*pieces, text[start:]]
 
 
 def cut(text, limit):
@@ -471,9 +548,14 @@ def open_source(raw, name):
 
 
 def bad_utf8(part):
+    number, bad = 1, Counter()
     with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
-        bad = (n for n, line in enumerate(f, 1) if line.decode(errors='ignore').encode() != line)
-        first, count = next(bad), 1 + sum(1 for _ in bad)
+        text = io.TextIOWrapper(f, 'utf-8', 'surrogateescape', newline='\n')
+        for piece in iter(lambda: text.readline(1 << 20), ''):       # a line may be the whole file
+            if re.search('[\udc80-\udcff]', piece):
+                bad[number] += 1
+            number += piece.endswith('\n')
+    first, count = min(bad), len(bad)
     return UserError(f'{part.path} is not UTF-8: {count:,} bad line{"s" * (count > 1)}, the first is line '
                      f'{first:,}; convert it (iconv -f latin1 -t utf-8) or take it away')
 
@@ -487,7 +569,9 @@ def text_column(part, names, wanted):
 
 
 def json_rows(part, f, text_field):
-    for number, line in enumerate(f, 1):
+    for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b''), 1):
+        if len(line) > MAX_LINE:
+            raise UserError(f'{part.path} line {number:,} has over {MAX_LINE >> 20} MiB: make rows of it')
         if not line.strip():
             continue
         try:
@@ -511,23 +595,235 @@ def parquet_rows(part, f, text_field):
 def read(part, o, report, bar):
     """The documents of one file, as (bytes, str). The bar counts the bytes on disk."""
     at, split = 0, functools.partial(documents, limit=o.max_doc_bytes, report=report)
+    strip = functools.partial(without_licence, report=report) if 'boilerplate' in o.steps else iter
     try:
         with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
             if kind := re.search(r'\.(jsonl|parquet)(\.gz|\.xz)?$', part.name):
+                layout(part, SEPARATOR, o)
                 rows = (json_rows if kind[1] == 'jsonl' else parquet_rows)(part, f, o.text_field)
-                docs = (doc for row in rows for doc in split([row, SEPARATOR], BOUNDARY['separator']))
+                ends = BOUNDARY['separator']
+                docs = (doc for row in rows for doc in split(itertools.chain(
+                    strip(row[i:i + (1 << 18)] for i in range(0, len(row), 1 << 18)), [SEPARATOR]), ends))
             else:
                 head = f.read(1 << 20)
-                boundary = next((b for b in BOUNDARY.values() if b.search(head)), BOUNDARY['whole'])
-                docs = split(itertools.chain([head], iter(lambda: f.read(1 << 18), b'')), boundary)
+                boundary = layout(part, head, o)
+                docs = split(strip(itertools.chain([head], iter(lambda: f.read(1 << 18), b''))), boundary)
             for doc in docs:
                 bar.update(raw.tell() - at)
                 at = raw.tell()
-                yield doc, doc.decode()
+                text = doc.decode()
+                if not o.steps:
+                    yield doc, text
+                elif text := cleaned(text, part.kind, o, report):
+                    yield text.encode(), text
     except UnicodeDecodeError:
         raise bad_utf8(part) from None
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, ValueError) as e:   # ValueError: pyarrow
         raise UserError(f'{part.path} is damaged ({e}): fetch it again') from None
+
+
+# ----------------------------------------------------------------------------------------------------
+# Cleaning: the first three steps change the text of every split, the last two drop training documents
+
+STEPS = ('unicode', 'boilerplate', 'speakers', 'language', 'repetition')
+LANGUAGES = ('en', 'sv', 'code')
+NEXT = '[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]'      # bytes 0x80 to 0xbf, read as latin-1 or cp1252
+MOJIBAKE = re.compile(f'[ÂÃ]{NEXT}|(?:â[€‚„\x80\x82\x84]|ï[»¿]|ð[Ÿ\x9f]{NEXT}){NEXT}')   # of é, ’, BOM, emoji
+BYTE_OF = {chr(i): i for i in range(256)} | {bytes([i]).decode('cp1252', 'replace'): i for i in range(256)}
+ODD = re.compile('[\0-\x08\x0b-\x1f\x7f-\xa0\xad\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f\u2060\u3000'
+                 '\ufeff]')
+ENDS = '\r\x0b\x0c\x85\u2028\u2029'             # of lines
+LINE_END = r'[ \t\r]*(?:\n|\Z)'
+BOILERPLATE = (              # where a text holds the first, what fits the second becomes the third
+    ('---', re.compile(r'\A---[ \t]*\n[a-z_]+:.*?\n---[ \t]*\n', re.S), ''),
+    ('==', re.compile(r'^(==+)[^=\n]+\1' + LINE_END, re.M), ''),
+    ('= = =', re.compile(r'^= = = .* = = =' + LINE_END, re.M), ''),
+    ('{{', re.compile(r'\{\{(?:[^{}]|\{\{[^{}]*\}\})*\}\}'), ''),
+    ('[[', re.compile(r'\[\[(?:File|Image|Category|Fil|Bild|Kategori):(?:[^][]|\[\[[^][]*\]\])*\]\]'), ''),
+    ('[[', re.compile(r'\[\[(?:[^][|\n]*\|)?([^][|\n]*)\]\]'), r'\1'),
+    ('[', re.compile(r'\[(?:edit|redigera)\]'), ''),
+    ('ategor', re.compile(r'^(?:Category|Kategori):.*(?:\n|\Z)', re.M), ''),
+    ('<', re.compile(r'<!--.*?-->|<(script|style)\b.*?</\1>|</?(?:a|b|cite|em|font|i|img|ref|small|span'
+                     r'|strong|sub|sup|u)\b[^<>]*>', re.S | re.I), ''),
+    ('<', re.compile(r'</?(?:blockquote|body|br|center|d[dlt]|div|h[1-6r]|head|html|li|ol|p|pre|t[dhr]|table'
+                     r'|tbody|title|ul)\b[^<>]*>', re.I), ' '),
+    ('&', re.compile(r'&(?:#\d{1,6}|#x[\da-f]{1,5}|[a-z]{2,8}\d?);', re.I),
+     lambda entity: html.unescape(entity[0]).replace('\xa0', ' ')))
+LICENCE = re.compile(rb'(?:End of (?:the )?Project Gutenberg[^\n]*\s+)?'
+                     rb'\*\*\* ?(START|END) OF TH(?:E|IS) PROJECT GUTENBERG[^\n]*', re.I)
+TIER = re.compile(r'^(?:\*?\w{1,12}:\t|[-–—] )', re.M)
+
+
+def without_licence(blocks, report):
+    """Leaves out what stands before, between and after the books of Project Gutenberg."""
+    held, inside, counted = b'', None, 'bytes of Project Gutenberg licences removed'
+    for block in itertools.chain(blocks, [None]):
+        held += block or b''
+        if inside is None:                       # a first book that starts soon: what precedes is its header
+            found = LICENCE.search(held[:1 << 15])
+            inside = not found or found[1].upper() == b'END'
+        while found := LICENCE.search(held):
+            if inside:
+                yield held[:found.start()]
+            report[counted] += found.end() - found.start() * inside
+            held, inside = held[found.end():], found[1].upper() == b'START'
+        done = len(held) - 512 if block is not None else len(held)       # a mark may go on in the next block
+        if done > 0 and inside:
+            yield held[:done]
+        elif done > 0:
+            report[counted] += done
+        held = held[max(done, 0):]
+
+
+def mend_unicode(text, kind):
+    """Repairs UTF-8 that was read as latin-1 or cp1252, composes letters (NFC), takes out odd characters."""
+    def mend(found):
+        try:
+            return bytes(map(BYTE_OF.get, found[0])).decode()
+        except UnicodeDecodeError:
+            return found[0]
+
+    for _ in range(0 if text.isascii() else 3):  # it may have happened more than once
+        text = MOJIBAKE.sub(mend, text)
+    text = ODD.sub(lambda odd: '\n' if odd[0] in ENDS else ' ' if odd[0].isspace() else '',
+                   text.replace('\r\n', '\n'))
+    return unicodedata.normalize('NFC', text)
+
+
+def strip_boilerplate(text, kind):
+    for mark, pattern, new in BOILERPLATE if kind != 'code' else ():     # where '<' means other things
+        if mark in text:
+            text = pattern.sub(new, text)
+    return text
+
+
+def strip_speakers(text, kind):
+    return TIER.sub('', text) if kind == 'dialogue' else text
+
+
+def note(o, report, reason, text, new=''):
+    """Counts a document and keeps a piece of three: of its beginning, or of where the new text differs."""
+    report[reason] += 1
+    kept = o.examples.setdefault(reason, [])
+    if len(kept) < 3:
+        at = next((i for i, (a, b) in enumerate(zip(text, new)) if a != b), len(new))
+        piece = text[max(at - 20, 0):][:80]
+        kept += [piece] * (piece not in kept)
+
+
+def cleaned(text, kind, o, report):
+    """A document after the steps that change text; '' if they leave nothing, which is counted."""
+    for step, change in zip(STEPS, (mend_unicode, strip_boilerplate, strip_speakers)):
+        if step in o.steps and (new := change(text, kind)) != text:
+            note(o, report, f'documents changed, {step}', text, new)
+            report[f'characters fewer, {step}'] += len(text) - len(new)
+            text = re.sub('\n{3,}', '\n\n', new.strip('\n'))
+    if not text.strip():
+        report['documents dropped, nothing left of them'] += 1
+        return ''
+    return text
+
+
+# Which language: naive Bayes over hashed strings of one to four bytes
+
+GRAM_SLOTS, PRIOR = 1 << 16, 20_000
+TELL, LEAST = 4000, 100      # letters of a document that are looked at, and needed
+SURE, MARGIN = 0.15, 0.05    # nats a gram above the next language: to learn from a document, to drop it
+SWEDISH = '''och att det i en som på är av för med den till inte han ett om hade de jag men var sig från vi så
+kan när man år säger hon under också efter eller nu sin där vid mot ska skulle kommer ut får finns vara alla
+andra mycket än här då sedan över bara blir upp även vad få två vill ha många hur mer går kunna dess dem deras
+blev genom mellan måste något någon varje utan honom henne min mitt din ditt ingen vilken alltid aldrig först
+stora liten små gammal ny barn flicka pojke kvinna huset skogen vägen frågade svarade kom såg tog stod låg'''
+
+
+def grams(text):
+    """Slots of every one to four bytes in a row."""
+    data = np.frombuffer(TIER.sub('', text.lower()).encode(), np.uint8).astype(np.uint32)
+    rows = [data]
+    for n in range(1, 4):
+        rows.append(rows[-1][:-1] * np.uint32(0x9E3779B1) + data[n:])
+    return np.concatenate(rows) * np.uint32(0x85EBCA6B) >> np.uint32(16)
+
+
+def seeds():
+    """Counts (languages, slots) of the lexicons and of Python's own library, its comments being English."""
+    library = sorted(Path(os.__file__).parent.glob('[c-f]*.py'))
+    code = '\n'.join(path.read_text(encoding='utf-8', errors='ignore') for path in library)
+    texts = [' '.join(a or b for a, b in re.findall(r'"""(.*?)"""|#([^\n]*)', code, re.S)), SWEDISH, code]
+    for i, name in enumerate(('stories.txt', 'stories_sv.txt')):
+        path = Path(__file__).parent / 'config' / name
+        if path.exists():
+            texts[i] += re.sub(r'\{[^}]*\}|\[[^]]*\]|[|=>]', ' ', path.read_text(encoding='utf-8'))
+    return np.stack([np.bincount(grams(text), minlength=GRAM_SLOTS) for text in texts])
+
+
+def log_probabilities(counts):
+    """(languages, slots); the fewer counts, the more of what the three have in common."""
+    n = counts.sum(1, keepdims=True)
+    shared, p = np.maximum(PRIOR / (n + PRIOR), 0.1), counts / n
+    return np.log((1 - shared) * p + shared * (0.99 * p.mean(0) + 0.01 / GRAM_SLOTS)).astype(np.float32)
+
+
+def learn_languages(parts, o):
+    """Learns from the seeds, then once more with what it is sure of in the heads of the files at hand.
+    Returns the table, and for each source the languages to keep."""
+    counts, heads, keep = seeds(), {}, re.findall(r'\w+', o.languages)
+    for part in parts:
+        docs, size = heads.setdefault(part.source, []), 0
+        for _, text in read(part, o, Counter(), SimpleNamespace(update=bool)):
+            docs.append(grams(text[:TELL]))
+            if (size := size + len(docs[-1])) > 1_000_000:       # 250 kB of text
+                break
+    table = log_probabilities(counts)
+    for slots in itertools.chain(*heads.values()):
+        scores = table.take(slots, 1).mean(1)
+        if np.diff(np.sort(scores))[-1] > SURE:
+            counts[scores.argmax()] += np.bincount(slots, minlength=GRAM_SLOTS)
+    table = log_probabilities(counts)
+    votes = {name: np.bincount([table.take(slots, 1).mean(1).argmax() for slots in docs] or [0])
+             for name, docs in heads.items()}
+    keep = {name: keep or [LANGUAGES[count.argmax()]] for name, count in votes.items()}
+    return SimpleNamespace(table=table, keep=keep)
+
+
+# Repetition: what Gopher's rules (Rae 2021, 2112.11446) measure. Their limits are the web's, and would delete
+# code, and dialogue, where short lines come again and again
+
+LIMITS = {                   # share of letters in repeated lines, in the commonest 2, 3, 4 words in a row;
+    'web': (0.2, 0.2, 0.18, 0.16, 0.1, 0.8, 3, 10),      # symbols a word; words with letters; mean length
+    'prose': (0.3, 0.25, 0.22, 0.2, 0.2, 0.6, 2.5, 12),
+    'dialogue': (0.6, 0.4, 0.4, 0.4, 0.5, 0.6, 2, 10),
+    'code': (0.6, 0.4, 0.4, 0.4, 0.5, 0.2, 1.5, 25)}
+
+
+def repetition(text, kind):
+    """Why a document looks like junk, or ''. One of fewer than 50 words cannot tell."""
+    words, (same, *most, symbols, lettered, low, high) = text.split(), LIMITS[kind]
+    if len(words) < 50:
+        return ''
+    lines = Counter(map(str.strip, text.split('\n')))
+    if sum(len(line) * (n - 1) for line, n in lines.items()) > same * len(text):
+        return 'repeated lines'
+    for n, share in zip((2, 3, 4), most):
+        gram, times = max(Counter(zip(*(words[i:] for i in range(n)))).items(), key=lambda item: item[1])
+        if times > 1 and times * (len(''.join(gram)) + n - 1) > share * len(text):
+            return f'the same {n} words again and again'
+    if text.count('#') + text.count('...') + text.count('…') > symbols * len(words):
+        return 'symbols'
+    if sum(word.lower() != word.upper() for word in words) < lettered * len(words):
+        return 'few words with letters'
+    return '' if low <= sum(map(len, words)) / len(words) <= high else 'odd lengths of words'
+
+
+def unwanted(text, part, o):
+    """Why a training document is dropped, or ''."""
+    if o.language and len(text) >= LEAST:
+        scores = o.language.table.take(grams(text[:TELL]), 1).mean(1)
+        kept = max(scores[LANGUAGES.index(name)] for name in o.language.keep[part.source])
+        if scores.max() > kept + MARGIN:
+            return f'training documents dropped, language {LANGUAGES[scores.argmax()]}'
+    why = repetition(text, part.kind) if 'repetition' in o.steps else ''
+    return why and f'training documents dropped, {why}'
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -702,15 +998,24 @@ def scan(parts, o, bar):
     validation has the lower keys, which are in hashed."""
     found = SimpleNamespace(held=set(), hashed=set(), sample={}, bytes=0, documents=0)
     found.below = int(o.val_fraction * 2**64)
+    found.reasons, found.drop = list(REPEATS), bytearray()       # a byte a document: why it is dropped, or 0
     sketches = Sketches() if o.dedup else None
     ceiling, size, lowest = 2**64, 0, 2**64
     for part in parts:
+        before = found.documents
         for doc, text in read(part, o, Counter(), bar):
             key, rank = key_of(doc)
             found.bytes += len(doc)
             found.documents += 1
+            held = part.split in ('val', 'test') or part.split == '' and key < found.below
+            reason = '' if held else unwanted(text, part, o)
+            if reason not in found.reasons:
+                found.reasons.append(reason)
+            found.drop.append(found.reasons.index(reason))
+            if reason:
+                continue
             if sketches:
-                sketches.add(text, part.split in ('val', 'test') or part.split == '' and key < found.below)
+                sketches.add(text, held)
             if part.split in ('val', 'test'):
                 found.held.add(key)
             elif part.split == '' and key not in found.held:
@@ -726,13 +1031,17 @@ def scan(parts, o, bar):
                 ceiling //= 2
                 found.sample = {k: v for k, v in found.sample.items() if v[0] < ceiling}
                 size = sum(len(t.encode()) for _, t in found.sample.values())
+        if part.split and found.documents == before:
+            raise UserError(f'{part.path} holds no text: fill it or take it away')
     if found.below <= lowest < 2**64:            # a small corpus: the lowest hash alone is validation
         found.below = lowest + 1
         found.hashed.add(lowest)
         found.sample.pop(lowest, None)
+    found.drop = np.frombuffer(found.drop, np.uint8)
+    if sketches and len(sketches.held):
+        found.drop[found.drop == 0] = sketches.repeats()
     if not found.sample:
         raise UserError(f'{o.root} holds no text to train on: give two documents or more')
-    found.repeats = sketches.repeats() if sketches and found.documents else None
     return found
 
 
@@ -784,19 +1093,19 @@ class SplitWriter:
 
 
 def encode(parts, found, tokenizer, folder, names, o, bar):
-    """Writes the bins. Returns {split: SplitWriter}, what was dropped or cut, and a digest of the text."""
-    writers, report, digest, number = {}, Counter(), hashlib.sha256(), -1
+    """Writes the bins. Returns {split: SplitWriter}, {source: what was dropped or cut}, a digest."""
+    writers, reports, digest, number = {}, {name: Counter() for name in names}, hashlib.sha256(), -1
     for part in parts:
-        source = names.index(part.source)
+        source, report = names.index(part.source), reports[part.source]
         for doc, text in read(part, o, report, bar):
             key, number = key_of(doc)[0], number + 1
             if (key in found.held and part.split in ('', 'train')
                     or key in found.hashed and part.split == 'train'):
-                report['training documents dropped, identical to held-out ones'] += 1
+                note(o, report, 'training documents dropped, identical to held-out ones', text)
                 continue
             split = part.split or ('val' if key < found.below else 'train')
-            if split == 'train' and found.repeats is not None and found.repeats[number]:
-                report[REPEATS[found.repeats[number]]] += 1
+            if split == 'train' and found.drop[number]:
+                note(o, report, found.reasons[found.drop[number]], text)
                 continue
             digest.update(f'{split} {source} {len(doc)} '.encode() + doc)
             if split not in writers:
@@ -804,7 +1113,7 @@ def encode(parts, found, tokenizer, folder, names, o, bar):
             writers[split].add(source, len(doc), text)
     for writer in writers.values():
         writer.close()
-    return {s: writers[s] for s in ('train', 'val', 'test') if s in writers}, report, digest.hexdigest()
+    return {s: writers[s] for s in ('train', 'val', 'test') if s in writers}, reports, digest.hexdigest()
 
 
 def sha256_of(path, size=-1):
@@ -831,6 +1140,9 @@ class Options:
     vocab_size: int = option(8192, 'ids in all, for bpe')
     val_fraction: float = option(0.02, 'documents held out, by hash, where there is no validation split')
     max_doc_bytes: int = option(16384, 'longer documents become passages, so that shuffling means something')
+    min_doc_bytes: int = option(1000, 'paragraphs that are no documents are joined until they have so many')
+    clean: str = option('', f'steps of cleaning, with commas between: {", ".join(STEPS)}; or all')
+    languages: str = option('', f'that step keeps, of {", ".join(LANGUAGES)}; else what a source has most')
     dedup: bool = option(False, 'drop training documents that nearly repeat another, by MinHash')
     scores: bool = option(False, f'keep for every document: {", ".join(MEASURES)}')
     text_field: str = option('', 'the field of .jsonl and .parquet rows; without it text, else story')
@@ -860,6 +1172,11 @@ def settle(dataset, **options):
                         f'{o.add_documents}: give a fraction between 0 and 1, 256 bytes or more, 1 or more')
     if wrong := [name for name in o.added if name not in ADDED]:
         raise UserError(f'add names {", ".join(map(repr, wrong))}: choose from {", ".join(ADDED)}')
+    o.steps = set(STEPS) if o.clean == 'all' else set(re.findall(r'[^,\s]+', o.clean))
+    if wrong := o.steps - set(STEPS) or set(re.findall(r'[^,\s]+', o.languages)) - set(LANGUAGES):
+        raise UserError(f'{min(wrong)!r} is no step of clean and no language: choose {", ".join(STEPS)} or '
+                        f'all, and {", ".join(LANGUAGES)}')
+    o.examples, o.language = {}, None
     data_name(dataset)
     return o
 
@@ -921,6 +1238,8 @@ def gather(temp, o, report):
             parts.append(write_python(temp, source_root(name, o.data_dir), o, report, o.add_documents))
         else:
             parts.append(write_texts(temp, name, ADDED[name](o.add_documents, o.seed), o))
+    check_text(parts)
+    o.language = learn_languages(parts, o) if 'language' in o.steps else None
     return parts, ignored, stamp(find_parts(o.root)[0]) if o.root.exists() else []
 
 
@@ -950,7 +1269,7 @@ def fill(temp, o):
     found.sample.clear()
     (temp / tokenizer.filename).write_bytes(tokenizer.blob)
     with progress(desc='encoding') as bar:
-        writers, report, digest = encode(parts, found, tokenizer, temp, names, o, bar)
+        writers, reports, digest = encode(parts, found, tokenizer, temp, names, o, bar)
     tokens = writers['train'].tokens if 'train' in writers else 0
     if tokens < MIN_TRAIN_TOKENS or 'val' not in writers:
         raise UserError(f'the training split has {tokens:,} tokens, {MIN_TRAIN_TOKENS} are needed, and '
@@ -962,7 +1281,9 @@ def fill(temp, o):
         splits={split: writer.meta(names) for split, writer in writers.items()},
         licence='; '.join([entry.get('licence', 'as the files say')]
                           + [DATASETS['python']['licence']] * ('python' in o.added)),
-        report=dict(sorted((report + dropped).items())), ignored=ignored,
+        report=dict(sorted((sum(reports.values(), Counter()) + dropped).items())), ignored=ignored,
+        cleaning=dict(layouts={part.name: f'{part.kind}, {part.way}' for part in parts}, examples=o.examples,
+                      by_source=reports, languages=o.language and o.language.keep),
         files=files, flagged=o.flagged,
         tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
         settings={key: value for key, value in vars(o).items() if key in CONTENT},
@@ -986,7 +1307,9 @@ def summary(folder, meta):
         for name, n in [*s['sources'].items(), *[('all', s)] * (len(s['sources']) > 1)]:
             lines.append(f'{split:6}{name[:23]:24}{n["documents"]:11,}{n["words"]:13,}{n["tokens"]:13,}'
                          f'{n["bytes"] / n["tokens"]:13.3f}')
-    lines += [f'{count:,} {what}' for what, count in meta['report'].items() if count]
+    for what, count in meta['report'].items():
+        by = [f'{name} {n[what]:,}' for name, n in meta['cleaning']['by_source'].items() if n.get(what)]
+        lines.append(f'{count:,} {what}' + f' ({", ".join(by)})' * (len(meta['sources']) > 1 and bool(by)))
     if names := meta.get('flagged'):
         lines.append(f'dropped for bandit: {", ".join(names[:4])}{", ... (meta.json)" * (len(names) > 4)}')
     if meta['ignored']:

@@ -46,7 +46,8 @@ class Corpus:
         for seed, (name, n) in enumerate({'tales.train': 500, 'notes.train': 300, 'tales.dev': 90, 'notes.dev': 40}.items()):
             (self.source / name).write_text('\n\n'.join(tales(n, seed)), encoding='utf-8')
         self.args = [f'--dataset=files:{self.source}', f'--data_dir={self.data_dir}', *TINY]
-        self.folder = prepare_data.build(f'files:{self.source}', tokenizer='bytes', data_dir=self.data_dir, quiet=True)
+        self.folder = prepare_data.build(f'files:{self.source}', tokenizer='bytes', data_dir=self.data_dir, quiet=True,
+                                         min_doc_bytes=0)
 
     def open(self):
         return prepare_data.open_data(self.folder, f'files:{self.source}')

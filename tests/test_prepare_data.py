@@ -47,7 +47,7 @@ def write(path, text):
 
 
 def prepare(path, out, **settings):
-    settings = dict(tokenizer='bytes', quiet=True, overwrite=True) | settings
+    settings = dict(tokenizer='bytes', quiet=True, overwrite=True, min_doc_bytes=0) | settings     # a paragraph, a document
     return pd.open_data(pd.build(f'files:{path}', data_dir=out, **settings), f'files:{path}')
 
 
@@ -246,6 +246,128 @@ def test_parquet_where_pyarrow_is(tmp_path):
     assert texts(data, 'train') == prose(40, 40) and texts(data, 'val') == prose(5, 5)
 
 
+# Layouts and cleaning
+
+def read_part(path, source, **options):
+    """(documents, part, report) of one file, as pass 1 reads it."""
+    o, report = pd.Options('bytes', **options), Counter()
+    o.steps, o.examples = set(o.clean.split(',')) - {''}, {}
+    part = pd.Part(path, path.name, 'train', source)
+    return [text for _, text in pd.read(part, o, report, type('', (), dict(update=lambda n: None)))], part, report
+
+
+@pytest.mark.parametrize('source, piece, kind, way', [
+    ('novel', 'A line of prose.', 'prose', 'blank, joined'), ('simple_wikipedia', 'An article.', 'prose', 'blank'),
+    ('talk', '- Hello.\n- Hello you.', 'dialogue', 'blank'), ('open_subtitles', 'A turn.', 'dialogue', 'blank, joined'),
+    ('any', '= = = Title = = =\n\ntext', 'prose', 'header'), ('laws', '---\ntitle: a\n---\n\n# Law\n\ntext', 'prose', 'front'),
+    ('x', 'def f(x):\n\treturn {x: 1}', 'code', 'whole'), ('tatoeba', 'Hej du.\nHej hej.', 'prose', 'lines, joined'),
+    ('fineweb', 'A page.', 'web', 'blank, joined'), ('talk', 'A:\thello\nB:\tyes', 'dialogue', 'blank')])
+def test_each_source_says_how_it_splits(tmp_path, source, piece, kind, way):
+    text = '\n\n'.join([piece] * 200)
+    docs, part, _ = read_part(write(tmp_path / 'x.txt', text), source)
+    assert (part.kind, part.way) == (kind, way)
+    if 'joined' in way:
+        assert min(len(d.encode()) for d in docs[:-1]) >= 1000 and len(docs) > 1
+        assert '\n\n'.join(docs).split() == text.split()
+    else:
+        assert docs == ([text[i:] for i in [0]] if way == 'whole' else [piece] * 200)
+
+
+@pytest.mark.parametrize('block', [1, 50, 1 << 18])
+def test_joined_paragraphs_are_the_text(block):
+    text = '\n\n'.join(prose(40)).encode()
+    split = type('', (), dict(split=functools.partial(pd.split_joined, pattern=pd.BOUNDARY['blank'], least=700)))
+    docs = list(pd.documents((text[i:i + block] for i in range(0, len(text), block)), split, 16384, Counter()))
+    assert b'\n\n'.join(docs) == text and 4 < len(docs) < 10 and min(map(len, docs[:-1])) >= 700
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('dÃ¥ sa hon â€œhejâ€\x9d ðŸ™‚', 'då sa hon “hej” 🙂'), ('Ã¢â‚¬â„¢', '’'), ('e\u0301\u200b\ufeff\xa0x\r\ny', 'é x\ny'),
+    ('SÅ” ÄR”, Â, Ã och é', 'SÅ” ÄR”, Â, Ã och é'), ('👨\u200d👩', '👨\u200d👩'), ('plain', 'plain')])
+def test_unicode(text, expected):
+    assert pd.mend_unicode(text, 'prose') == expected
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('= = = A = = =\nx = = = y\n', 'x = = = y\n'), ('==Early life==\nHe[edit] was {{lang|{{x}}}}born.', 'He was born.'),
+    ('a [[b|c]] [[d]]\n[[Category:E]]', 'a c d\n'), ('<p class="x">R&amp;B</p><i>now</i>', ' R&B now'),
+    ('1 < 2 <unk> & so', '1 < 2 <unk> & so'), ('---\ntitle: a\n---\n\n# b', '\n# b')])
+def test_boilerplate(text, expected):
+    assert pd.strip_boilerplate(text, 'prose') == expected
+    assert pd.strip_boilerplate(text, 'code') == text
+
+
+@pytest.mark.parametrize('block', [600, 1 << 20])
+def test_licences_go(block):
+    mark = b'*** %s OF THE PROJECT GUTENBERG EBOOK A ***\n'
+    books = [b''.join(b'%d book %d\n' % (i, n) for i in range(300)) for n in range(2)]
+    junk = b'licence text\n' * 200
+    text = junk[:100] + b''.join(mark % b'START' + b + mark % b'END' + junk for b in books)
+    report = Counter()
+    blocks = [text[i:i + block] for i in range(0, len(text), block)]
+    assert b''.join(pd.without_licence(blocks, report)).split() == b''.join(books).split()
+    assert b''.join(pd.without_licence([b'no book at all\n' * 99], report)) == b'no book at all\n' * 99
+
+
+def english(n, seed):
+    """n documents of about 120 words."""
+    return list(pd.story_documents(n, seed))
+
+
+def swedish(n, seed):
+    rng, words = random.Random(seed), pd.SWEDISH.split()
+    return [' '.join(rng.choices(words, k=80)) + f' {i}.' for i in range(n)]
+
+
+def test_planted_junk_is_found_and_the_rest_kept(tmp_path):
+    clean, val = english(300, 1), english(30, 2)
+    source = Path(random.__file__).read_text().split('\n\n\n')
+    code = [piece for piece in source if len(piece) > 800 and piece.startswith('def') or piece.startswith('class')][:3]
+    junk = ['buy now cheap shoes ' * 40, '\n'.join([clean[9]] * 4), english(1, 9)[0].replace(' ', ' ... ')]
+    moji = [t.replace('.', ' Ã¤r â€™.', 1) for t in english(7, 3)]
+    near, leaked = [changed(t, 5) for t in clean[:6]], [changed(t, 5) for t in val[:4]]
+    docs = clean + moji + clean[50:55] + near + leaked + val[10:12] + swedish(8, 1) + code + junk
+    write(tmp_path / 'in/tales.train', '<|endoftext|>'.join(random.Random(3).sample(docs, len(docs))))
+    write(tmp_path / 'in/tales.dev', '<|endoftext|>'.join(val + swedish(2, 2)))
+    write(tmp_path / 'in/berattelser.train', '<|endoftext|>'.join(swedish(40, 5)))
+    data = prepare(tmp_path / 'in', tmp_path / 'out', clean='all', dedup=True, val_fraction=0.1)
+    kept = set(texts(data, 'train'))
+    assert kept >= set(clean[6:]) | set(swedish(40, 5)) | {t.replace('Ã¤r â€™', 'är ’') for t in moji}
+    assert sum(t in kept for t in clean[:6] + near) == 6                 # one of each pair
+    assert len(kept) == len(texts(data, 'train')) == 300 + 7 + 40
+    assert set(texts(data, 'val')) == set(val + swedish(2, 2))           # another language stays where it is held out
+    report = data.meta['cleaning']['by_source']['tales']
+    dropped = {what.split(', ')[1]: n for what, n in report.items() if what.startswith('training')}
+    assert dropped.pop('language sv') == 8 and dropped.pop('language code') == len(code) == 2
+    assert dropped.pop('near duplicates of earlier ones') == 11 and dropped.pop('near duplicates of held-out ones') == 4
+    assert dropped.pop('identical to held-out ones') == 2 and sum(dropped.values()) == len(junk)
+    assert set(dropped) == {'the same 2 words again and again', 'repeated lines', 'symbols'}
+    assert report['documents changed, unicode'] == 7 and data.meta['settings']['clean'] == 'all'
+    assert data.meta['cleaning']['languages'] == {'tales': ['en'], 'berattelser': ['sv']}
+    assert all(1 <= len(pieces) <= 3 for pieces in data.meta['cleaning']['examples'].values())
+    both = prepare(tmp_path / 'in', tmp_path / 'out', clean='language', languages='sv,code')
+    assert set(texts(both, 'train')) == set(swedish(8, 1) + swedish(40, 5) + code)
+
+
+@pytest.mark.parametrize('kind', ['prose', 'dialogue', 'code'])
+def test_repetition_by_kind(kind):
+    lines = ''.join(f'*MOT:\tyes{i} a{i}.\n*CHI:\tno {i % 9} no.\n' for i in range(60))
+    assert bool(pd.repetition(lines, kind)) == (kind == 'prose') and pd.repetition('spam ham ' * 60, kind)
+    assert not pd.repetition(english(1, 4)[0], kind) and not pd.repetition('short ' * 9, kind)
+
+
+@needs_shared
+@pytest.mark.parametrize('name, language', [('babylm/switchboard.dev', 'en'), ('babylm/wiki_easy.dev', 'en'),
+                                            ('swedish/ud_talbanken_pud_sentences.txt', 'sv'),
+                                            ('code/thealgorithms_python.dev.txt', 'code')])
+def test_language_of_real_text(name, language):
+    table = pd.log_probabilities(pd.seeds())
+    text = lzma.decompress((SHARED / f'{name}.xz').read_bytes()).decode()
+    pieces = [text[i:i + 2000] for i in range(0, len(text), 2000)]
+    found = Counter(pd.LANGUAGES[table.take(pd.grams(piece), 1).mean(1).argmax()] for piece in pieces)
+    assert found[language] >= 0.9 * len(pieces), found             # before it has seen the data at hand
+
+
 # Near duplicates
 
 def changed(text, *at):
@@ -364,11 +486,45 @@ def test_the_order_of_sources():
 
 @pytest.mark.parametrize('content, match', [
     (b'good\n\nb\xe9d\n\nb\xffd\n' + '\n\n'.join(prose(50)).encode(), r'2 bad lines, the first is line 3'),
-    (b'', 'no text'), (b'\n\n\n', 'no text'), (b'only one', 'two documents'), (b'a\n\nb', '256 are needed')])
+    (b'', 'no text'), (b'\n\n\n', 'no text'), (b'only one', 'two documents'), (b'a\n\nb', '256 are needed'),
+    (b'\x89PNG\r\n\0\1', r'x\.txt is no text \(a zero byte at offset 6\)'), ('text'.encode('utf-16'), 'is UTF-16'),
+    (b'\n<!DOCTYPE html>\n<p>Log in', 'is a web page')])
 def test_bad_text(tmp_path, content, match):
     path = write(tmp_path / 'x.txt', content)
     refuses(match, prepare, path, tmp_path / 'data')
     assert list((tmp_path / 'data').iterdir()) == []
+
+
+def test_what_is_wrong_in_a_folder(tmp_path):
+    for name, content in (('a.train', '\n\n'.join(prose(50))), ('b.train', b'PK\0'), ('c.train', b'abc\0'), ('a.dev', 'some')):
+        write(tmp_path / 'in' / name, content)
+    both = refuses('offset 2.*offset 3', prepare, tmp_path / 'in', tmp_path / 'out')
+    assert 'b.train' in both and 'c.train' in both and 'a.train' not in both
+    for name in 'bc':
+        (tmp_path / 'in' / f'{name}.train').unlink()
+    write(tmp_path / 'in/more/a.train.xz', 'the same')
+    refuses(r'in/a\.train and .*more/a\.train\.xz are both a', prepare, tmp_path / 'in', tmp_path / 'out')
+    (tmp_path / 'in/more/a.train.xz').rename(tmp_path / 'in/a.train-00001-of-00002.xz')            # a shard of it
+    write(tmp_path / 'in/b.dev', '\n')
+    refuses(r'b\.dev holds no text', prepare, tmp_path / 'in', tmp_path / 'out')
+    (tmp_path / 'in/b.dev').unlink()
+    refuses('spelling', prepare, tmp_path / 'in', tmp_path / 'out', clean='unicode,spelling')
+    assert list((tmp_path / 'out').iterdir()) == []
+    prepare(tmp_path / 'in', tmp_path / 'out')
+
+
+def test_one_long_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd, 'MAX_LINE', 1000)
+    path = write(tmp_path / 'x.jsonl', json.dumps(dict(text='a' * 900)) + '\n' + json.dumps(dict(text='a' * 1000)))
+    refuses(r'x\.jsonl line 2 has over', prepare, path, tmp_path)
+    monkeypatch.setattr(pd, 'BATCH_BYTES', 200_000)
+    monkeypatch.setattr(pd, 'SAMPLE_BYTES', 200_000)
+    path = write(tmp_path / 'y.txt', ' '.join(map(str, range(1_500_000))))                       # 10.9 MB
+    tracemalloc.start()
+    data = prepare(path, tmp_path, val_fraction=0.1)
+    assert tracemalloc.get_traced_memory()[1] < 8e6
+    tracemalloc.stop()
+    assert sum(s['bytes'] for s in data.meta['splits'].values()) == path.stat().st_size
 
 
 def test_missing_damaged_unknown(tmp_path):
@@ -646,7 +802,8 @@ def test_every_named_data_set_is_built_from_the_paths_it_names(tmp_path, web, mo
     if name == 'python':
         write(tmp_path / 'raw/python/m.py', 'x = 1\n' * 200)
         write(tmp_path / 'raw/python/n.py', 'y = 2\n' * 200)
-    folder = pd.build(name, 'bytes', data_dir=tmp_path, base_url=web.url, documents=20, quiet=True)
+    folder = pd.build(name, 'bytes', data_dir=tmp_path, base_url=web.url, documents=20, quiet=True,
+                      min_doc_bytes=0)
     data = pd.open_data(folder, name)
     assert len(web.asked) == len(entry['files'])
     assert data.meta['licence'] == entry['licence'] and f'licence: {entry["licence"]}' in pd.summary(folder, data.meta)
@@ -678,7 +835,7 @@ def test_official_folders_and_partly_known_names_are_a_corpus_too(tmp_path):
     for name, n in (('train_10M/switchboard.train', 30), ('dev/switchboard.dev', 4), ('dev/mine.dev', 3)):
         write(tmp_path / 'raw/babylm' / name, '\n\n'.join(prose(n, n)))
     write(tmp_path / 'raw/babylm/gutenberg.train', '\n\n'.join(prose(9, 1)))
-    data = pd.open_data(pd.build('babylm', 'bytes', data_dir=tmp_path, quiet=True), 'babylm')
+    data = pd.open_data(pd.build('babylm', 'bytes', data_dir=tmp_path, quiet=True, min_doc_bytes=0), 'babylm')
     assert data.meta['sources'] == ['gutenberg', 'mine', 'switchboard']
     assert data.meta['splits']['val']['sources']['switchboard']['documents'] == 4
 
@@ -858,7 +1015,8 @@ def test_compare_tokenizers(tmp_path, capsys, monkeypatch):
         raise UserError('no gpt2 here')
     write(tmp_path / 'in/a.train', '\n\n'.join(train := prose(400, 1)))
     write(tmp_path / 'in/a.dev', '\n\n'.join(val := prose(30, 2)))
-    args = [f'files:{tmp_path}/in', f'--data_dir={tmp_path}/data', '--compare_tokenizers=300,9000', '--width=64']
+    args = [f'files:{tmp_path}/in', f'--data_dir={tmp_path}/data', '--compare_tokenizers=300,9000', '--width=64',
+            '--min_doc_bytes=0']
     assert pd.main(args) is None and not (tmp_path / 'data').exists()
     out = capsys.readouterr().out
     tokens = sum(map(len, pd.BPETokenizer.train(train, 300).encode_batch(val)))

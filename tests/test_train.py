@@ -1005,7 +1005,8 @@ def test_a_curriculum_is_the_same_from_any_place():
 @pytest.fixture(scope='session')
 def scored(corpus, tmp_path_factory):
     data_dir = tmp_path_factory.mktemp('scored')
-    prepare_data.build(f'files:{corpus.source}', tokenizer='bytes', data_dir=data_dir, scores=True, quiet=True)
+    prepare_data.build(f'files:{corpus.source}', tokenizer='bytes', data_dir=data_dir, scores=True,
+                       min_doc_bytes=0, quiet=True)
     return [f'--data_dir={data_dir}', '--curriculum=bigram', '--max_steps=12']
 
 
