@@ -112,7 +112,8 @@ class Settings:
     growth_snr_db: float = 10.0       # the weights' power over that of the noise that tells copies apart
     growth_tokens: str = 'zero'       # keys of appended tokens: 'zero' (they do nothing at first) or 'random'
     growth_depth: str = 'fresh'       # new layers 'fresh' (they do nothing at first) or a 'stack' of the old
-    weight_decay: float = 0.1         # of matrices, as a share of learning_rate, falling to 0 with progress
+    weight_decay: float = 0.1         # of matrices, as a share of learning_rate
+    weight_decay_points: tuple = ((0, 1), (1, 0))  # (progress, factor) of weight_decay; straight in between
     momentum: float = 0.95            # Muon's
     beta1: float = 0.8                # AdamW's
     beta2: float = 0.95
@@ -216,6 +217,16 @@ def overruled(argv):
         seen[name] = where, value
 
 
+def are_points(pairs):
+    """Whether these are (progress, factor) pairs that cover 0 to 1."""
+    try:
+        at, factors = np.array([(p, f) for p, f in pairs], dtype=float).T
+    except (TypeError, ValueError, OverflowError):
+        return False
+    rises = at[0] == 0 and at[-1] == 1 and (np.diff(at) > 0).all()
+    return bool(rises and (factors >= 0).all() and np.isfinite(factors).all())
+
+
 def read_settings(argv):
     """Settings from the command line's configs and overrides. UserError lists all mistakes by line."""
     values, errors = {name: f.default for name, f in KEYS.items()}, []
@@ -233,6 +244,8 @@ def read_settings(argv):
             must = f'{kind.__name__}, like {KEYS[name].default!r}'
         elif name in CHOICES and value not in CHOICES[name]:
             must = f'one of {", ".join(CHOICES[name])}'
+        elif name == 'weight_decay_points' and not are_points(value):
+            must = 'pairs of progress, rising from 0 to 1, and a factor of at least 0, like ((0, 1), (1, 0))'
         elif kind is float and not math.isfinite(value):
             must = 'finite'
         elif kind in (int, float) and not low <= value <= high:
@@ -540,11 +553,11 @@ def follow(average, model, progress, ema):
 
 
 def set_rates(optimizers, progress, s):
-    rate = schedule(progress, s)
+    rate, factor = schedule(progress, s), float(np.interp(progress, *zip(*s.weight_decay_points)))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = rate * group['base_lr']
-            group['weight_decay'] = group['base_decay'] * (1 - progress)   # falls too, to forget less
+            group['weight_decay'] = group['base_decay'] * factor
     return rate
 
 

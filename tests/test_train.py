@@ -1179,3 +1179,23 @@ def test_what_is_measured_saved_and_sampled_is_the_average(main, tmp_path, corpu
     assert sample.bits_per_byte(model, data.tokens['val'], data.docs['val'])['bpb'] == pytest.approx(result['val_bpb'], rel=1e-6)
     model.load_state_dict(state['model'])
     assert sample.bits_per_byte(model, data.tokens['val'], data.docs['val'])['bpb'] != pytest.approx(result['val_bpb'], rel=1e-3)
+
+
+def test_weight_decay_goes_from_point_to_point():
+    model = objective_of([])[1]
+
+    def at(progress, *settings):
+        s = train.read_settings(['--weight_decay=0.8', *settings])
+        optimizers = train.make_optimizers(model, s, torch.float32)
+        train.set_rates(optimizers, progress, s)
+        return optimizers[0].param_groups[0]['weight_decay']
+    assert [at(p) for p in (0, 0.3, 0.77, 1)] == [0.8 * (1 - p) for p in (0, 0.3, 0.77, 1)]      # as before, to the bit
+    file = str(ROOT / 'config' / 'weight_decay.py')
+    assert [at(p, file) for p in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx([0.8, 0.45, 0.1, 0.515, 0.93])
+    assert at(0.6, '--weight_decay_points=[(0, 30), (1, 30)]') == pytest.approx(24)
+
+
+@pytest.mark.parametrize('points', ['()', '(1, 0)', '[(0, 1)]', '[(0, 1), (0.5, 0)]', '[(0, 1), (0.5, 1), (0.5, 0), (1, 0)]',
+                                    '[(0, 1), (1, -1)]', '[(0, 1), (1, "a")]', '[(0, 1), (1, 1e999)]', '[(0, 1, 2), (1, 1, 2)]', '[(0, 1), (1, 10**400)]'])
+def test_points_that_cannot_be(points):
+    assert 'weight_decay_points is' in mistakes(f'--weight_decay_points={points}')
