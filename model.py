@@ -64,6 +64,7 @@ class GPTConfig:
     classes: int = 0            # word classes that a second head guesses; train.py takes it from the data set
     dropout: float = 0.0        # share of what attention and MLP add that training leaves out, at random
     layer_drop: float = 0.0     # chance that a row of the batch skips what the last layer adds; less below
+    predict_ahead: int = 0      # further tokens that training predicts too (Gloeckle 2024, 2404.19737)
     head_scale: float = 1.0     # of the last hidden states, before the head; growth lowers a tied head's
 
     def __post_init__(self):
@@ -98,6 +99,8 @@ class GPTConfig:
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(f'rotary_dim is {self.rotary_dim}, it must be even and at most '
                              f'head_dim {self.head_dim}')
+        if self.predict_ahead < 0:
+            raise ValueError(f'predict_ahead is {self.predict_ahead}, it must be at least 0')
         if not 0 <= self.value_embeds <= self.n_layer:
             raise ValueError(f'value_embeds is {self.value_embeds}, it counts layers and '
                              f'n_layer is {self.n_layer}')
@@ -124,7 +127,8 @@ class GPTConfig:
         T = self.block_size
         W = min(self.window or T, T)
         attended = W - W * (W - 1) / (2 * T) if attended is None else attended
-        weights = count(dataclasses.astuple(self))[2] + self.vocab_size * self.n_embd
+        heads = (1 + self.predict_ahead) * self.vocab_size * self.n_embd
+        weights = count(dataclasses.astuple(self))[2] + heads
         return 6 * weights + 12 * self.n_layer * self.n_head * self.head_dim * attended
 
     def describe(self):
@@ -140,11 +144,11 @@ class GPTConfig:
 
 @functools.cache
 def count(fields):
-    """Parameters of a model with these fields of GPTConfig: all, tables and head, matrices of layers."""
+    """Parameters of a model with these fields of GPTConfig: all, tables and head, matrices but the head."""
     with torch.device('meta'):
         model = GPT(GPTConfig(*fields))
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} | {model.lm_head.weight}
-    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
+    matrices = [m.weight for m in model.modules() if isinstance(m, Linear) and m is not model.lm_head]
     return tuple(sum(p.numel() for p in some) for some in (model.parameters(), tables, matrices))
 
 
@@ -417,6 +421,7 @@ class GPT(nn.Module):
         | MLP down                  | 0             | MLPs begin as the identity (Zhang 2019, 1901.09321)    |
         | mix of a block            | 1, 0          | a plain residual stream                                |
         | token_shift, a channel    | 0 ... 1       | some channels know the token, some the one before      |
+        | predict_ahead             | 0             | a further token's guess begins as the next one's       |
     """
 
     def __init__(self, config):
@@ -429,6 +434,7 @@ class GPT(nn.Module):
         self.class_head = Linear(config.n_embd, config.classes) if config.classes else None
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
+        self.ahead = nn.ModuleList(Linear(config.n_embd, config.n_embd) for _ in range(config.predict_ahead))
         cos, sin = rotary_table(config.block_size, config.rotary_dim, config.rope_base)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
@@ -448,6 +454,8 @@ class GPT(nn.Module):
             block.attn.init_weights()
             block.mlp.init_weights()
             block.mix.copy_(torch.tensor([1.0, 0.0]))
+        for further in self.ahead:
+            further.weight.zero_()
 
     def trunk(self, idx, cache=None):
         """Final hidden states (B, T, C), in compute_dtype, of idx (B, T)."""
@@ -488,20 +496,28 @@ class GPT(nn.Module):
             cache.follows[:, past:past + idx.shape[1]] = idx != self.config.bos
         return torch.maximum(start, position - self.config.window + 1) if self.config.window else start
 
-    def forward(self, idx, targets, reduction='mean', soft=(), classes=()):
+    def forward(self, idx, targets, reduction='mean', soft=(), classes=(), ahead=1.0):
         """Cross-entropy in nats: mean over targets >= 0, or with 'none' one a token, 0 where target < 0.
 
-        soft: see soft_targets. classes: the class of every id (V,), and the share () of its guess.
+        soft: see soft_targets. classes: the class of every id (V,), and the share () of its guess. ahead: how
+        much further tokens' losses count, if the model predicts any.
         """
         x = self.trunk(idx)
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                                     self.config.logit_softcap, reduction, self.config.z_loss, soft)
+        if reduction == 'none':
+            return loss.view_as(targets)
         if classes:
             class_of, share = classes
             guess, seen = self.class_head(x).float().flatten(0, 1), targets.flatten()
             named = torch.where(seen >= 0, class_of[seen.clamp(min=0)], -1)
             loss = (1 - share) * loss + share * F.cross_entropy(guess, named, ignore_index=-1)
-        return loss if reduction == 'mean' else loss.view_as(targets)
+        for further in self.ahead:
+            targets = one_later(targets, self.config.bos)
+            h = rms_norm(x + further(x)) * self.config.head_scale
+            loss = loss + ahead * linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight,
+                                                       targets.flatten(), self.config.logit_softcap)
+        return loss
 
     def logits(self, x):
         """Logits (..., V) in fp32 of hidden states (..., C)."""
@@ -714,6 +730,11 @@ def shift(x, follows, owner, cache=None):
         cache.last[owner] = x[..., -1:, :]
     first = torch.zeros_like(x[..., :1, :]) if first is None else first
     return torch.cat([first, x[..., :-1, :]], dim=-2) * follows
+
+
+def one_later(targets, bos):
+    """targets (B, T), each the one after; -1 at a row's end, and where that would be another document's."""
+    return F.pad(targets[:, 1:], (0, 1), value=-1).masked_fill((targets == bos) | (targets < 0), -1)
 
 
 def rotary_table(length, head_dim, base):

@@ -121,6 +121,7 @@ class Settings:
     warmup_frac: float = 0.02         # of progress, learning rates rise from a tenth
     cooldown_frac: float = 0.6        # of progress, learning rates fall linearly to final_lr_frac
     final_lr_frac: float = 0.0
+    ahead_weight: float = 0.3         # of predict_ahead's losses, falling to 0 with progress
     ema: float = 0.0                  # > 0: what is evaluated is averaged over about so much of progress
     eval_interval: float = 0.25       # in progress: validation on a part of the closing share; 0 is off
     log_interval: int = 10            # steps
@@ -478,7 +479,8 @@ def make_optimizers(model, s, dtype):
     head, slim = model.lm_head.weight, 256 / model.config.n_embd
     # a head that growth has scaled down answers that much less, and growth has narrowed `slim` already
     head_lr = s.head_lr * slim / model.config.head_scale
-    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
+    layers = [*model.blocks.modules(), *model.ahead]
+    matrices = [m.weight for m in layers if isinstance(m, Linear)]
     tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not head]
     scalars = [p for p in model.parameters() if p.ndim < 2]
     heads = [head] if model.class_head is None else [head, model.class_head.weight]
@@ -825,6 +827,8 @@ def make_objective(s, data, config, device, rank):
         class_of = torch.from_numpy(prepare_data.word_class_table(data).argmax(1)).to(device)
         extra['classes'] = lambda idx, progress: (
             class_of, torch.tensor(s.class_loss * max(0.0, 1 - progress / s.class_until), device=device))
+    if config.predict_ahead:
+        extra['ahead'] = lambda idx, progress: torch.tensor(s.ahead_weight * (1 - progress), device=device)
     if s.vocabulary_floor < 1:
         known = known_ids(s, data, device)
     if not extra and not known and not noisy:
@@ -1276,7 +1280,8 @@ def main(argv):
         val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
         val_loss=result['loss'], val_bpb_per_source=result['per_source'], evals=evals, steps=step,
         tokens=tokens, epochs=tokens / epoch_tokens, **{f'{kind}_params': n for kind, n in sizes.items()},
-        active_params=sizes['total'], flops=flops_done, flops_per_token=flops,
+        active_params=sizes['total'] - config.n_embd * (config.predict_ahead * config.n_embd + config.classes),
+        flops=flops_done, flops_per_token=flops,
         tok_per_sec=tokens / trained, mfu=speed / (peak * world) if peak else None, tflops=speed / 1e12,
         data_wait_share=float(waited / stepped), skipped_steps=skipped,
         **{f'{kind}_seconds': t for kind, t in times.items()}, total_seconds=total,

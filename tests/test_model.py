@@ -494,3 +494,44 @@ def test_a_model_grown_by_tokens_computes_the_same(norm):
             m.grown_config(old.config, wrong)
     with pytest.raises(ValueError, match='attn_tokens grows by more'):
         m.grown_config(make().config, dict(attn_tokens=8))
+
+
+def ahead(**options):
+    return make(predict_ahead=3, **options), tokens(3, 30, (0, 9, 10, 20))
+
+
+@pytest.mark.parametrize('options', [dict(), dict(tie_embeddings=True, logit_softcap=5.0, head_scale=0.5)])
+def test_further_tokens_are_predicted_within_their_document(options):
+    """Against a loop over rows, positions and distances; a document's end, the next one's BOS, is still predicted."""
+    model, idx = ahead(**options)
+    targets = torch.cat([idx[:, 1:], torch.tensor([[5], [0], [7]])], 1)
+    x, cap, expected = model.trunk(idx), model.config.logit_softcap, model(idx, targets, ahead=0.0)
+    for k, further in enumerate(model.ahead, 1):
+        each = []
+        for row in range(3):
+            whole = [*idx[row].tolist(), targets[row, -1].item()]
+            for t in range(30):
+                if t + 1 + k < len(whole) and 0 not in whole[t + 1:t + 1 + k]:
+                    h = m.rms_norm(x[row, t] + further.weight @ x[row, t]) * model.config.head_scale
+                    each.append(-model.logits(h).log_softmax(-1)[whole[t + 1 + k]])
+        expected = expected + 0.25 * torch.stack(each).mean()
+    torch.testing.assert_close(model(idx, targets, ahead=torch.tensor(0.25)), expected)
+    alone = make(**options)                                        # what is measured knows nothing of it
+    alone.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(model(idx, targets, reduction='none'), alone(idx, targets, reduction='none'))
+
+
+def test_further_tokens_count_train_and_grow():
+    (model, idx), plain = ahead(), make()
+    targets = torch.cat([idx[:, 1:], idx[:, :1]], 1)
+    model(idx, targets).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.ahead.parameters())
+    a, b = model.config, plain.config
+    assert a.params()['total'] - b.params()['total'] == a.params()['non_embedding'] - b.params()['non_embedding'] == 3 * 32 ** 2
+    assert a.flops_per_token() - b.flops_per_token() == 6 * 3 * (32 ** 2 + 97 * 32)
+    model = double(model)
+    wide, _ = m.grow(model, m.grown_config(a, dict(n_embd=64)))
+    torch.testing.assert_close(wide(idx, targets), model(idx, targets), rtol=1e-7, atol=0)
+    assert GPT(a)(idx, targets, ahead=0.0).item() == pytest.approx(math.log(97), abs=0.15)
+    with pytest.raises(ValueError, match='predict_ahead'):
+        GPTConfig(**SMALL, predict_ahead=-1)

@@ -1112,7 +1112,7 @@ def test_runs_with_another_objective(main, tmp_path, classed):
         main('--vocabulary_floor=0.5', '--out_dir=none')
 # ---- objectives and regularisers
 
-@pytest.mark.parametrize('settings', [['--dropout=0.2', '--layer_drop=0.3'], ['--ema=0.1', '--growth=[(0.3, dict(n_embd=128))]']])
+@pytest.mark.parametrize('settings', [['--dropout=0.2', '--layer_drop=0.3'], ['--ema=0.1', '--growth=[(0.3, dict(n_embd=128))]', '--predict_ahead=2']])
 def test_a_run_resumes_to_the_bit_with(main, tmp_path, monkeypatch, settings):
     settings = [*settings, '--max_steps=20', '--micro_batch_size=4', '--budget_minutes=10000']
     main(*settings)
@@ -1196,6 +1196,17 @@ def test_weight_decay_goes_from_point_to_point():
 
 
 @pytest.mark.parametrize('points', ['()', '(1, 0)', '[(0, 1)]', '[(0, 1), (0.5, 0)]', '[(0, 1), (0.5, 1), (0.5, 0), (1, 0)]',
-                                    '[(0, 1), (1, -1)]', '[(0, 1), (1, "a")]', '[(0, 1), (1, 1e999)]', '[(0, 1, 2), (1, 1, 2)]', '[(0, 1), (1, 10**400)]'])
+                                    '[(0, 1), (1, -1)]', '[(0, 1), (1, "a")]', '[(0, 1), (1, 1e999)]', '[(0, 1, 2), (1, 1, 2)]'])
 def test_points_that_cannot_be(points):
     assert 'weight_decay_points is' in mistakes(f'--weight_decay_points={points}')
+
+
+def test_the_weight_of_further_tokens_falls_with_progress():
+    objective, model = objective_of(['--ahead_weight=0.4'], predict_ahead=2)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    idx = torch.randint(1, 50, (4, 17), generator=torch.Generator().manual_seed(1))
+    pair = idx[:, :-1], idx[:, 1:]
+    for progress in (0.0, 0.5, 1.0):
+        assert objective(model, 3, progress)(*pair).item() == pytest.approx(model(*pair, ahead=0.4 * (1 - progress)).item())
+    held = {id(p) for o in train.make_optimizers(model, train.read_settings([]), torch.float32) for g in o.param_groups for p in g['params']}
+    assert all(id(p) in held for p in model.parameters())

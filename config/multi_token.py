@@ -1,0 +1,10 @@
+"""Multi-token prediction (Gloeckle 2024, 2404.19737): training predicts the token after next as well.
+
+    torchrun train.py config/babylm.py config/multi_token.py
+
+One more matrix turns the last hidden state into that token's, under the same head; never across a document's end. Its loss counts
+ahead_weight times, less and less, so that the run ends on the next token alone; train_loss contains it, bits per byte do not. A
+training step computes the head twice: a fifth to a third slower in a small model. Reported: better code at billions of parameters,
+worse below (a few hundred millions); negative in nanochat's log. Expected to lose at this size, here to check. Not yet measured.
+"""
+predict_ahead = 1
