@@ -496,11 +496,12 @@ class GPT(nn.Module):
             cache.follows[:, past:past + idx.shape[1]] = idx != self.config.bos
         return torch.maximum(start, position - self.config.window + 1) if self.config.window else start
 
-    def forward(self, idx, targets, reduction='mean', soft=(), classes=(), ahead=1.0):
+    def forward(self, idx, targets, reduction='mean', soft=(), classes=(), ahead=1.0, teach=()):
         """Cross-entropy in nats: mean over targets >= 0, or with 'none' one a token, 0 where target < 0.
 
         soft: see soft_targets. classes: the class of every id (V,), and the share () of its guess. ahead: how
-        much further tokens' losses count, if the model predicts any.
+        much further tokens' losses count, if the model predicts any. teach: the share and the temperature of
+        the divergence from a teacher, and that as Distillation takes it.
         """
         x = self.trunk(idx)
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
@@ -512,6 +513,11 @@ class GPT(nn.Module):
             guess, seen = self.class_head(x).float().flatten(0, 1), targets.flatten()
             named = torch.where(seen >= 0, class_of[seen.clamp(min=0)], -1)
             loss = (1 - share) * loss + share * F.cross_entropy(guess, named, ignore_index=-1)
+        if teach:
+            share, temperature, *teacher = teach
+            apart = Distillation.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                       self.config.logit_softcap, temperature, teacher, 2048)
+            loss = (1 - share) * loss + share * apart
         for further in self.ahead:
             targets = one_later(targets, self.config.bos)
             h = rms_norm(x + further(x)) * self.config.head_scale
@@ -828,6 +834,34 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
         return dx * grad.to(dx.dtype), dw * grad, None, None, None, None, None
+
+
+class Distillation(LinearCrossEntropy):
+    """Temperature^2 KL(teacher || student), both softmax(logits / temperature), the mean over targets >= 0.
+
+    Logits are softcap(x weight^T); teacher is a triple of such (x, weight, cap) (Hinton 2015, 1503.02531). A
+    block of rows at a time, as above: d loss / d logits = temperature (student - teacher) / n.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, temperature, teacher, rows):
+        theirs, their_weight, their_cap = teacher
+        share = (temperature * (targets >= 0) / (targets >= 0).sum().clamp(min=1))[:, None]
+        w, v = weight.to(x.dtype), their_weight.to(theirs.dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        dx, dw = [], torch.zeros_like(weight, dtype=torch.float32)
+        for xs, hs, part in zip(x.split(rows), theirs.split(rows), share.split(rows)):
+            z = softcap((xs @ w.t()).float(), cap)
+            log_q = (z / temperature).log_softmax(-1)
+            log_p = (softcap((hs @ v.t()).float(), their_cap) / temperature).log_softmax(-1)
+            p = log_p.exp()
+            loss = loss + temperature * (part * p * (log_p - log_q)).sum()
+            g = part * (log_q.exp() - p)
+            g = (g * (1 - (z / cap).square()) if cap else g).to(x.dtype)
+            dx.append(g @ w)
+            dw += g.t() @ xs
+        ctx.save_for_backward(torch.cat(dx), dw.to(weight.dtype))
+        return loss
 
 
 def soft_targets(gold, soft):

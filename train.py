@@ -122,6 +122,9 @@ class Settings:
     cooldown_frac: float = 0.6        # of progress, learning rates fall linearly to final_lr_frac
     final_lr_frac: float = 0.0
     ahead_weight: float = 0.3         # of predict_ahead's losses, falling to 0 with progress
+    teacher: str = ''                 # the folder of a run whose guesses to learn too
+    teacher_weight: float = 0.5       # their share of the loss, the text has the rest
+    teacher_temperature: float = 2.0  # both guesses are flattened so much
     ema: float = 0.0                  # > 0: what is evaluated is averaged over about so much of progress
     eval_interval: float = 0.25       # in progress: validation on a part of the closing share; 0 is off
     log_interval: int = 10            # steps
@@ -142,7 +145,8 @@ LIMITS = dict(beta1=(0, 0.9999), beta2=(0, 0.999999), momentum=(0, 0.9999), warm
               cooldown_frac=(0, 1), final_lr_frac=(0, 1), pacing_floor=(0, 1), pacing_start=(0, 1),
               pacing_end=(0, 1), vocabulary_floor=(0, 1), class_loss=(0, 1), class_until=(0.001, 1),
               smoothing=(0, 1), smoothing_temperature=(0.001, math.inf), dropout=(0, 0.95),
-              layer_drop=(0, 0.95), budget_minutes=(0.01, math.inf),
+              layer_drop=(0, 0.95), teacher_weight=(0, 1), teacher_temperature=(0.01, math.inf),
+              budget_minutes=(0.01, math.inf),
               tokens_per_step=(1, math.inf), micro_batch_size=(1, math.inf),
               log_interval=(1, math.inf))      # where they are not just 0 and above
 FROM_DATA = ('vocab_size', 'bos', 'classes')
@@ -828,7 +832,9 @@ def make_objective(s, data, config, device, rank):
         extra['classes'] = lambda idx, progress: (
             class_of, torch.tensor(s.class_loss * max(0.0, 1 - progress / s.class_until), device=device))
     if config.predict_ahead:
-        extra['ahead'] = lambda idx, progress: torch.tensor(s.ahead_weight * (1 - progress), device=device)
+        extra['ahead'] = lambda idx, progress: torch.full((), s.ahead_weight * (1 - progress), device=device)
+    if s.teacher:
+        extra['teach'] = make_teacher(s, data, device)
     if s.vocabulary_floor < 1:
         known = known_ids(s, data, device)
     if not extra and not known and not noisy:
@@ -870,6 +876,25 @@ def known_ids(s, data, device):
         return (torch.where((rank[idx] < n) | (idx == data.meta['bos']), idx, unk),
                 torch.where((rank[targets.clamp(min=0)] < n) & (targets >= 0), targets, -1))
     return known
+
+
+def make_teacher(s, data, device):
+    """What GPT.forward's `teach` is for idx, of the run that s.teacher names."""
+    teacher, tokenizer = sample.load(s.teacher, device)
+    c, teacher.compute_dtype = teacher.config, getattr(torch, adapt(s, device, 1)[0])
+    refuse(tokenizer.blob != data.tokenizer.blob,
+           f'teacher {s.teacher} has another vocabulary than {data.folder}: choose one with the same')
+    refuse(c.block_size < s.block_size,
+           f'teacher {s.teacher} reads {c.block_size} tokens at most: lower block_size (now {s.block_size})')
+    kernel = device == 'cuda' and 'attention' in kernels_named(s.kernels)
+    refuse(kernel and c.head_dim not in (16, 32, 64, 128),
+           f'teacher {s.teacher} has heads of {c.head_dim}, which no kernel takes: say --kernels=-attention')
+
+    @torch.no_grad()
+    def teach(idx, progress):
+        hidden = teacher.trunk(idx).flatten(0, 1)
+        return s.teacher_weight, s.teacher_temperature, hidden, teacher.lm_head.weight, c.logit_softcap
+    return teach
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -1280,7 +1305,7 @@ def main(argv):
         val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
         val_loss=result['loss'], val_bpb_per_source=result['per_source'], evals=evals, steps=step,
         tokens=tokens, epochs=tokens / epoch_tokens, **{f'{kind}_params': n for kind, n in sizes.items()},
-        active_params=sizes['total'] - config.n_embd * (config.predict_ahead * config.n_embd + config.classes),
+        active_params=sizes['total'] - config.n_embd * (config.n_embd * config.predict_ahead + config.classes),
         flops=flops_done, flops_per_token=flops,
         tok_per_sec=tokens / trained, mfu=speed / (peak * world) if peak else None, tflops=speed / 1e12,
         data_wait_share=float(waited / stepped), skipped_steps=skipped,

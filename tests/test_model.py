@@ -535,3 +535,29 @@ def test_further_tokens_count_train_and_grow():
     assert GPT(a)(idx, targets, ahead=0.0).item() == pytest.approx(math.log(97), abs=0.15)
     with pytest.raises(ValueError, match='predict_ahead'):
         GPTConfig(**SMALL, predict_ahead=-1)
+
+
+@pytest.mark.parametrize('cap, their_cap', [(0.0, 0.0), (3.0, 2.0)])
+@pytest.mark.parametrize('ignored', ['none', 'some', 'all'])
+def test_distillation_is_the_divergence_of_all_logits(cap, their_cap, ignored):
+    torch.manual_seed(0)
+    x, w, h, v = (torch.randn(*shape, requires_grad=True) for shape in ((70, 24), (50, 24), (70, 8), (50, 8)))
+    targets, T = torch.randint(0, 50, (70,)), 2.5
+    targets[{'none': slice(0), 'some': slice(None, None, 3), 'all': slice(None)}[ignored]] = -1
+    keep = targets >= 0
+    p, q = (m.softcap(a @ b.t(), c) / T for a, b, c in ((h, v, their_cap), (x, w, cap)))
+    each = F.kl_div(q.log_softmax(-1), p.detach().softmax(-1), reduction='none').sum(-1)
+    expected = T ** 2 * (each * keep).sum() / keep.sum().clamp(min=1)
+    got = m.Distillation.apply(x, w, targets, cap, T, (h.detach(), v.detach(), their_cap), 32)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    for a, b in zip(*(torch.autograd.grad(3 * loss, (x, w)) for loss in (got, expected))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_teaches_itself_has_nothing_to_learn():
+    model, idx = make(), tokens(2, 30)
+    targets, own = idx.roll(-1, 1), (model.trunk(idx).flatten(0, 1).detach(), model.lm_head.weight.detach(), 0.0)
+    torch.testing.assert_close(model(idx, targets, teach=(0.25, 2.0, *own)), 0.75 * model(idx, targets))
+    other = (torch.randn(60, 8), torch.randn(97, 8), 0.0)
+    apart = m.Distillation.apply(own[0], own[1], targets.flatten(), 0.0, 2.0, other, 7)
+    torch.testing.assert_close(model(idx, targets, teach=(0.25, 2.0, *other)), 0.75 * model(idx, targets) + 0.25 * apart)

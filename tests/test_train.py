@@ -1210,3 +1210,24 @@ def test_the_weight_of_further_tokens_falls_with_progress():
         assert objective(model, 3, progress)(*pair).item() == pytest.approx(model(*pair, ahead=0.4 * (1 - progress)).item())
     held = {id(p) for o in train.make_optimizers(model, train.read_settings([]), torch.float32) for g in o.param_groups for p in g['params']}
     assert all(id(p) in held for p in model.parameters())
+
+
+def test_a_run_learns_from_an_earlier_one(main, tmp_path, finished, corpus):
+    teacher = shutil.copytree(finished[0], tmp_path / 'teacher')
+    out = main(f'--teacher={teacher}', '--teacher_weight=1.0', '--n_embd=32', '--max_steps=40', '--out_dir=taught', '--learning_rate=0.05')
+    s, data = train.read_settings([*corpus.args, f'--teacher={teacher}', '--teacher_weight=1.0']), corpus.open()
+    student, model = sample.load(tmp_path / 'taught')[0], sample.load(teacher)[0]
+    loss_of = train.make_objective(s, data, model.config, 'cpu', 0)(model, 0, 0.0)
+    idx = torch.from_numpy(data.tokens['val'][:65].astype(np.int64))[None]
+    assert loss_of(idx[:, :-1], idx[:, 1:]).item() == pytest.approx(0, abs=1e-5)          # against itself
+    loss_of = train.make_objective(s, data, model.config, 'cpu', 0)(student, 0, 0.0)
+    assert loss_of(idx[:, :-1], idx[:, 1:]).item() < 0.5 * losses(tmp_path / 'taught')[0] and 'teacher=' in out
+
+
+def test_teachers_that_cannot_be(main, tmp_path, finished):
+    teacher = shutil.copytree(finished[0], tmp_path / 'teacher')
+    for settings, said in ((['--teacher=nowhere'], 'nowhere.*does not exist'), ([f'--teacher={teacher}', '--block_size=128'], 'reads 64 tokens'),
+                           ([f'--teacher={teacher}', '--tokenizer=bpe', '--vocab_size=300'], 'another vocabulary than')):
+        with pytest.raises(UserError, match=said):
+            main(*settings)
+        assert not (tmp_path / 'run').exists()
