@@ -49,7 +49,7 @@ def read_checkpoint(run):
     except FileNotFoundError as e:
         raise UserError(f'{path} does not exist: name a folder that train.py wrote, '
                         f'such as out/quickstart') from e
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError,
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, IndexError,
             zipfile.BadZipFile) as e:
         what = f'{path} is cut off or not a checkpoint of train.py ({type(e).__name__})'
         if previous.exists() and previous != path:
@@ -122,6 +122,20 @@ def deal(docs, slices=SLICES):
 
 
 @torch.no_grad()
+def document_nats(model, documents, max_tokens=8192):
+    """{key: nats} from pairs of a key and a document's ids, BOS first, read in windows of block_size."""
+    nats, rows, device = {}, [], next(model.parameters()).device
+    for key, ids in documents:
+        nats[key] = 0.0
+        rows += [(key, x, y) for x, y in windows(ids, model.config.block_size)]
+    for keys, idx, targets in batches(rows, max_tokens, model.config.block_size):
+        idx, targets = torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device)
+        loss = model(idx, targets, reduction='none')
+        for key, value in zip(keys, loss.double().sum(dim=1).tolist()):
+            nats[key] += value
+    return nats
+
+
 def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None, rank=0, world=1,
                   reduce=lambda sums: sums):
     """Bits per raw UTF-8 byte of a split, over its first `slices` of 1,024 stratified parts (by default all).
@@ -132,7 +146,6 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
     of the document is counted. Returns bpb, its standard error over documents (0 for the whole split), loss,
     share of bytes, tokens, and bpb per source index.
     """
-    block_size, device = model.config.block_size, next(model.parameters()).device
     group = -(-slices // 16) if stop else slices
     part, n_sources = deal(docs), int(docs['source'].max()) + 1
     ends = np.append(docs['start'][1:], len(tokens))
@@ -141,14 +154,8 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
         if first and stop():
             break
         mine = np.flatnonzero((part >= first) & (part < min(first + group, slices)))[rank::world]
-        nats = dict.fromkeys(mine.tolist(), 0.0)
-        rows = [(doc, x, y) for doc in nats
-                for x, y in windows(tokens[docs['start'][doc]:ends[doc]], block_size)]
-        for keys, idx, targets in batches(rows, max_tokens, block_size):
-            idx, targets = torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device)
-            loss = model(idx, targets, reduction='none')
-            for doc, value in zip(keys, loss.double().sum(dim=1).tolist()):
-                nats[doc] += value
+        nats = document_nats(model, ((doc, tokens[docs['start'][doc]:ends[doc]]) for doc in mine.tolist()),
+                             max_tokens)
         add = np.zeros_like(sums)
         for doc, value in nats.items():
             n, bits = float(docs['bytes'][doc]), value / math.log(2)
