@@ -113,9 +113,11 @@ class GPTConfig:
                              f'(it is {self.rotary_dim}), no n_kv_head and no value_embeds')
 
     def params(self):
-        """Parameter counts: dict of total, embedding (token tables and an untied head), non_embedding."""
+        """Parameter counts: dict of total, embedding (token tables and an untied head), non_embedding, and
+        active: without the heads that training alone uses."""
         total, tables, _ = count(dataclasses.astuple(self))
-        return dict(total=total, embedding=tables, non_embedding=total - tables)
+        helpers = self.n_embd * (self.n_embd * self.predict_ahead + self.classes)
+        return dict(total=total, embedding=tables, non_embedding=total - tables, active=total - helpers)
 
     def flops_per_token(self, attended=None):
         """Model FLOPs of one training token, forward and backward: 6 a weight, 12 D a head and attended pair.

@@ -11,6 +11,7 @@ It writes a folder such as data/babylm-bpe8192:
     train.bin val.bin test.bin     token ids back to back; each document is BOS and its tokens
     <split>.docs.npy               a row a document: first token, raw bytes, source, difficulty or 0
     <split>.scores.npy             with --scores, a row a document and a field a measure
+    classes.npy                    with --classes, a row an id: how often it occurs in words of each class
     pairs.jsonl                    generated worlds only: endings that fit and endings that do not
     tokenizer.*                    all that is needed to read the ids again
     meta.json                      counts, licences, what was dropped and why, the fingerprint
@@ -32,6 +33,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import random
 import re
@@ -46,7 +48,7 @@ import unicodedata
 import urllib.request
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -965,24 +967,213 @@ def surprisal(writers, vocab_size, chunk=1 << 22, slots=1 << 22):
     return out
 
 
-def write_scores(writers, names, vocab_size):
-    """<split>.scores.npy, a row a document and a field a measure. Returns their rank correlations."""
-    bits = surprisal(writers, vocab_size)
+def document_loss(writers, tokenizer, model, own, batch=256):
+    """{split: (documents,)}: bits a byte under a checkpoint, which has a tokenizer of its own."""
+    import sample
+    from tqdm import tqdm
+    out, rows = {}, {split: np.concatenate(writer.rows) for split, writer in writers.items()}
+    with tqdm(desc='scoring', total=sum(map(len, rows.values())), unit=' documents', disable=None) as bar:
+        for split, writer in writers.items():
+            tokens, nats = np.memmap(writer.path, writer.dtype, 'r'), {}
+            starts = np.append(rows[split]['start'], len(tokens))
+            for first in range(0, len(starts) - 1, batch):
+                spans = itertools.pairwise(starts[first:first + batch + 1])
+                ids = own.encode_batch([tokenizer.decode(tokens[a + 1:b].tolist()) for a, b in spans])
+                ids = [np.append(own.bos, row) for row in ids]
+                nats |= sample.document_nats(model, enumerate(ids, first))
+                bar.update(len(ids))
+            out[split] = np.array(list(nats.values())) / math.log(2) / rows[split]['bytes']
+    return out
+
+
+def write_scores(writers, names, tokenizer, o):
+    """<split>.scores.npy, a row a document and a field a measure. Returns their rank correlations by name."""
+    bits = surprisal(writers, tokenizer.vocab_size)
+    loss = document_loss(writers, tokenizer, *o.judge) if o.score_with else None
     ranks = np.array([source_rank(name) for name in names])
     for split, writer in writers.items():
-        table = np.zeros(len(bits[split][0]), [(name, '<f4') for name in MEASURES])
-        for name, column in zip(TEXT_MEASURES, np.concatenate(writer.scores).T):
+        table = np.zeros(len(bits[split][0]), [(name, '<f4') for name in o.columns])
+        for name, column in zip([*TEXT_MEASURES, 'quality'], np.concatenate(writer.scores).T):
             table[name] = column
         table['source_rank'] = ranks[np.concatenate(writer.rows)['source']]
         table['unigram'], table['bigram'] = bits[split]
+        if loss:
+            table['loss'] = loss[split]
         np.save(writer.path.with_name(f'{split}.scores.npy'), table)
         docs = np.load(writer.path.with_name(f'{split}.docs.npy'))
-        docs['difficulty'] = table['bigram']
+        docs['difficulty'] = table[o.difficulty]
         np.save(writer.path.with_name(f'{split}.docs.npy'), docs)
         if split == 'train':
-            order = [table[name].argsort(kind='stable').argsort(kind='stable') for name in MEASURES]
+            order = [table[name].argsort(kind='stable').argsort(kind='stable') for name in o.columns]
             together = np.corrcoef(order).round(2).tolist() if len(table) > 1 else []
-    return together
+    return dict(zip(o.columns, together))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Quality: is a text like good examples or like bad ones? phi-1's idea (Gunasekar 2023, 2306.11644), here by
+# logistic regression on words and pairs of words
+
+SLOTS, DECAY = 1 << 18, 1e-4     # hashed features; the L2 penalty
+
+
+def word_grams(text):
+    """(slots, values): words and pairs of words, each the root of its share, and last a constant."""
+    words = re.findall(r'\w+|[^\w\s]', text.lower())
+    one = np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
+    two = one[:-1] * np.uint64(0x9E3779B1) + one[1:] * np.uint64(0x85EBCA77)
+    slots, counts = np.unique(np.append(one, two) % np.uint64(SLOTS), return_counts=True)
+    return np.append(slots, SLOTS).astype(np.int64), np.append(np.sqrt(counts / counts.sum()), 1)
+
+
+def quality(weights, text):
+    slots, values = word_grams(text)
+    return float(1 / (1 + np.exp(-weights[slots] @ values)))
+
+
+def fit_quality(good, bad):
+    """(weights, report) from two sets of texts; one in both is left out, every fifth of the rest is held out.
+
+    Both sides count alike, in the fit and in the accuracy: a guess has 0.5. Nesterov's steps end where the
+    gradient is below 1e-6.
+    """
+    sides = [sorted(a - b, key=lambda text: key_of(text.encode())) for a, b in ((bad, good), (good, bad))]
+    if min(map(len, sides)) < 10:
+        raise UserError(f'--bad has {len(sides[0])} documents of its own, --good {len(sides[1])}: give 10 or '
+                        f'more of each, better hundreds')
+    rows, label = zip(*[(word_grams(text), y) for y in (0, 1) for i, text in enumerate(sides[y]) if i % 5])
+    (slot, value), label = map(np.concatenate, zip(*rows)), np.array(label)
+    doc, weight = np.repeat(np.arange(len(rows)), [len(x) for x, _ in rows]), 0.5 / np.bincount(label)[label]
+    rate = 1 / (0.25 * 2 + DECAY)                # the logistic's curvature, times the squared length of a row
+    momentum = (1 - (DECAY * rate) ** 0.5) / (1 + (DECAY * rate) ** 0.5)
+    last = w = np.zeros(SLOTS + 1)
+    gradient = np.ones(1)
+    while np.linalg.norm(gradient) > 1e-6:
+        p = 1 / (1 + np.exp(-np.bincount(doc, value * w[slot])))
+        gradient = DECAY * w + np.bincount(slot, value * (weight * (p - label))[doc], SLOTS + 1)
+        here = w - rate * gradient
+        w, last = here + momentum * (here - last), here
+    right = [[(quality(w, text) > 0.5) == y for text in sides[y][::5]] for y in (0, 1)]
+    accuracy = float(np.mean([np.mean(side) for side in right]))
+    return w, dict(documents=len(rows), held_out=sum(map(len, right)), accuracy=accuracy)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Word classes without a tagger: words between the same words (Brown 1992, Schütze 1995, Clark 2003)
+
+CLASS_WORDS, NEIGHBOURS = 10_000, 500    # words to be classed; words counted before and after each
+
+
+def kind(word, n):
+    """The class of a word that is not among the most frequent: number, punctuation and spaces, rare word."""
+    return n if word[:1].isdigit() else n + 2 if word[:1].isalpha() else n + 1
+
+
+def read_words(writer, tokenizer, batch=256, most=1 << 27):
+    """The different words of a split and what stands between them; its text in their numbers; (tokens, words,
+    counts): how often a token ends in a word. Of more than 128 MiB, evenly spread batches are read."""
+    number, text, met = defaultdict(itertools.count().__next__), [], []
+    tokens = np.memmap(writer.path, writer.dtype, 'r')
+    starts = np.append(np.concatenate(writer.rows)['start'], len(tokens))
+    step = 1 + int(writer.counts[:, COUNTS.index('bytes')].sum()) // most
+    table = [*tokenizer.table]
+    table[tokenizer.bos] = b'\n'                 # keeps the words of two documents apart
+    lengths = np.array([len(piece) for piece in table])
+    for first in range(0, len(starts) - 1, batch * step):
+        ids = tokens[starts[first]:starts[first:first + batch + 1][-1]].astype(np.int64)
+        raw = b''.join([table[i] for i in ids.tolist()])
+        pieces = BPETokenizer.words.findall(raw.decode())         # every character is in one
+        text.append(np.array([number[piece] for piece in pieces], np.int32))
+        letter = np.cumsum(np.frombuffer(raw, np.uint8) & 0xC0 != 0x80)          # its number, for each byte
+        ends = np.cumsum([len(piece) for piece in pieces])
+        owner = np.searchsorted(ends, letter[np.cumsum(lengths[ids]) - 1])
+        pair, count = np.unique(ids << 32 | text[-1][owner], return_counts=True)
+        met.append((pair >> 32, pair & 0xFFFFFFFF, count))
+    return list(number), np.concatenate(text), map(np.concatenate, zip(*met))
+
+
+def spherical_kmeans(x, weight, n, seed):
+    """(weighted sum of cosines, labels) for rows of length 1, starting as k-means++ does (Arthur 2007)."""
+    rng, centres, away = np.random.default_rng(seed), [], weight
+    for _ in range(n):
+        centres.append(x[rng.choice(len(x), p=away / away.sum())])
+        away = np.minimum(away, weight * (1 - x @ centres[-1])).clip(1e-9)
+    centres, weighted = np.array(centres), x * weight[:, None]
+    for _ in range(25):                          # then hardly a word moves
+        near = x @ centres.T
+        labels = near.argmax(1)
+        centres = (labels == np.arange(n)[:, None]).astype(x.dtype) @ weighted
+        centres /= np.linalg.norm(centres, axis=1, keepdims=True).clip(1e-9)
+    return float(near.max(1) @ weight), labels
+
+
+def word_classes(writer, tokenizer, n):
+    """(V, n + 3) float32, how often a token is in words of each class; {word: class}, most frequent first.
+
+    A subword has its word's class, as in syntactic smoothing (Diehl Martinez 2024, 2410.11462). Words are
+    clustered by the roots of their neighbours' counts, left and right apart; the best of eight starts stays.
+    The last three classes are numbers, punctuation and spaces, rare words. BOS and unseen ids have zeros.
+    """
+    pieces, text, (token, piece, count) = read_words(writer, tokenizer)
+    words = [re.sub(r'\d+', '0', (text.split() or [''])[0].lower()) for text in pieces]
+    number = defaultdict(itertools.count().__next__)
+    text = np.array([number[word] for word in words])[text]
+    names, often = list(number), np.bincount(text)
+    order = np.argsort(-often, kind='stable')
+    chosen = np.array([i for i in order if names[i][:1].isalpha()][:CLASS_WORDS], np.int64)
+    if n > len(chosen):
+        raise UserError(f'--classes is {n:,}, the text has only {len(chosen):,} words: give fewer')
+    row, column = np.full(len(names), len(chosen)), np.full(len(names), NEIGHBOURS)    # the last: all others
+    row[chosen], column[order[:NEIGHBOURS]] = np.arange(len(chosen)), np.arange(min(NEIGHBOURS, len(order)))
+    near = np.zeros((2, (len(chosen) + 1) * (NEIGHBOURS + 1)))
+    for part in np.array_split(text, 1 + (len(text) >> 22)):
+        for side, (a, b) in enumerate(((part[1:], part[:-1]), (part[:-1], part[1:]))):
+            near[side] += np.bincount(row[a] * (NEIGHBOURS + 1) + column[b], minlength=near.shape[1])
+    x = np.sqrt(np.concatenate(near.reshape(2, -1, NEIGHBOURS + 1)[:, :-1], 1)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True).clip(1e-9)
+    weight = np.sqrt(often[chosen]).astype(np.float32)            # unweighted, rare words take most classes
+    labels = max((spherical_kmeans(x, weight, n, seed) for seed in range(8)), key=lambda run: run[0])[1]
+    class_of = {names[i]: int(label) for i, label in zip(chosen, labels)}
+    classes = np.array([class_of.get(word, kind(word, n)) for word in words])
+    table = np.bincount(token * (n + 3) + classes[piece], count, tokenizer.vocab_size * (n + 3))
+    table = table.reshape(-1, n + 3).astype(np.float32)
+    table[tokenizer.bos] = 0
+    return table, class_of
+
+
+def tagged_words(texts):
+    """[(word, tag)] from CoNLL-U, or from lines of a word, a tab and its tag."""
+    rows = [line.split('\t') for text in texts for line in re.split('\r?\n', text)]
+    return [row[1:4:2] if len(row) == 10 else row for row in rows
+            if len(row) == 2 or len(row) == 10 and row[0].isdigit()]
+
+
+def agreement(classes, tags):
+    """Many-to-one accuracy, and V-measure (Rosenberg and Hirschberg 2007), of two labels for every word."""
+    def entropy(counts):
+        p = counts[counts > 0] / counts.sum()
+        return -(p * np.log(p)).sum()
+
+    joint = np.zeros((max(classes) + 1, max(tags) + 1))
+    np.add.at(joint, (classes, tags), 1)
+    apart = entropy(joint.sum(0)) + entropy(joint.sum(1))
+    return float(joint.max(1).sum() / len(tags)), float(2 - 2 * entropy(joint) / apart) if apart else 1.0
+
+
+def write_classes(folder, writer, tokenizer, o):
+    """classes.npy. Returns the ten most frequent words of each class, and agreement() with --check_classes
+    beside that of one class for all and of the same classes dealt anew to the words."""
+    table, class_of = word_classes(writer, tokenizer, o.classes)
+    np.save(folder / 'classes.npy', table)
+    words = [[word for word in class_of if class_of[word] == i][:10] for i in range(o.classes)]
+    report = dict(words=words, check={})
+    if o.tagged:
+        words, where = np.unique([word.lower() for word, _ in o.tagged], return_inverse=True)
+        tags = np.unique([tag for _, tag in o.tagged], return_inverse=True)[1]
+        classes = np.array([class_of.get(word, kind(word, o.classes)) for word in words.tolist()])
+        dealt = np.random.default_rng(0).permutation(classes)
+        for name, labels in dict(induced=classes, one=0 * classes, random=dealt).items():
+            report['check'][name] = agreement(labels[where], tags)
+    return report
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1058,14 +1249,14 @@ class SplitWriter:
         self.file, self.rows, self.tokens, self.batch, self.pending = open(self.path, 'wb'), [], 0, [], 0
         self.counts = np.zeros((n_sources, len(COUNTS)), np.int64)
 
-    def add(self, source, n_bytes, text):
-        self.batch.append((source, n_bytes, text))
+    def add(self, source, n_bytes, text, more=()):
+        self.batch.append((source, n_bytes, text, more))
         self.pending += n_bytes
         if self.pending >= BATCH_BYTES:
             self.write()
 
     def write(self):
-        sources, n_bytes, texts = map(list, zip(*self.batch))
+        sources, n_bytes, texts, more = map(list, zip(*self.batch))
         ids = [np.append(self.tokenizer.bos, row) for row in self.tokenizer.encode_batch(texts)]
         lengths = np.array([len(row) for row in ids])
         rows = np.zeros(len(ids), DOC)
@@ -1073,7 +1264,8 @@ class SplitWriter:
         rows['bytes'], rows['source'] = n_bytes, sources
         self.rows.append(rows)                   # 18 bytes a document, the one thing that grows
         if self.scoring:
-            self.scores.append(np.array([text_measures(text) for text in texts], np.float32))
+            measured = [(*text_measures(text), *extra) for text, extra in zip(texts, more)]
+            self.scores.append(np.array(measured, np.float32))
         words = [len(text.split()) for text in texts]
         np.add.at(self.counts, sources, np.stack([np.ones_like(lengths), words, n_bytes, lengths], 1))
         self.tokens += int(lengths.sum())
@@ -1107,10 +1299,14 @@ def encode(parts, found, tokenizer, folder, names, o, bar):
             if split == 'train' and found.drop[number]:
                 note(o, report, found.reasons[found.drop[number]], text)
                 continue
+            more = [quality(o.weights, text)] if o.good else []
+            if split == 'train' and more and more[0] < o.min_quality:
+                report[f'training documents dropped, quality below {o.min_quality}'] += 1
+                continue
             digest.update(f'{split} {source} {len(doc)} '.encode() + doc)
             if split not in writers:
                 writers[split] = SplitWriter(folder, split, tokenizer, len(names), o.scores)
-            writers[split].add(source, len(doc), text)
+            writers[split].add(source, len(doc), text, more)
     for writer in writers.values():
         writer.close()
     return {s: writers[s] for s in ('train', 'val', 'test') if s in writers}, reports, digest.hexdigest()
@@ -1145,6 +1341,9 @@ class Options:
     languages: str = option('', f'that step keeps, of {", ".join(LANGUAGES)}; else what a source has most')
     dedup: bool = option(False, 'drop training documents that nearly repeat another, by MinHash')
     scores: bool = option(False, f'keep for every document: {", ".join(MEASURES)}')
+    difficulty: str = option('', 'the measure in docs.npy; without it loss if there is one, else bigram')
+    min_quality: float = option(0.0, 'drop training documents that --good and --bad make less likely good')
+    classes: int = option(0, 'word classes to induce, for syntactic smoothing; 64 is sensible, 0 is none')
     text_field: str = option('', 'the field of .jsonl and .parquet rows; without it text, else story')
     documents: int = option(40_000, 'training stories to generate')
     add: str = option('', 'more to train on, for --weights of train.py: of arithmetic,brackets,python')
@@ -1152,13 +1351,17 @@ class Options:
     secure: bool = option(False, 'drop Python files in which bandit finds medium or high severity')
     seed: int = option(1337, 'of what is generated')
     tokenizer_from: str = option('', 'a prepared data set or a run whose tokenizer to use')
+    good: str = option('', 'a file of good documents, hundreds: every document is scored by a classifier')
+    bad: str = option('', 'a file of bad ones')
+    score_with: str = option('', 'a run, such as out/quickstart: its loss on every document is a score')
+    check_classes: str = option('', 'a tagged file, CoNLL-U or word<tab>tag: how well the classes fit it')
     gpt2_dir: str = option('', 'where vocab.bpe and encoder.json lie; else <data_dir>/gpt2, else the network')
     base_url: str = option('', f'a mirror in the place of {HUGGING_FACE}')
     data_dir: str = option('data', 'where data sets lie')
     overwrite: bool = option(False, 'replace the folder if it exists')
 
 
-CONTENT = [f.name for f in fields(Options)][:-5]             # these go into meta.json and its fingerprint
+CONTENT = [f.name for f in fields(Options)][:-9]             # these go into meta.json and its fingerprint
 
 
 def settle(dataset, **options):
@@ -1181,6 +1384,36 @@ def settle(dataset, **options):
     return o
 
 
+def check_options(o):
+    """Refuses what can be refused before the work starts, and opens or learns what scores and checks take."""
+    def texts(name):                             # as they stand
+        as_is = SimpleNamespace(**vars(o) | dict(min_doc_bytes=0, steps=()))
+        return [text for _, text in read(Part(Path(name), name, '', ''), as_is, Counter(), bar)]
+
+    bar, o.inputs = SimpleNamespace(update=lambda n: None), [sha256_of(f) for f in (o.good, o.bad) if f]
+    o.scores = bool(o.scores or o.good or o.score_with or o.difficulty)
+    o.columns = [*MEASURES, *['quality'] * bool(o.good), *['loss'] * bool(o.score_with)]
+    if o.difficulty not in ('', *o.columns):
+        raise UserError(f'--difficulty is {o.difficulty!r}: choose {", ".join(o.columns)}')
+    o.difficulty = o.difficulty or ('loss' if o.score_with else 'bigram') * o.scores
+    if bool(o.good) != bool(o.bad) or not 0 <= o.min_quality <= bool(o.good):
+        raise UserError(f'--good is {o.good!r}, --bad {o.bad!r}, --min_quality {o.min_quality}: give both '
+                        f'files, and a probability with them')
+    if o.classes < 0 or o.classes == 1 or o.check_classes and not o.classes:
+        raise UserError(f'--classes is {o.classes}: give 2 or more, or 0 and no --check_classes')
+    o.tagged = tagged_words(texts(o.check_classes)) if o.check_classes else []
+    if o.check_classes and not o.tagged:
+        raise UserError(f'{o.check_classes} has no tagged words: give CoNLL-U, or word<tab>tag lines')
+    if o.good:
+        o.weights, o.fit = fit_quality(*(set(texts(name)) for name in (o.good, o.bad)))
+    if o.score_with:
+        sys.modules.setdefault('prepare_data', sys.modules[__name__])    # else its UserError is not ours
+        import sample
+        o.judge = sample.load(o.score_with, 'cuda' if sample.torch.cuda.is_available() else 'cpu')
+        weights = b''.join(w.numpy(force=True).tobytes() for w in o.judge[0].parameters())
+        o.inputs.append(hashlib.sha256(weights).hexdigest())
+
+
 def build(dataset, tokenizer='bpe', quiet=False, **options):
     """Prepares a data set and returns its folder, which appears complete or not at all. See Options."""
     o = settle(dataset, tokenizer=tokenizer, **options)
@@ -1198,6 +1431,7 @@ def build(dataset, tokenizer='bpe', quiet=False, **options):
         if left in (temp, old) or left.suffix[1:].isdigit() and not running(int(left.suffix[1:])):
             shutil.rmtree(left, ignore_errors=True)
     try:
+        check_options(o)
         temp.mkdir(parents=True)
         meta = fill(temp, o)
         for path in temp.iterdir():              # on the disk before the folder takes its place
@@ -1274,7 +1508,8 @@ def fill(temp, o):
     if tokens < MIN_TRAIN_TOKENS or 'val' not in writers:
         raise UserError(f'the training split has {tokens:,} tokens, {MIN_TRAIN_TOKENS} are needed, and '
                         f'validation {"some" if "val" in writers else "none"}: give more text or a .dev file')
-    together = write_scores(writers, names, tokenizer.vocab_size) if o.scores else None
+    together = write_scores(writers, names, tokenizer, o) if o.scores else None
+    classes = write_classes(temp, writers['train'], tokenizer, o) if o.classes else None
     meta = dict(
         version=VERSION, dataset=o.dataset, tokenizer=o.tokenizer, vocab_size=tokenizer.vocab_size,
         bos=tokenizer.bos, dtype=writers['train'].dtype, sources=names,
@@ -1287,9 +1522,10 @@ def fill(temp, o):
         files=files, flagged=o.flagged,
         tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
         settings={key: value for key, value in vars(o).items() if key in CONTENT},
-        rank_correlations=together)
+        inputs=o.inputs, quality=o.fit if o.good else None, rank_correlations=together)
     content = meta | dict(dataset=data_name(o.dataset))           # a path says nothing about the content
     meta['fingerprint'] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    meta['classes'] = classes
     meta['created'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     meta['seconds'] = round(time.time() - t0, 1)
     shutil.rmtree(temp / 'raw', ignore_errors=True)                # the stories' text
@@ -1317,7 +1553,14 @@ def summary(folder, meta):
     if meta['rank_correlations']:
         lines.append('rank correlations of the measures, over training documents')
         lines += [f'{name:16}' + ''.join(f'{r:6.2f}' for r in row[:i + 1])
-                  for i, (name, row) in enumerate(zip(MEASURES, meta['rank_correlations']))]
+                  for i, (name, row) in enumerate(meta['rank_correlations'].items())]
+    if q := meta['quality']:
+        lines.append(f'quality: learned from {q["documents"]:,} examples, right about {q["accuracy"]:.1%} of '
+                     f'{q["held_out"]:,} others, both sides counting alike')
+    if meta['classes']:
+        lines += [f'class {i:3}  {" ".join(row)}' for i, row in enumerate(meta['classes']['words'])]
+        lines += [f'{name} classes: many-to-one accuracy {right:.3f}, V-measure {v:.3f}'
+                  for name, (right, v) in meta['classes']['check'].items()]
     words, seconds = sum(s['words'] for s in meta['splits'].values()), max(meta['seconds'], 0.1)
     lines.append(f'licence: {meta["licence"]}')
     lines.append(f'{meta["vocab_size"]:,} ids ({meta["tokenizer"]}); {words:,} words in {seconds:.1f} s, '

@@ -1305,7 +1305,6 @@ def main(argv):
         val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
         val_loss=result['loss'], val_bpb_per_source=result['per_source'], evals=evals, steps=step,
         tokens=tokens, epochs=tokens / epoch_tokens, **{f'{kind}_params': n for kind, n in sizes.items()},
-        active_params=sizes['total'] - config.n_embd * (config.n_embd * config.predict_ahead + config.classes),
         flops=flops_done, flops_per_token=flops,
         tok_per_sec=tokens / trained, mfu=speed / (peak * world) if peak else None, tflops=speed / 1e12,
         data_wait_share=float(waited / stepped), skipped_steps=skipped,

@@ -89,7 +89,7 @@ def test_counts_are_those_of_the_model(options):
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)} | {model.lm_head.weight}
     embedding = sum(p.numel() for p in tables)
     total = sum(p.numel() for p in model.parameters())
-    assert model.config.params() == dict(total=total, embedding=embedding, non_embedding=total - embedding)
+    assert model.config.params() == dict(total=total, embedding=embedding, non_embedding=total - embedding, active=total)
 
 
 @pytest.mark.parametrize('options', SHAPES)

@@ -15,11 +15,14 @@ import tracemalloc
 from collections import Counter
 from math import log
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import prepare_data as pd
+import sample
+from conftest import tales
 from prepare_data import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -482,7 +485,215 @@ def test_the_order_of_sources():
     assert list(ranks.values()) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 6, 0]
 
 
+def test_loss_is_that_of_the_closing_evaluation(finished, tmp_path):
+    """With another tokenizer than the checkpoint's: bits a byte do not depend on who keeps the text."""
+    for seed, name in enumerate(('tales.train', 'notes.train', 'tales.dev', 'notes.dev')):
+        write(tmp_path / 'in' / name, '\n\n'.join(tales(50 - 10 * seed, seed)))
+    model, _ = sample.load(finished[0])
+    data = prepare(tmp_path / 'in', tmp_path, tokenizer='bpe', vocab_size=320, score_with=str(finished[0]))
+    theirs = prepare(tmp_path / 'in', tmp_path)
+    for split in ('train', 'val'):
+        scores, docs = np.load(data.folder / f'{split}.scores.npy'), data.docs[split]
+        assert scores.dtype.names == (*pd.MEASURES, 'loss') and (docs['difficulty'] == scores['loss']).all()
+        wanted = sample.bits_per_byte(model, theirs.tokens[split], theirs.docs[split])['per_source']
+        for i, bpb in wanted.items():
+            mine = docs['source'] == i
+            assert np.average(scores['loss'][mine], weights=docs['bytes'][mine]) == pytest.approx(bpb, rel=1e-5)
+    assert len(data.meta['rank_correlations']['loss']) == len(pd.MEASURES) + 1
+    again = prepare(tmp_path / 'in', tmp_path, score_with=str(finished[0]), difficulty='mtld')
+    assert (again.docs['val']['difficulty'] == np.load(again.folder / 'val.scores.npy')['mtld']).all()
+
+
+# Quality
+
+def good_and_bad(n, seed=0):
+    """n paragraphs of each kind, which share most of their words."""
+    rng = random.Random(seed)
+    return ([' '.join([*rng.choices('the a dog cat house tree saw'.split(), k=20), rng.choice(own), str(i)]) for i in range(n)]
+            for own in (['found', 'therefore', 'because'], ['click', 'subscribe', 'cookies']))
+
+
+def test_quality_separates_planted_words_and_is_a_coin_toss_without_them(monkeypatch):
+    monkeypatch.setattr(pd, 'SLOTS', 1 << 12)
+    good, bad = map(list, good_and_bad(300))
+    weights, report = pd.fit_quality(set(good), set(bad[:60]))       # five of one side for one of the other
+    assert report['documents'] == 288 and report['held_out'] == 72 and report['accuracy'] > 0.9
+    fresh = [np.array([pd.quality(weights, text) for text in texts]) for texts in good_and_bad(100, seed=1)]
+    assert (fresh[0] > 0.5).mean() > 0.95 and (fresh[1] < 0.5).mean() > 0.95
+    assert np.array_equal(pd.fit_quality(set(good[::-1]), set(bad[:60]))[0], weights)
+    mixed = good + bad
+    random.Random(1).shuffle(mixed)
+    assert 0.35 < pd.fit_quality(set(mixed[:300]), set(mixed[300:]))[1]['accuracy'] < 0.65
+
+
+def test_quality_is_the_optimum_of_the_penalised_likelihood(monkeypatch):
+    monkeypatch.setattr(pd, 'SLOTS', 1 << 12)
+    good, bad = map(list, good_and_bad(30))
+    weights, _ = pd.fit_quality(set(good), set(bad + good[:5]))      # five that are on both sides are left out
+
+    def cost(w):
+        total = pd.DECAY / 2 * (w @ w)
+        for y, texts in ((1, good[5:]), (0, bad)):
+            texts = sorted(texts, key=lambda text: pd.key_of(text.encode()))
+            learned = [text for i, text in enumerate(texts) if i % 5]
+            total -= 0.5 * np.mean([log(abs(1 - y - pd.quality(w, text))) for text in learned])
+        return total
+    rng = np.random.default_rng(0)
+    for step in (1e-3, -1e-3):
+        assert cost(weights) < cost(weights * (1 + step))
+        assert cost(weights) < cost(weights + step * rng.normal(size=len(weights)) * (weights != 0))
+
+
+def test_documents_below_the_threshold_are_dropped_from_training_alone(tmp_path):
+    good, bad = map(list, good_and_bad(200))
+    paths = [str(write(tmp_path / f'{name}.txt.gz', '\n\n'.join(texts[:100]))) for name, texts in (('good', good), ('bad', bad))]
+    write(tmp_path / 'in/a.train', '\n\n'.join(good[100:] + bad[100:]))
+    write(tmp_path / 'in/a.dev', '\n\n'.join(bad[:10]))
+    data = prepare(tmp_path / 'in', tmp_path / 'out', good=paths[0], bad=paths[1], min_quality=0.5)
+    assert sorted(texts(data, 'train')) == sorted(good[100:]) and texts(data, 'val') == bad[:10]
+    assert data.meta['report'] == {'training documents dropped, quality below 0.5': 100}
+    assert data.meta['quality'] == dict(documents=160, held_out=40, accuracy=1.0)
+    assert (np.load(data.folder / 'train.scores.npy')['quality'] > 0.5).all()
+    assert (np.load(data.folder / 'val.scores.npy')['quality'] < 0.5).all()
+    assert 'right about 100.0% of 40 others' in pd.summary(data.folder, data.meta)
+    assert data.meta['inputs'] == [pd.sha256_of(path) for path in paths]
+    moved = str(Path(paths[0]).rename(tmp_path / 'moved.txt.gz'))                    # a path says nothing about the content
+    again = prepare(tmp_path / 'in', tmp_path / 'out', good=moved, bad=paths[1], min_quality=0.5)
+    assert again.meta['fingerprint'] == data.meta['fingerprint']
+    assert prepare(tmp_path / 'in', tmp_path / 'out', good=moved, bad=paths[1]).docs['train'].size == 200
+
+
+# Word classes
+
+def test_agreement_is_that_of_slow_definitions():
+    assert pd.agreement([0, 0, 1, 1], [2, 2, 0, 0]) == (1, pytest.approx(1)) and pd.agreement([0], [0]) == (1, 1)
+    assert pd.agreement([0, 0, 0, 0], [0, 0, 0, 1]) == (0.75, pytest.approx(0))
+    assert pd.agreement([0, 0, 1, 1], [0, 1, 0, 1]) == (0.5, pytest.approx(0))
+    assert pd.agreement([0, 1, 2, 3], [0, 0, 1, 1]) == (1, pytest.approx(2 / 3))       # homogeneity 1, completeness 1/2
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 6, 300)
+    tags = (classes // 2 + (rng.random(300) < 0.3)).tolist()
+    classes = classes.tolist()
+
+    def left(of, given):               # entropy of one label where the other is known
+        pairs, known = Counter(zip(of, given)), Counter(given)
+        return -sum(k / 300 * log(k / known[b]) for (_, b), k in pairs.items())
+    homogeneity = 1 - left(tags, classes) / left(tags, [0] * 300)
+    completeness = 1 - left(classes, tags) / left(classes, [0] * 300)
+    right = sum(max(Counter(t for c, t in zip(classes, tags) if c == own).values()) for own in set(classes))
+    assert pd.agreement(classes, tags) == (right / 300, pytest.approx(2 / (1 / homogeneity + 1 / completeness)))
+
+
+GRAMMAR = {kind: [kind + a + b for a in 'aeiou' for b in 'lmnr'] for kind in ('det', 'adj', 'noun', 'verb', 'adv')}
+
+
+@pytest.fixture(scope='module')
+def grammar(tmp_path_factory):
+    """A folder of sentences by the rule det adj noun verb det noun adv, and a file of tagged words."""
+    folder, rng = tmp_path_factory.mktemp('grammar'), random.Random(0)
+    rule = 'det adj noun verb det noun adv'.split()
+    made = [' '.join(rng.choice(GRAMMAR[kind]) for kind in rule).capitalize() + f' {i}.' for i in range(1500)]
+    write(folder / 'in/a.train', '\n\n'.join(made[100:]))
+    write(folder / 'in/a.dev', '\n\n'.join(made[:100]))
+    write(folder / 'tagged.tsv', '\n\n'.join('\n'.join(f'{word}\t{kind}' for word in words) for kind, words in GRAMMAR.items()))
+    return folder
+
+
+def test_classes_of_a_grammar_are_recovered(grammar, tmp_path):
+    data = prepare(grammar / 'in', tmp_path, tokenizer='bpe', vocab_size=400, classes=5, check_classes=str(grammar / 'tagged.tsv'))
+    check = data.meta['classes']['check']
+    assert check['induced'] == [1, pytest.approx(1)]
+    assert check['one'] == [0.2, pytest.approx(0)] and 0.2 < check['random'][0] < 0.5 and check['random'][1] < 0.3
+    assert {word[:3] for word in data.meta['classes']['words'][0]} in [{kind[:3]} for kind in GRAMMAR]
+    assert 'induced classes: many-to-one accuracy 1.000, V-measure 1.000' in pd.summary(data.folder, data.meta)
+    refuses('only 100 words', prepare, grammar / 'in', tmp_path, classes=101)
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'bytes'])
+def test_the_table_counts_every_token_in_the_class_of_its_word(grammar, tmp_path, kind):
+    data = prepare(grammar / 'in', tmp_path, tokenizer=kind, vocab_size=400, classes=5)
+    table, tokens = np.load(data.folder / 'classes.npy'), data.tokens['train']
+    times = np.bincount(tokens, minlength=data.tokenizer.vocab_size)
+    times[data.tokenizer.bos] = 0
+    assert table.dtype == np.float32 and table.shape == (len(times), 8) and (table.sum(1) == times).all()
+    ids = {piece: i for i, piece in enumerate(data.tokenizer.table)}
+    assert table[ids[b'.'], 6] == times[ids[b'.']] > 0 and table[ids[b'7'], 5] == times[ids[b'7']] > 0
+    if kind == 'bytes':
+        owner = {word: label for label, words in enumerate(GRAMMAR.values()) for word in words}
+        u_in = Counter(owner[word] for text in texts(data, 'train') for word in text.lower().split()[:7] for c in word if c == 'u')
+        assert sorted(table[ids[b'u']]) == sorted([*u_in.values()] + [0] * (8 - len(u_in)))
+
+
+def test_words_of_many_bytes_in_batches_are_words(tmp_path, monkeypatch):
+    write(tmp_path / 'in/a.train', '\n\n'.join(f'Zoë såg {i} träd’s 🙂 “hus” en gång till.' for i in range(300)))
+    write(tmp_path / 'in/a.dev', 'Zoë såg hus.')
+    data = prepare(tmp_path / 'in', tmp_path / 'out', classes=2)
+    writer = SimpleNamespace(path=data.folder / 'train.bin', dtype=data.meta['dtype'], rows=[data.docs['train']],
+                             counts=np.array([[300, 0, 20_000, 0]]))
+    pieces, text, (token, piece, count) = pd.read_words(writer, data.tokenizer, batch=7)
+    assert {'Zoë', ' såg', ' träd’s', ' “', 'hus', ' gång'} <= set(pieces)
+    assert ''.join(pieces[i] for i in text) == ''.join('\n' + text for text in texts(data, 'train'))
+    assert sum(n for p, n in zip(piece, count) if pieces[p] == ' 🙂') == 300 * 5           # a space and four bytes
+    half = pd.read_words(writer, data.tokenizer, batch=10, most=19_000)[1]
+    assert abs(len(half) / len(text) - 0.5) < 0.05
+
+
+def test_the_same_classes_in_every_run(grammar, tmp_path):
+    code = ('import prepare_data as p, hashlib\n'
+            f'folder = p.build("files:{grammar}/in", "bytes", quiet=True, classes=4, overwrite=True, data_dir="{tmp_path}")\n'
+            'print(p.sha256_of(folder / "classes.npy"))')
+    assert len({subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True,
+                               env=os.environ | dict(PYTHONHASHSEED=seed)).stdout for seed in '12'}) == 1
+
+
+def test_classes_of_the_stories_fit_their_lexicon(tmp_path):
+    """config/stories.txt says what its words are; the classes are not told."""
+    lists = pd.World().lists
+    tags = dict(name='she he they', job='job', trait='trait', manner='manner', colour='colour', month='month', tree='tree')
+    words = {tag: {word for name in names.split() for word in lists[name] if ' ' not in word} for tag, names in tags.items()}
+    once = Counter(word.lower() for some in words.values() for word in some)
+    lines = [f'{word}\t{tag}' for tag, some in words.items() for word in sorted(some) if once[word.lower()] == 1]
+    tagged = write(tmp_path / 'lexicon.tsv.xz', '\n'.join(lines))
+    data = pd.open_data(pd.build('stories', 'bytes', documents=800, classes=40, check_classes=str(tagged), data_dir=tmp_path,
+                                 quiet=True), 'stories')
+    check = data.meta['classes']['check']
+    assert check['induced'][0] > 0.8 > 0.6 > check['random'][0] > check['one'][0]
+    assert check['induced'][1] > 2 * check['random'][1]
+
+
+@pytest.mark.parametrize('content, words', [
+    ('# text = No\n1\tNo\tno\tINTJ\tx\t_\t0\troot\t_\t_\n2-3\tdon\'t\t_\t_\t_\t_\t_\t_\t_\t_\n'
+     '2\tdo\tdo\tAUX\tx\t_\t0\tx\t_\t_\n\n1\ta\ta\tDET\tx\t_\t0\tx\t_\t_\n', [['No', 'INTJ'], ['do', 'AUX'], ['a', 'DET']]),
+    ('The\tDET\r\ncat\tNOUN\r\n\r\nsat\tVERB\r\n', [['The', 'DET'], ['cat', 'NOUN'], ['sat', 'VERB']]),
+    ('plain text, no tags', [])])
+def test_tagged_files(content, words):
+    assert pd.tagged_words(doc.decode() for doc in split_documents(content.encode())[0]) == words
+
+
 # Bad input: one sentence, and nothing left behind
+
+@pytest.mark.parametrize('options, match', [
+    (dict(difficulty='mtdl'), 'mtdl.*choose compression, mtld'), (dict(difficulty='loss', scores=True), 'choose compression'),
+    (dict(good='{x}'), 'give both files'), (dict(min_quality=0.5), 'give both files'), (dict(good='{x}', bad='{none}'), 'No such file'),
+    (dict(good='{x}', bad='{x}'), '10 or more of each'), (dict(good='{x}', bad='{x}', min_quality=2), 'probability'),
+    (dict(classes=-1), 'give 2 or more'), (dict(classes=1), 'give 2 or more'), (dict(check_classes='{x}'), 'give 2 or more'),
+    (dict(classes=4, check_classes='{x}'), 'no tagged words'), (dict(score_with='{none}'), 'does not exist'),
+    (dict(score_with='{x}'), 'not a checkpoint')])
+def test_options_that_cannot_work_are_refused_before_the_work_starts(tmp_path, monkeypatch, options, match):
+    path = write(tmp_path / 'x.txt', '\n\n'.join(prose(50)))
+    monkeypatch.setattr(pd, 'fill', lambda *args: pytest.fail('the work started'))
+    names = dict(x=path, none=tmp_path / 'none')
+    options = {key: value.format(**names) if isinstance(value, str) else value for key, value in options.items()}
+    refuses(match, prepare, path, tmp_path / 'data', **options)
+    assert not list((tmp_path / 'data').glob('*'))
+
+
+def test_a_damaged_checkpoint_is_one_sentence_on_the_command_line(tmp_path):
+    path = write(tmp_path / 'x.txt', '\n\n'.join(prose(50)))
+    command = [sys.executable, 'prepare_data.py', f'files:{path}', f'--data_dir={tmp_path}', f'--score_with={path}']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('prepare_data.py: ') and done.stderr.count('\n') == 1
+
 
 @pytest.mark.parametrize('content, match', [
     (b'good\n\nb\xe9d\n\nb\xffd\n' + '\n\n'.join(prose(50)).encode(), r'2 bad lines, the first is line 3'),
