@@ -197,7 +197,7 @@ class Attention(nn.Module):
             table = (self.value_gain * self.value_embed(idx)).to(x.dtype).view(B, T, self.n_kv_head, -1)
             qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
             qkv = torch.cat([qk, v + table], dim=2)
-        if cache is None and 'attention' in IN_USE:
+        if last is not None:
             return self.proj(attend(self, qkv, idx, cos, sin, first, last).flatten(2))
         q, k, v = self.heads(qkv, idx, cos, sin, cache)
         if cache is not None:
@@ -459,15 +459,18 @@ class GPT(nn.Module):
         for further in self.ahead:
             further.weight.zero_()
 
-    def trunk(self, idx, cache=None):
-        """Final hidden states (B, T, C), in compute_dtype, of idx (B, T)."""
+    def trunk(self, idx, cache=None, two_way=False):
+        """Final hidden states (B, T, C), in compute_dtype, of idx (B, T); two_way looks ahead as well."""
         past = cache.length if cache is not None else 0
         T = idx.shape[1]
         if past + T > self.config.block_size:
             raise ValueError(f'{past + T} positions, block_size is {self.config.block_size}')
         first = self.first_visible(idx, past, cache)
         last = None
-        if 'attention' in IN_USE and cache is None:         # the kernels want both ends of what is visible
+        if two_way:                                         # who is seen from there is seen from here
+            seen = torch.arange(T, device=idx.device) >= first[:, :, None]
+            first = seen & seen.mT
+        elif 'attention' in IN_USE and cache is None:       # the kernels want both ends of what is visible
             first, last = first.int(), last_visible_to(first).int()
         cos, sin = self.cos[past:past + T], self.sin[past:past + T]
         x = rms_norm(self.wte(idx).to(self.compute_dtype))
@@ -498,14 +501,15 @@ class GPT(nn.Module):
             cache.follows[:, past:past + idx.shape[1]] = idx != self.config.bos
         return torch.maximum(start, position - self.config.window + 1) if self.config.window else start
 
-    def forward(self, idx, targets, reduction='mean', soft=(), classes=(), ahead=1.0, teach=()):
+    def forward(self, idx, targets, reduction='mean', soft=(), classes=(), ahead=1.0, teach=(),
+                two_way=False):
         """Cross-entropy in nats: mean over targets >= 0, or with 'none' one a token, 0 where target < 0.
 
         soft: see soft_targets. classes: the class of every id (V,), and the share () of its guess. ahead: how
         much further tokens' losses count, if the model predicts any. teach: the share and the temperature of
         the divergence from a teacher, and that as Distillation takes it.
         """
-        x = self.trunk(idx)
+        x = self.trunk(idx, two_way=two_way)
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                                     self.config.logit_softcap, reduction, self.config.z_loss, soft)
         if reduction == 'none':
@@ -520,7 +524,7 @@ class GPT(nn.Module):
             apart = Distillation.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                                        self.config.logit_softcap, temperature, teacher, 2048)
             loss = (1 - share) * loss + share * apart
-        for further in self.ahead:
+        for further in () if two_way else self.ahead:
             targets = one_later(targets, self.config.bos)
             h = rms_norm(x + further(x)) * self.config.head_scale
             loss = loss + ahead * linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight,
@@ -774,16 +778,17 @@ def last_visible_to(first):
 def attention(q, k, v, first, scale, rows=128):
     """Causal attention: softmax(scale q k^T) v over first[i] <= j <= i.
 
-    q (B, H, T, D) are the last T positions of k, v (B, H_kv, S, D); first (B, T) counts in S.
+    q (B, H, T, D) are the last T positions of k, v (B, H_kv, S, D); first (B, T) counts in S, or says itself
+    what is seen, bool (B, T, S), and then it need not be causal.
     Returns (B, H, T, D). Blocks of `rows` queries read only the keys up to their last one: on a CPU this
     takes half the time of F.scaled_dot_product_attention with a mask, in bf16 a third (README, "measured").
     """
     B, H, T, D = q.shape
     H_kv, S = k.shape[1], k.shape[2]
-    if q.is_cuda:
+    if q.is_cuda or first.ndim == 3:
         i, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
-        seen = (j <= i) & (j >= first[:, None, :, None])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=H != H_kv)
+        seen = first if first.ndim == 3 else (j <= i) & (j >= first[:, :, None])
+        return F.scaled_dot_product_attention(q, k, v, seen[:, None], scale=scale, enable_gqa=H != H_kv)
     q = (q * scale).view(B, H_kv, H // H_kv, T, D)      # the G query heads of a key head side by side
     out = []
     for start in range(0, T, rows):

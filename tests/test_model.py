@@ -561,3 +561,25 @@ def test_a_model_that_teaches_itself_has_nothing_to_learn():
     other = (torch.randn(60, 8), torch.randn(97, 8), 0.0)
     apart = m.Distillation.apply(own[0], own[1], targets.flatten(), 0.0, 2.0, other, 7)
     torch.testing.assert_close(model(idx, targets, teach=(0.25, 2.0, *other)), 0.75 * model(idx, targets) + 0.25 * apart)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(n_kv_head=2, window=6), dict(doc_mask=False)])
+def test_two_way_attention_sees_the_whole_document_and_no_other(options):
+    model, idx = make(**options), tokens(2, 30, (0, 9, 20))
+    before = model.trunk(idx, two_way=True)
+    for at in (3, 14, 29):
+        other = idx.clone()
+        other[:, at] = other[:, at] % 90 + 2
+        changed = (model.trunk(other, two_way=True) - before).abs().amax(-1)[0] > 1e-6
+        doc = range(0, 30) if model.config.doc_mask is False else range(*((0, 9) if at < 9 else (9, 20) if at < 20 else (20, 30)))
+        assert [t for t in range(30) if changed[t]] == list(doc), (at, changed)
+    assert torch.equal(model.trunk(idx), make(**options).trunk(idx))         # one way it is what it was
+
+
+def test_attention_by_a_mask():
+    torch.manual_seed(0)
+    q, k, v, first = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8), torch.zeros(2, 9, dtype=torch.long)
+    seen = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, -1, -1)
+    torch.testing.assert_close(m.attention(q, k, v, seen, 0.3), m.attention(q, k, v, first, 0.3))
+    every = (0.3 * q @ k.repeat_interleave(2, 1).mT).softmax(-1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(m.attention(q, k, v, torch.ones_like(seen), 0.3), every)

@@ -1112,7 +1112,8 @@ def test_runs_with_another_objective(main, tmp_path, classed):
         main('--vocabulary_floor=0.5', '--out_dir=none')
 # ---- objectives and regularisers
 
-@pytest.mark.parametrize('settings', [['--dropout=0.2', '--layer_drop=0.3'], ['--ema=0.1', '--growth=[(0.3, dict(n_embd=128))]', '--predict_ahead=2']])
+@pytest.mark.parametrize('settings', [['--dropout=0.2', '--layer_drop=0.3'], ['--ema=0.1', '--growth=[(0.3, dict(n_embd=128))]', '--predict_ahead=2'],
+                                      ['--masked=0.5', '--tokenizer=bpe', '--vocab_size=300']])
 def test_a_run_resumes_to_the_bit_with(main, tmp_path, monkeypatch, settings):
     settings = [*settings, '--max_steps=20', '--micro_batch_size=4', '--budget_minutes=10000']
     main(*settings)
@@ -1228,6 +1229,36 @@ def test_teachers_that_cannot_be(main, tmp_path, finished):
     teacher = shutil.copytree(finished[0], tmp_path / 'teacher')
     for settings, said in ((['--teacher=nowhere'], 'nowhere.*does not exist'), ([f'--teacher={teacher}', '--block_size=128'], 'reads 64 tokens'),
                            ([f'--teacher={teacher}', '--tokenizer=bpe', '--vocab_size=300'], 'another vocabulary than')):
+        with pytest.raises(UserError, match=said):
+            main(*settings)
+        assert not (tmp_path / 'run').exists()
+
+
+def test_a_share_of_the_rows_fills_in_what_is_hidden():
+    data, calls = SimpleNamespace(tokenizer=SimpleNamespace(unk=1)), []
+    objective, _ = objective_of(['--masked=0.25', '--tokens_per_step=8192', '--block_size=1024', '--micro_batch_size=8'], data=data)
+
+    def model(idx, targets, two_way=False):
+        calls.append((idx, targets, two_way))
+        return torch.tensor(8.0 if two_way else 1.0)
+    whole = torch.randint(2, 50, (8 * 1024 + 1,), generator=torch.Generator().manual_seed(1))
+    whole[::10] = 0
+    idx, targets = whole[:-1].view(8, 1024), whole[1:].view(8, 1024)
+    for step, (progress, rate) in enumerate([(0.0, 0.3), (1.0, 0.15)] * 4):
+        calls.clear()
+        assert objective(model, step, progress)(idx, targets).item() == pytest.approx(0.25 * 8 + 0.75)
+        (rows, guessed, two_way), (rest, their_targets, causal) = calls
+        assert two_way and not causal and torch.equal(rest, idx[2:]) and torch.equal(their_targets, targets[2:])
+        hidden = rows == 1
+        assert torch.equal(rows[~hidden], idx[:2][~hidden]) and not (idx[:2][hidden] == 0).any()
+        assert hidden.float().mean().item() == pytest.approx(0.9 * rate, abs=0.03)
+        for row in range(2):
+            assert guessed[row].tolist() == [targets[row, t].item() if t < 1023 and hidden[row, t + 1] else -1 for t in range(1024)]
+
+
+def test_masks_that_cannot_be(main, tmp_path):
+    bpe = ['--masked=0.5', '--tokenizer=bpe', '--vocab_size=300', '--vocabulary_floor=0.5']
+    for settings, said in ((['--masked=0.5'], 'tokenizer bytes has none'), (bpe, 'leave one away'), (['--masked=0.1', '--micro_batch_size=4', '--tokenizer=bpe', '--vocab_size=300'], '0 of the 4 rows')):
         with pytest.raises(UserError, match=said):
             main(*settings)
         assert not (tmp_path / 'run').exists()
