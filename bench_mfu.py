@@ -803,8 +803,9 @@ def compare_runs(argv):
     say_runs(runs, root)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for run in runs:
-            train.open_or_build(run.s, 0)       # on no run's bill
+        needs = ' '.join(dict.fromkeys(run.s.prepare for run in runs if run.s.prepare))
+        for run in runs:                        # on no run's bill, and with what any idea needs
+            train.open_or_build(SimpleNamespace(**vars(run.s) | dict(prepare=needs)), 0)
         for run in [run for run in runs if not run.result]:
             print(f'{run.name}, seed {run.seed}: {run.folder / "log.txt"}', flush=True)
             make(run)

@@ -1,6 +1,6 @@
 """The model of halfhour: a small decoder-only transformer, and the operations it stands on.
 
-    part 1   the model        GPTConfig, GPT (Attention, LatentAttention, MLP, Block), counts, generate
+    part 1   the model        GPTConfig, GPT (Attention and its kinds, MLP, Block), counts, generate
     part 2   growth           grown_config, grow: a wider or deeper model that computes the same
     part 3   the operations   rms_norm, rotary, attention, linear_cross_entropy: the reference in PyTorch,
                               what a CPU runs, and choose_kernels, which says what runs instead on a GPU
@@ -78,19 +78,17 @@ class GPTConfig:
         self.rotary_dim = self.rotary_dim or self.head_dim
         self.attn_scale_tokens = self.attn_scale_tokens or self.attn_tokens
         self.mlp_scale_tokens = self.mlp_scale_tokens or self.mlp_tokens
-        for name in ('vocab_size', 'block_size', 'n_layer', 'n_kv_head', 'head_dim', 'mlp_hidden',
-                     'rope_base', 'rotary_dim'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} is {getattr(self, name)}, it must be at least 1')
-        if self.mlp not in ('relu2', 'swiglu'):
-            raise ValueError(f"mlp is {self.mlp!r}, it must be 'relu2' or 'swiglu'")
-        for name in ('attn_tokens', 'mlp_tokens', 'attn_scale_tokens', 'mlp_scale_tokens'):
-            if getattr(self, name) < 0:
-                raise ValueError(f'{name} is {getattr(self, name)}, it must be 0 (off) or more')
+        ones = 'vocab_size block_size n_layer n_kv_head head_dim mlp_hidden rope_base rotary_dim'.split()
+        zeros = ('attn_tokens mlp_tokens attn_scale_tokens mlp_scale_tokens predict_ahead kv_latent '
+                 'q_latent').split()
+        for name, least in [(name, 1) for name in ones] + [(name, 0) for name in zeros]:
+            if getattr(self, name) < least:
+                raise ValueError(f'{name} is {getattr(self, name)}, it must be at least {least}')
+        for name, a, b in ('mlp', 'relu2', 'swiglu'), ('token_norm', 'norm_gelu', 'gelu_norm'):
+            if getattr(self, name) not in (a, b):
+                raise ValueError(f'{name} is {getattr(self, name)!r}, it must be {a!r} or {b!r}')
         if self.attn_tokens and self.kv_latent:
             raise ValueError('attn_tokens and kv_latent both replace the matrices of attention: choose one')
-        if self.token_norm not in ('norm_gelu', 'gelu_norm'):
-            raise ValueError(f"token_norm is {self.token_norm!r}, it must be 'norm_gelu' or 'gelu_norm'")
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}')
         if self.head_dim % 2:
@@ -99,14 +97,11 @@ class GPTConfig:
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(f'rotary_dim is {self.rotary_dim}, it must be even and at most '
                              f'head_dim {self.head_dim}')
-        if self.predict_ahead < 0:
-            raise ValueError(f'predict_ahead is {self.predict_ahead}, it must be at least 0')
         if not 0 <= self.value_embeds <= self.n_layer:
             raise ValueError(f'value_embeds is {self.value_embeds}, it counts layers and '
                              f'n_layer is {self.n_layer}')
-        if self.kv_latent < 0 or self.q_latent < 0 or self.q_latent and not self.kv_latent:
-            raise ValueError(f'kv_latent is {self.kv_latent} and q_latent {self.q_latent}: neither may be '
-                             f'negative, and q_latent needs kv_latent')
+        if self.q_latent and not self.kv_latent:
+            raise ValueError(f'q_latent is {self.q_latent} and kv_latent 0: it needs that too')
         if self.kv_latent and (self.rotary_dim == self.head_dim or self.value_embeds
                                or self.n_kv_head != self.n_head):
             raise ValueError(f'kv_latent {self.kv_latent} needs rotary_dim below head_dim {self.head_dim} '
@@ -423,6 +418,7 @@ class GPT(nn.Module):
         | MLP down                  | 0             | MLPs begin as the identity (Zhang 2019, 1901.09321)    |
         | mix of a block            | 1, 0          | a plain residual stream                                |
         | token_shift, a channel    | 0 ... 1       | some channels know the token, some the one before      |
+        | class head                | 0             | no class is likelier than another                      |
         | predict_ahead             | 0             | a further token's guess begins as the next one's       |
     """
 
@@ -596,10 +592,11 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
 # ---- part 2: growth ----------------------------------------------------------------------------------------
 
 WIDTHS = ('n_embd', 'n_head', 'n_kv_head', 'mlp_hidden')
-GROWS = (*WIDTHS, 'n_layer', 'attn_tokens', 'mlp_tokens')
+TOKENS = ('attn_tokens', 'mlp_tokens')
+GROWS = (*WIDTHS, 'n_layer', *TOKENS)
 
 
-def grown_config(config, changes, random_tokens=False):
+def grown_config(config, changes, random_tokens=False, stack=False):
     """The config after growth to `changes`, a dict of sizes. ValueError if it does not lead there.
 
     Widths grow by whole multiples, and n_embd takes the number of heads and mlp_hidden along unless they are
@@ -608,6 +605,8 @@ def grown_config(config, changes, random_tokens=False):
     """
     if unknown := [name for name in changes if name not in GROWS]:
         raise ValueError(f'{unknown[0]} cannot grow: choose {", ".join(GROWS)}')
+    if wrong := [name for name, size in changes.items() if type(size) is not int]:
+        raise ValueError(f'{wrong[0]} is {changes[wrong[0]]!r}, it must be a whole number')
     n = max(1, changes.get('n_embd', config.n_embd) // config.n_embd)
     wide = {name: n * getattr(config, name) for name in ('n_head', 'mlp_hidden')} | changes
     kept = config.n_kv_head == 1 < config.n_head
@@ -618,9 +617,11 @@ def grown_config(config, changes, random_tokens=False):
         if size < old or old == 0 < size or name in WIDTHS and size % old:
             by = 'whole multiples' if name in WIDTHS else 'more of them'
             raise ValueError(f'{name} grows by {by}, and {size} is none of {old}')
-    appended = any(getattr(new, name) > getattr(config, name) for name in ('attn_tokens', 'mlp_tokens'))
-    if appended and new.n_embd > config.n_embd:
-        raise ValueError('tokens and n_embd cannot grow at once: grow one after the other')
+    appended = any(getattr(new, name) > getattr(config, name) for name in TOKENS)
+    if appended and any(getattr(new, name) > getattr(config, name) for name in WIDTHS):
+        raise ValueError('tokens and widths cannot grow at once: grow one after the other')
+    if stack and new.n_layer % config.n_layer:
+        raise ValueError(f'{new.n_layer} layers are no stack of {config.n_layer}')
     if random_tokens:
         new.attn_scale_tokens, new.mlp_scale_tokens = new.attn_tokens, new.mlp_tokens
     times = {name: getattr(new, name) // getattr(config, name) for name in WIDTHS}
@@ -657,7 +658,7 @@ def spread(x, shape, how=''):
 
 @torch.no_grad()
 def grow(old, config, snr_db=10.0, stack=False, random_tokens=False, seed=0):
-    """A model of `config`, from grown_config, that computes what `old` does.
+    """A model of `config`, from grown_config, that computes what `old` does (but for stack, random_tokens).
 
     HyperCloning (Samragh 2024, 2409.12903): every activation becomes copies of the old one, so a matrix is
     repeated, and divided by how often its input is. Noise, + on one of a pair of input copies and - on the
@@ -672,6 +673,7 @@ def grow(old, config, snr_db=10.0, stack=False, random_tokens=False, seed=0):
     new.compute_dtype = old.compute_dtype
     layers, source = grown_layers(old.config, config, stack), dict(old.named_parameters())
     dice, came_from = torch.Generator().manual_seed(seed), {}
+    appended = any(getattr(config, name) > getattr(old.config, name) for name in TOKENS)
     for name, p in new.named_parameters():
         in_block, path, owner = name.startswith('blocks.'), name.rpartition('.')[0], name.rsplit('.', 2)[0]
         module, owner = new.get_submodule(path), new.get_submodule(owner) if in_block else None
@@ -683,14 +685,14 @@ def grow(old, config, snr_db=10.0, stack=False, random_tokens=False, seed=0):
                 p.zero_()
             continue
         q, how = source[name], 'gated' if name.endswith('mlp.up.weight') and config.mlp == 'swiglu' else ''
-        if isinstance(owner, Pattention) and config.n_embd == old.config.n_embd and p.shape != q.shape:
+        if isinstance(owner, Pattention) and appended and p.shape != q.shape:
             if module is owner.keys:
                 owner.append(old.get_submodule(name.rsplit('.', 2)[0]), not random_tokens, dice)
             came_from[p] = q, 1, 'append'
             continue
         p.copy_(spread(q, p.shape, how))
         copies = 1 if p.shape == q.shape else p.shape[-1] // q.shape[-1]
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) and not (module is new.class_head and config.tie_embeddings):
             n_in, copies = copies, p.shape[0] // q.shape[0]
             p.div_(n_in)
             if in_block and n_in > 1:                          # the heads get none
@@ -979,7 +981,8 @@ class Probe:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            self.model = GPT(dataclasses.replace(config, n_layer=1, value_embeds=0)).to(device).eval()
+            small = dataclasses.replace(config, n_layer=1, value_embeds=0, classes=0)
+            self.model = GPT(small).to(device).eval()
             self.model.compute_dtype = dtype
             for p in self.model.parameters():
                 nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else nn.init.uniform_(p, 0.5, 1)

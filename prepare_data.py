@@ -44,6 +44,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import tokenize
 import unicodedata
 import urllib.request
 import warnings
@@ -62,6 +63,7 @@ MIN_TRAIN_TOKENS = 256       # fewer cannot fill one block of any model worth tr
 BATCH_BYTES = 4_000_000      # text encoded at once: enough to keep every thread busy, little enough to hold
 VAL_STORIES, PAIRS = 1000, 2000
 LAYERS = 7                   # of config/babylm.py, for the share of embeddings in --compare_tokenizers
+NOT_TEXT = {'.', '__pycache__'}          # folders that hold none; a dot begins a hidden one
 NOT_CODE = {'site-packages', 'dist-packages', 'test', 'tests'}   # of Python's library: others' code, data
 PATIENCE = 1.0               # seconds before a server is asked a second time
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -292,7 +294,10 @@ def load_tokenizer(folder):
     for cls in TOKENIZERS.values():
         path = Path(folder) / cls.filename
         if path.is_file():
-            return cls(path.read_bytes())
+            try:
+                return cls(path.read_bytes())
+            except (RuntimeError, ValueError, IndexError):
+                raise UserError(f'{path} is damaged: prepare the data again with --overwrite') from None
     raise UserError(f'{folder} holds no tokenizer: prepare the data again with --overwrite')
 
 
@@ -310,9 +315,9 @@ class Part:
     way: str = ''
 
 
-SUFFIX = r'(?:\.(?:txt|md|jsonl|parquet))?(?:\.(?:gz|xz))?'
-SPLIT_NAME = re.compile(r'(?:.*/)?(.+?)[.-](train|dev|val|valid|validation|test)([.-]\d+(?:-of-\d+)?)?'
-                        + SUFFIX)
+SUFFIX = r'(?:\.(?:txt|md|jsonl|parquet|tokens|raw))?(?:\.(?:gz|xz))?'
+SPLIT_NAME = re.compile(r'(?:.*/)?(?:([^/]+?)[._-])?(train|dev|val|valid|validation|test)'
+                        r'([.-]\d+(?:-of-\d+)?)?' + SUFFIX)
 
 
 def stem(name):
@@ -329,10 +334,12 @@ def find_parts(root):
     names = [p.relative_to(root).as_posix() for p in sorted(root.rglob('*')) if p.is_file()]
     found = {name: SPLIT_NAME.fullmatch(name) for name in names if not re.search(r'(^|/)\.', name)}
     if not any(m and m[2] == 'train' for m in found.values()):
+        if len(found) > 1000:                    # too many to be sources: their folders are
+            return [Part(root / name, name, '', (['text'] + name.split('/'))['/' in name]) for name in found], []
         return once(Part(root / name, name, '', stem(name)) for name in found), []
     has_val = any(m and m[2] not in ('train', 'test') for m in found.values())
     split_of = {'train': 'train' if has_val else '', 'test': 'test'}
-    parts = once(Part(root / name, name, split_of.get(m[2], 'val'), m[1], m[3] or '')
+    parts = once(Part(root / name, name, split_of.get(m[2], 'val'), m[1] or 'text', m[3] or '')
                  for name, m in found.items() if m)
     return sorted(parts, key=lambda part: part.split in ('train', '')), [n for n, m in found.items() if not m]
 
@@ -392,7 +399,11 @@ def source_root(dataset, data_dir):
 def fetch(dataset, raw, base_url):
     """Downloads what the folder `raw` lacks. One with files of other names is a corpus of the user's own."""
     entry = DATASETS[dataset]
-    present = {p.name for p in raw.glob('[!.]*')}
+    present = {p.name for p in raw.glob('[!.]*') if not re.match('README|LICEN[CS]E', p.name)}
+    for name, digest in entry.get('sha256', {}).items():
+        if name in present and sha256_of(raw / name) != digest:
+            raise UserError(f'{raw / name} is not the file it should be (its sha256 is another): take it '
+                            f'away, or rename it if it is your own')
     if present - entry['files'].keys():
         return
     raw.mkdir(parents=True, exist_ok=True)
@@ -562,11 +573,11 @@ def bad_utf8(part):
                      f'{first:,}; convert it (iconv -f latin1 -t utf-8) or take it away')
 
 
-def text_column(part, names, wanted):
+def text_column(place, names, wanted):
     for name in (wanted,) if wanted else ('text', 'story'):
         if name in names:
             return name
-    raise UserError(f'{part.path} has no field {wanted or "text or story"}, only {", ".join(names)[:200]}: '
+    raise UserError(f'{place} has no field {wanted or "text or story"}, only {", ".join(names)[:200]}: '
                     f'name the field with --text_field')
 
 
@@ -578,7 +589,7 @@ def json_rows(part, f, text_field):
             continue
         try:
             row = json.loads(line.decode())      # decoded first: a bad byte is another mistake than bad JSON
-            yield row[text_column(part, row.keys(), text_field)].encode()
+            yield row[text_column(f'{part.path} line {number:,}', row.keys(), text_field)].encode()
         except (json.JSONDecodeError, UnicodeEncodeError, TypeError, AttributeError):
             raise UserError(f'{part.path} line {number:,} is not a JSON object with text: mend it') from None
 
@@ -589,7 +600,9 @@ def parquet_rows(part, f, text_field):
     except ImportError:
         raise UserError(f'{part.path} is Parquet, which takes pyarrow to read: pip install pyarrow') from None
     table = ParquetFile(f)
-    column = text_column(part, table.schema_arrow.names, text_field)
+    column = text_column(part.path, table.schema_arrow.names, text_field)
+    if 'string' not in str(table.schema_arrow.field(column).type):
+        raise UserError(f'{part.path} has no text in its field {column}: name another with --text_field')
     for batch in table.iter_batches(batch_size=1024, columns=[column]):
         yield from ((text or '').encode() for text in batch.column(0).to_pylist())
 
@@ -620,7 +633,9 @@ def read(part, o, report, bar):
                     yield text.encode(), text
     except UnicodeDecodeError:
         raise bad_utf8(part) from None
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, ValueError) as e:   # ValueError: pyarrow
+    except (EOFError, lzma.LZMAError, zlib.error, OSError, ValueError) as e:    # pyarrow's are the last two
+        if getattr(e, 'errno', None):
+            raise
         raise UserError(f'{part.path} is damaged ({e}): fetch it again') from None
 
 
@@ -891,7 +906,9 @@ class Sketches:
 # Difficulty: numbers a document, kept beside the bins, so that a curriculum can change without encoding again
 
 SPOKEN_FIRST = (('childes',), ('bnc', 'switchboard', 'dialogue'), ('subtitles', 'qed'), ('cbt', 'stories'),
-                ('simple', 'easy'), ('wiki', 'gutenberg'))   # CLIMB's order (Diehl Martinez 2023, 2311.08886)
+                ('simple', 'easy'), ('wiki', 'gutenberg'))   # CLIMB's (Diehl Martinez 2023, 2311.08886)
+WRITTEN_FIRST = (('cbt', 'stories'), ('simple', 'easy'), ('wiki', 'gutenberg'), ('subtitles',),
+                 ('bnc', 'switchboard', 'dialogue'), ('qed', 'childes'))
 TEXT_MEASURES = {
     'compression': 'zlib bytes a byte, of the first 2,048: what repeats itself is short',
     'mtld': 'words in a row until a third of them are repeats (McCarthy 2010)',
@@ -901,6 +918,7 @@ TEXT_MEASURES = {
     'lix': 'readability, for Swedish (Björnsson 1968)'}
 MEASURES = TEXT_MEASURES | {
     'source_rank': '1 to 6, spoken to written; 0 where the source is none of those CLIMB ordered',
+    'written_rank': '1 to 6, written to spoken',
     'unigram': 'bits a token under the training split\'s own frequencies',
     'bigram': 'bits a token given the one before, by counts of the training split'}
 
@@ -931,8 +949,8 @@ def text_measures(text):
             a_sentence, letters, 0.39 * a_sentence + 11.8 * syllables - 15.59, a_sentence + 100 * long_words)
 
 
-def source_rank(name):
-    return next((rank for rank, names in enumerate(SPOKEN_FIRST, 1) if any(n in name for n in names)), 0)
+def source_rank(name, order):
+    return next((rank for rank, names in enumerate(order, 1) if any(n in name for n in names)), 0)
 
 
 def surprisal(writers, vocab_size, chunk=1 << 22, slots=1 << 22):
@@ -986,16 +1004,24 @@ def document_loss(writers, tokenizer, model, own, batch=256):
     return out
 
 
+def mean_ranks(x):
+    """The rank of every number; equal ones share the mean of theirs."""
+    _, where, n = np.unique(x, return_inverse=True, return_counts=True)
+    return (n.cumsum() - n / 2)[where]
+
+
 def write_scores(writers, names, tokenizer, o):
     """<split>.scores.npy, a row a document and a field a measure. Returns their rank correlations by name."""
     bits = surprisal(writers, tokenizer.vocab_size)
     loss = document_loss(writers, tokenizer, *o.judge) if o.score_with else None
-    ranks = np.array([source_rank(name) for name in names])
+    orders = dict(source_rank=SPOKEN_FIRST, written_rank=WRITTEN_FIRST)
     for split, writer in writers.items():
         table = np.zeros(len(bits[split][0]), [(name, '<f4') for name in o.columns])
         for name, column in zip([*TEXT_MEASURES, 'quality'], np.concatenate(writer.scores).T):
             table[name] = column
-        table['source_rank'] = ranks[np.concatenate(writer.rows)['source']]
+        for column, order in orders.items():
+            ranks = np.array([source_rank(name, order) for name in names])
+            table[column] = ranks[np.concatenate(writer.rows)['source']]
         table['unigram'], table['bigram'] = bits[split]
         if loss:
             table['loss'] = loss[split]
@@ -1004,8 +1030,9 @@ def write_scores(writers, names, tokenizer, o):
         docs['difficulty'] = table[o.difficulty]
         np.save(writer.path.with_name(f'{split}.docs.npy'), docs)
         if split == 'train':
-            order = [table[name].argsort(kind='stable').argsort(kind='stable') for name in o.columns]
-            together = np.corrcoef(order).round(2).tolist() if len(table) > 1 else []
+            with np.errstate(invalid='ignore'):              # a column that is constant goes with none
+                together = np.corrcoef([mean_ranks(table[name]) for name in o.columns])
+            together = np.nan_to_num(together).round(2).tolist()
     return dict(zip(o.columns, together))
 
 
@@ -1301,7 +1328,7 @@ def encode(parts, found, tokenizer, folder, names, o, bar):
                 continue
             more = [quality(o.weights, text)] if o.good else []
             if split == 'train' and more and more[0] < o.min_quality:
-                report[f'training documents dropped, quality below {o.min_quality}'] += 1
+                note(o, report, f'training documents dropped, quality below {o.min_quality}', text)
                 continue
             digest.update(f'{split} {source} {len(doc)} '.encode() + doc)
             if split not in writers:
@@ -1314,7 +1341,7 @@ def encode(parts, found, tokenizer, folder, names, o, bar):
 
 def sha256_of(path, size=-1):
     with open(path, 'rb') as f:
-        return hashlib.sha256(f.read(size)).hexdigest()
+        return (hashlib.sha256(f.read(size)) if size > 0 else hashlib.file_digest(f, 'sha256')).hexdigest()
 
 
 def option(default, help):
@@ -1361,7 +1388,8 @@ class Options:
     overwrite: bool = option(False, 'replace the folder if it exists')
 
 
-CONTENT = [f.name for f in fields(Options)][:-9]             # these go into meta.json and its fingerprint
+CONTENT = [f.name for f in fields(Options)]
+CONTENT = CONTENT[:CONTENT.index('tokenizer_from')]          # these go into meta.json and its fingerprint
 
 
 def settle(dataset, **options):
@@ -1370,15 +1398,21 @@ def settle(dataset, **options):
     o.dataset, o.root, o.flagged = dataset, source_root(dataset, o.data_dir), []
     o.gpt2_folders = [folder for folder in (o.gpt2_dir, Path(o.data_dir) / 'gpt2') if folder]
     o.added = list(dict.fromkeys(name.strip() for name in o.add.split(','))) if o.add else []
-    if not 0 < o.val_fraction < 1 or o.max_doc_bytes < 256 or o.add_documents < 1:
-        raise UserError(f'val_fraction is {o.val_fraction}, max_doc_bytes {o.max_doc_bytes}, add_documents '
-                        f'{o.add_documents}: give a fraction between 0 and 1, 256 bytes or more, 1 or more')
+    bounds = dict(vocab_size=(2, 1 << 20), max_doc_bytes=(256, 1 << 30), min_doc_bytes=(0, 1 << 30),
+                  documents=(1, 10 ** 9), add_documents=(1, 10 ** 9), val_fraction=(1e-12, 0.999))
+    if wrong := [f'{name} is {getattr(o, name)}, it must be {low:,} to {high:,}'
+                 for name, (low, high) in bounds.items() if not low <= getattr(o, name) <= high]:
+        raise UserError('; '.join(wrong))
+    if o.base_url and not re.match('(https?|file)://', o.base_url):
+        raise UserError(f'base_url is {o.base_url!r}: begin it with https://')
     if wrong := [name for name in o.added if name not in ADDED]:
         raise UserError(f'add names {", ".join(map(repr, wrong))}: choose from {", ".join(ADDED)}')
     o.steps = set(STEPS) if o.clean == 'all' else set(re.findall(r'[^,\s]+', o.clean))
     if wrong := o.steps - set(STEPS) or set(re.findall(r'[^,\s]+', o.languages)) - set(LANGUAGES):
         raise UserError(f'{min(wrong)!r} is no step of clean and no language: choose {", ".join(STEPS)} or '
                         f'all, and {", ".join(LANGUAGES)}')
+    if o.languages and 'language' not in o.steps:
+        raise UserError(f'languages is {o.languages!r}, and clean has no step language: add it')
     o.examples, o.language = {}, None
     data_name(dataset)
     return o
@@ -1453,12 +1487,15 @@ def build(dataset, tokenizer='bpe', quiet=False, **options):
 
 def gather(temp, o, report):
     """Makes or fetches the text. Returns its parts, files left out, the stamp of those it is from."""
-    root, suffixes = o.root, {p.suffix for p in o.root.rglob('[!.]*') if p.is_file()}
-    entry = DATASETS.get(o.dataset, {})
-    code = suffixes == {'.py'} or o.dataset == 'python' and not suffixes
+    root, entry = o.root, DATASETS.get(o.dataset, {})
+    files = [root] if root.is_file() else [p for p in root.rglob('*') if p.is_file() and not NOT_TEXT & {
+        part if part[0] != '.' else '.' for part in p.relative_to(root).parts}]
+    suffixes = {p.suffix for p in files} - {'', '.md', '.rst', '.toml', '.cfg', '.yml', '.ini'}
+    code = suffixes == {'.py'} or o.dataset == 'python' and not suffixes      # or a clone of a project
     if o.secure and not code and 'python' not in o.added:
         raise UserError(f'secure is for Python files, {o.dataset} has none: leave it out, or --add python')
     if 'world' in entry:
+        o.text_field = ''
         root = write_stories(temp, o.documents, o.seed, entry['world'], entry['questions'])
     elif code:
         root = write_python(temp, root, o, report).path
@@ -1518,7 +1555,8 @@ def fill(temp, o):
                           + [DATASETS['python']['licence']] * ('python' in o.added)),
         report=dict(sorted((sum(reports.values(), Counter()) + dropped).items())), ignored=ignored,
         cleaning=dict(layouts={part.name: f'{part.kind}, {part.way}' for part in parts}, examples=o.examples,
-                      by_source=reports, languages=o.language and o.language.keep),
+                      by_source=reports, languages=o.language and o.language.keep,
+                      thresholds=dict(margin=MARGIN, least=LEAST, repetition=LIMITS, bands=BANDS, rows=ROWS)),
         files=files, flagged=o.flagged,
         tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
         settings={key: value for key, value in vars(o).items() if key in CONTENT},
@@ -1550,14 +1588,14 @@ def summary(folder, meta):
         lines.append(f'dropped for bandit: {", ".join(names[:4])}{", ... (meta.json)" * (len(names) > 4)}')
     if meta['ignored']:
         lines.append(f'left out, no split stands in their names: {", ".join(meta["ignored"])}')
-    if meta['rank_correlations']:
+    if meta.get('rank_correlations'):
         lines.append('rank correlations of the measures, over training documents')
         lines += [f'{name:16}' + ''.join(f'{r:6.2f}' for r in row[:i + 1])
                   for i, (name, row) in enumerate(meta['rank_correlations'].items())]
-    if q := meta['quality']:
+    if q := meta.get('quality'):
         lines.append(f'quality: learned from {q["documents"]:,} examples, right about {q["accuracy"]:.1%} of '
                      f'{q["held_out"]:,} others, both sides counting alike')
-    if meta['classes']:
+    if meta.get('classes'):
         lines += [f'class {i:3}  {" ".join(row)}' for i, row in enumerate(meta['classes']['words'])]
         lines += [f'{name} classes: many-to-one accuracy {right:.3f}, V-measure {v:.3f}'
                   for name, (right, v) in meta['classes']['check'].items()]
@@ -1677,6 +1715,9 @@ def source_weights(text, data):
 def compare_tokenizers(dataset, sizes, width, **options):
     """Prints what tokenizers make of a data set's held-out text; nothing is built."""
     from tqdm import tqdm
+    if not re.fullmatch(r'\d+(,\d+)*', sizes) or width < 1:
+        raise UserError(f'compare_tokenizers is {sizes!r} and width {width}: give sizes like 2048,8192, and '
+                        f'1 or more')
     o = settle(dataset, **options)
     with tempfile.TemporaryDirectory() as temp, tqdm(disable=True) as bar:
         parts, *_ = gather(Path(temp), o, Counter())
@@ -1712,7 +1753,10 @@ def shown(text, limit=88):
 def inspect(dataset, **options):
     """Prints a page about a prepared data set: counts of all of it, words of 2,000 training documents."""
     o = settle(dataset, **options)
-    data = open_data(data_folder(dataset, o.tokenizer, o.vocab_size, o.data_dir), dataset)
+    folder = data_folder(dataset, o.tokenizer, o.vocab_size, o.data_dir)
+    if not folder.exists():
+        raise UserError(f'{folder} is not prepared yet: say the same without --inspect first')
+    data = open_data(folder, dataset)
     tokens, docs = data.tokens['train'].view(np.ndarray), data.docs['train']
     starts, ends = docs['start'], np.append(docs['start'][1:], len(tokens))
     sample = np.random.default_rng(o.seed).permutation(len(docs))[:2000]
@@ -1735,7 +1779,8 @@ def inspect(dataset, **options):
     if docs['difficulty'].any():
         order = docs['difficulty'].argsort(kind='stable')
         order = order[(ends - starts)[order] >= 32]              # a rare word alone makes a short one hard
-        show('easiest and hardest of 32 tokens or more, bits a token', [*order[:3], *order[-3:]])
+        by = data.meta['settings'].get('difficulty')
+        show(f'easiest and hardest of 32 tokens or more, by {by}', [*order[:3], *order[-3:]])
     words = Counter(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", ' '.join(map(text_of, sample)).lower()))
     print('\nmost frequent words, per thousand')
     print(*(f'{word} {1000 * n / words.total():.0f}' for word, n in words.most_common(24)), sep=', ')
@@ -2005,18 +2050,20 @@ def write_stories(folder, count, seed, *world):
 # Code and formal languages, as a corpus of their own or added to another
 
 def python_documents(root, report):
-    """(name, text) of the Python files below root that compile, without tests and others' packages."""
-    for path in sorted(root.rglob('*.py')):
-        name = path.relative_to(root)
-        if NOT_CODE & set(name.parts):
+    """(name, text) of the Python files below root that compile; of Python's own library without tests."""
+    own = root == Path(sysconfig.get_paths()['stdlib'])
+    for path in [root] if root.is_file() else sorted(root.rglob('*.py')):
+        name = path.relative_to(root.parent if root.is_file() else root)
+        if own and NOT_CODE & set(name.parts) or any(part[0] == '.' for part in name.parts):
             continue
         try:
-            text = path.read_bytes().decode()
+            with tokenize.open(path) as f:                       # in the encoding that its first lines name
+                text = f.read()
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')                  # about the code that is read, not about ours
                 compile(text, path.name, 'exec', dont_inherit=True)
             yield name.as_posix(), text
-        except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError, MemoryError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):          # UnicodeDecodeError is one
             report['files dropped, no Python that compiles'] += 1
 
 
@@ -2134,6 +2181,9 @@ def main(args=None):
     except UserError as e:
         print(f'prepare_data.py: {e}', file=sys.stderr)
         return 2
+    except BrokenPipeError:                      # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except KeyboardInterrupt:
         print('prepare_data.py: interrupted; nothing was left behind', file=sys.stderr)
         return 130

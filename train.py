@@ -74,20 +74,14 @@ class Settings:
     dataset: str = 'stories'          # a name that `python prepare_data.py --help` lists, or files:<path>
     tokenizer: str = 'bpe'            # 'bpe', 'bytes' or 'gpt2'
     vocab_size: int = 8192            # entries of a bpe tokenizer
-    weights: str = ''                 # how often an epoch reads a source: 'childes:2,gutenberg:0.5'; or 1
+    prepare: str = ''                 # more options for prepare_data.py, where the data is yet to be built
+    weights: str = ''                 # how often an epoch reads a source: 'childes:2,gutenberg:0.5'
     curriculum: str = ''              # read easy documents first, by a measure of prepare_data.py --scores
     curriculum_order: str = 'shuffled'  # of what is admitted: 'shuffled', or the hardest first ('frontier')
-    vocabulary_floor: float = 1.0     # share of the ids, most frequent first, that is known at first
     pacing: str = 'linear'            # how what is admitted grows: linear, quad, root, exp, log or step
     pacing_floor: float = 0.1         # share of the text that a curriculum admits at first
     pacing_start: float = 0.0625      # progress at which that, or the vocabulary, begins to grow
     pacing_end: float = 0.875         # progress from which all of it is admitted
-    class_loss: float = 0.0           # share in the loss, at first, of guessing the next token's word class
-    class_until: float = 0.25         # progress at which that has faded to nothing
-    smoothing: float = 0.0            # what the right token's likes get of its target at first, falling to 0
-    smoothing_by: str = 'classes'     # who those are: tokens of like word 'classes', or 'uniform', all others
-    smoothing_temperature: float = 0.025  # of the cosine between two tokens' word classes
-    prepare: str = ''                 # more options for prepare_data.py, where the data is yet to be built
     data_dir: str = 'data'            # where prepared data stands
     out_dir: str = ''                 # where the run goes; empty: out/<names of the configs>
     overwrite: bool = False           # replace the run that out_dir holds
@@ -108,10 +102,6 @@ class Settings:
     embedding_lr: float = 0.2         # AdamW's for token tables that stand N(1)
     head_lr: float = 0.004            # AdamW's for the head (and a tied table), times 256 / n_embd
     scalar_lr: float = 0.02           # AdamW's for the few scalars
-    growth: tuple = ()                # [(progress, sizes from then on)]: [(0.3, dict(n_embd=384)), ...]
-    growth_snr_db: float = 10.0       # the weights' power over that of the noise that tells copies apart
-    growth_tokens: str = 'zero'       # keys of appended tokens: 'zero' (they do nothing at first) or 'random'
-    growth_depth: str = 'fresh'       # new layers 'fresh' (they do nothing at first) or a 'stack' of the old
     weight_decay: float = 0.1         # of matrices, as a share of learning_rate
     weight_decay_points: tuple = ((0, 1), (1, 0))  # (progress, factor) of weight_decay; straight in between
     momentum: float = 0.95            # Muon's
@@ -121,12 +111,22 @@ class Settings:
     warmup_frac: float = 0.02         # of progress, learning rates rise from a tenth
     cooldown_frac: float = 0.6        # of progress, learning rates fall linearly to final_lr_frac
     final_lr_frac: float = 0.0
+    growth: tuple = ()                # [(progress, sizes from then on)]: [(0.3, dict(n_embd=384)), ...]
+    growth_snr_db: float = 10.0       # the weights' power over that of the noise that tells copies apart
+    growth_tokens: str = 'zero'       # keys of appended tokens: 'zero' (they do nothing at first) or 'random'
+    growth_depth: str = 'fresh'       # new layers 'fresh' (they do nothing at first) or a 'stack' of the old
+    vocabulary_floor: float = 1.0     # share of the ids, most frequent first, that is known at first
+    class_loss: float = 0.0           # share in the loss, at first, of guessing the next token's word class
+    class_until: float = 0.25         # progress at which that has faded to nothing
+    smoothing: float = 0.0            # share of the target that tokens like the right one get at first
+    smoothing_by: str = 'classes'     # which are those: of like word 'classes', or 'uniform', all
+    smoothing_temperature: float = 0.025  # of the cosine between two tokens' word classes
     ahead_weight: float = 0.3         # of predict_ahead's losses, falling to 0 with progress
     teacher: str = ''                 # the folder of a run whose guesses to learn too
-    teacher_weight: float = 0.5       # their share of the loss, the text has the rest
-    teacher_temperature: float = 2.0  # both guesses are flattened so much
+    teacher_weight: float = 0.5       # share of the loss that comes from the teacher
+    teacher_temperature: float = 2.0  # divides both models' logits: higher is flatter
     masked: float = 0.0               # share of the rows that fill in masked tokens, seeing both ways
-    ema: float = 0.0                  # > 0: what is evaluated is averaged over about so much of progress
+    ema: float = 0.0                  # > 0: evaluate weights averaged over about this share of progress
     eval_interval: float = 0.25       # in progress: validation on a part of the closing share; 0 is off
     log_interval: int = 10            # steps
     save_minutes: float = 5.0         # between checkpoints; 0 saves after every step
@@ -143,8 +143,9 @@ CHOICES = dict(budget_counts=('all', 'training'), device=('auto', 'cuda', 'cpu')
                curriculum_order=('shuffled', 'frontier'), smoothing_by=('classes', 'uniform'),
                pacing=('linear', 'quad', 'root', 'exp', 'log', 'step'))
 LIMITS = dict(beta1=(0, 0.9999), beta2=(0, 0.999999), momentum=(0, 0.9999), warmup_frac=(0, 1),
+              head_scale=(1e-6, math.inf),
               cooldown_frac=(0, 1), final_lr_frac=(0, 1), pacing_floor=(0, 1), pacing_start=(0, 1),
-              pacing_end=(0, 1), vocabulary_floor=(0, 1), class_loss=(0, 1), class_until=(0.001, 1),
+              pacing_end=(0, 1), vocabulary_floor=(0.01, 1), class_loss=(0, 1), class_until=(0.001, 1),
               smoothing=(0, 1), smoothing_temperature=(0.001, math.inf), dropout=(0, 0.95),
               layer_drop=(0, 0.95), masked=(0, 1), teacher_weight=(0, 1),
               teacher_temperature=(0.01, math.inf), budget_minutes=(0.01, math.inf),
@@ -218,7 +219,7 @@ def overruled(argv):
     """A line for every setting that one config sets and another before it had set otherwise."""
     seen = {}
     for where, name, value in assignments(argv):
-        if name in seen and seen[name][1] != value and not where.startswith('--'):
+        if name in seen and seen[name][1] != value and not where.startswith('--') and name != 'prepare':
             yield f'{where} sets {name} to {value!r}, {seen[name][0]} had set it to {seen[name][1]!r}'
         seen[name] = where, value
 
@@ -242,6 +243,8 @@ def read_settings(argv):
             unknown = f'no setting is called {name}' + ''.join(f'; did you mean {key}?' for key in near)
             errors.append(f'{where}: {value if name is None else unknown}')
             continue
+        if name == 'prepare' and not where.startswith('--') and str(value) not in values[name]:
+            value = f'{values[name]} {value}'.strip()         # each idea adds what it needs of the data
         kind, (low, high) = type(KEYS[name].default), LIMITS.get(name, (0, math.inf))
         if kind is float and type(value) is int and abs(value) < 1e300:
             value = float(value)
@@ -330,8 +333,7 @@ class Curriculum(Stream):
         self.rank = np.empty(n, np.int64)                    # ties fall by chance
         self.rank[np.lexsort((np.random.default_rng(s.seed).random(n), difficulty))] = np.arange(n)
         self.up_to = self.lengths[self.rank.argsort()].cumsum()
-        self.shares, self.round, self.left = [], -1, np.zeros(n, bool)
-        self.deck = self.rank_in_deck = np.zeros(n, np.int64)
+        self.shares, self.round, self.deck = [], -1, np.zeros(0, np.int64)      # deck: left of this round
         self.drawn, self.places = np.zeros(0, np.int64), np.zeros(1, np.int64)
         few, step = self.up_to[self.easiest(s.pacing_floor) - 1], s.tokens_per_step
         refuse(few < step, f'pacing_floor {s.pacing_floor:g} admits {few:,} tokens at first and a step reads '
@@ -350,19 +352,18 @@ class Curriculum(Stream):
     def draw(self):
         end, step = int(self.places[-1]), self.s.tokens_per_step
         admit = self.easiest(self.shares[end // step])
-        may = np.flatnonzero(self.left & (self.rank_in_deck < admit))
+        may = np.flatnonzero(self.rank[self.deck] < admit)
         if not len(may):                                     # all that are admitted have been read
             self.round += 1
             self.deck = np.random.default_rng([self.s.seed, self.round]).permutation(len(self.rank))
             if self.s.curriculum_order == 'frontier':
                 self.deck = (-self.rank).argsort()
-            self.rank_in_deck, self.left = self.rank[self.deck], np.ones(len(self.rank), bool)
-            may = np.flatnonzero(self.rank_in_deck < admit)
+            may = np.flatnonzero(self.rank[self.deck] < admit)
         ends = self.lengths[self.deck[may]].cumsum()
         may = may[:np.searchsorted(ends, step) + 1]
-        self.left[may] = False
         self.drawn = np.append(self.drawn, self.deck[may])
         self.places = np.append(self.places, end + ends[:len(may)])
+        self.deck = np.delete(self.deck, may)
 
     def read(self, first, count):
         while self.places[-1] < first + count:
@@ -510,9 +511,8 @@ def growth_stages(s, config):
             at, changes = stage
             if not last < at < 1:
                 raise ValueError(f'progress {at} does not lie between {last} and 1')
-            old, config, last = config, grown_config(config, changes, s.growth_tokens == 'random'), at
-            if s.growth_depth == 'stack' and config.n_layer % old.n_layer:
-                raise ValueError(f'{config.n_layer} layers are no stack of {old.n_layer}')
+            config = grown_config(config, changes, s.growth_tokens == 'random', s.growth_depth == 'stack')
+            last = at
         except (TypeError, ValueError, AttributeError) as e:
             raise UserError(f'growth has {stage!r} ({e}): write it like [(0.3, dict(n_embd=512))]') from e
         stages.append((at, config))
@@ -535,8 +535,8 @@ def grown(model, optimizers, config, s, number):
         if isinstance(optimizer, Muon):
             optimizer.take(state)
         else:
-            mine = {p for group in optimizer.param_groups for p in group['params']}
-            optimizer.state.update((p, t) for p, t in state.items() if p in mine and t)
+            mine = [p for group in optimizer.param_groups for p in group['params']]
+            optimizer.state.update((p, state[p]) for p in mine if state.get(p))
     return bigger, fresh
 
 
@@ -708,9 +708,10 @@ def config_from(theirs, s, ours, given):
     theirs = GPTConfig(**theirs)
     changes = {k: getattr(ours, k) for k in MODEL_KEYS
                if k in given and getattr(ours, k) != getattr(theirs, k)}
-    weightless = {k: changes.pop(k) for k in ('dropout', 'layer_drop', 'z_loss') if k in changes}
+    others = {k: changes.pop(k) for k in ('dropout', 'layer_drop', 'z_loss', 'predict_ahead') if k in changes}
     try:
-        config = dataclasses.replace(grown_config(theirs, changes), **weightless)
+        config = grown_config(theirs, changes, s.growth_tokens == 'random', s.growth_depth == 'stack')
+        config = dataclasses.replace(config, classes=ours.classes, **others)
     except ValueError as e:
         raise UserError(f'{s.init_from} is of another model, and {e}: give its shape, or none') from e
     vars(s).update({k: getattr(config, k) for k in MODEL_KEYS})
@@ -838,6 +839,8 @@ def make_objective(s, data, config, device, rank):
     if s.teacher:
         extra['teach'] = make_teacher(s, data, device)
     if s.vocabulary_floor < 1:
+        refuse(s.teacher or s.smoothing, 'vocabulary_floor keeps rare ids out of the loss, teacher and '
+               'smoothing put them in: leave one away')
         known = known_ids(s, data, device)
     if not extra and not known and not noisy:
         return lambda model, step, progress: model
@@ -854,8 +857,9 @@ def make_objective(s, data, config, device, rank):
 
 
 def half_masked(causal, s, data, config, device):
-    """The objective `causal` for most rows; the first `masked` of them are read both ways, and predict, from
-    the position before as the rest do, tokens that are hidden: 30 % of all, in the end 15 % (2410.24159)."""
+    """The objective `causal` for most rows. The first share of them reads both ways and predicts hidden
+    tokens, each from the position before it, as the other rows do; 30 % are hidden at first, 15 % in the end
+    (Charpentier 2024, 2410.24159)."""
     micro = adapt(s, device, int(os.environ.get('WORLD_SIZE', 1)))[2]
     n, mask = round(s.masked * micro), getattr(data.tokenizer, 'unk', None)
     refuse(mask is None, f'masked needs a token to mask with, and tokenizer {s.tokenizer} has none: take bpe')
@@ -908,6 +912,8 @@ def known_ids(s, data, device):
 
 def make_teacher(s, data, device):
     """What GPT.forward's `teach` is for idx, of the run that s.teacher names."""
+    refuse(Path(s.teacher).resolve() == Path(s.out_dir).resolve(),
+           f'teacher {s.teacher} is where this run goes: choose another --out_dir')
     teacher, tokenizer = sample.load(s.teacher, device)
     c, teacher.compute_dtype = teacher.config, getattr(torch, adapt(s, device, 1)[0])
     refuse(tokenizer.blob != data.tokenizer.blob,
@@ -1027,9 +1033,10 @@ def main(argv):
 
     # ---- model
     given = {name for _, name, _ in assignments(argv)}
+    origin = checkpoint['origin'] if s.init_from == 'resume' else s.init_from
     if s.init_from == 'resume':
         vars(s).update({k: checkpoint['settings'].get(k, f.default) for k, f in MODEL_KEYS.items()
-                        if k not in given})
+                        if k not in given or checkpoint['origin'] != 'scratch'})
     config = model_config(s, data)
     if s.init_from not in ('scratch', 'resume'):
         config = config_from(checkpoint['config'], s, config, given)
@@ -1049,7 +1056,7 @@ def main(argv):
     # ---- resume
     step, skipped, tokens, flops_done = 0, 0, 0, 0.0
     fingerprint = data.meta['fingerprint']
-    times = dict.fromkeys(('startup', 'compile', 'train', 'eval', 'save'), 0.0)
+    times = dict.fromkeys(('startup', 'compile', 'train', 'growth', 'eval', 'save'), 0.0)
     clock = Clock(s)
     if checkpoint is not None:
         refuse(checkpoint['tokenizer'] != data.meta['tokenizer_sha256'],
@@ -1061,7 +1068,7 @@ def main(argv):
         refuse(differ and s.init_from == 'resume', f'the checkpoint is of another model: {"; ".join(differ)}')
         averaged = s.init_from != 'resume' and checkpoint.get('average')
         before.load_state_dict((averaged or checkpoint)['model'])
-        source = grow(before, config, s.growth_snr_db, seed=s.seed)[0] if differ else before
+        source = grown(before, (), config, s, 0)[0] if differ else before
         model.load_state_dict(source.state_dict())
     average = new_average(model, 0.0) if s.ema else None
     if s.init_from == 'resume':
@@ -1129,7 +1136,8 @@ def main(argv):
             if master:
                 save_checkpoint(out_dir, dict(
                     version=2, step=step, progress=clock.progress, elapsed=clock.elapsed(), skipped=skipped,
-                    grown=n_grown, shares=stream.shares, times=dict(times), tokens=tokens, flops=flops_done,
+                    origin=origin, grown=n_grown, shares=stream.shares, times=dict(times), tokens=tokens,
+                    flops=flops_done,
                     model=model.state_dict(), average=average,
                     optimizers=[o.state_dict() for o in optimizers],
                     rng=torch.get_rng_state(),
@@ -1157,37 +1165,39 @@ def main(argv):
     # ---- warm up: compile, and learn what a step and the closing evaluation will cost
     def warm_up():
         """What computes a step, compiled, and the seconds that it takes."""
-        began = time.monotonic()
         step_model = torch.compile(model, dynamic=False) if compiling else model
         idx = torch.full((micro, s.block_size), config.bos, device=device)
         loss_of = objective(step_model, step, clock.progress)
         loss_of(idx, idx.clone()).backward()    # a clone: one tensor twice would compile another program
         seconds = accum * agreed(seconds_of(lambda: loss_of(idx, idx.clone()).backward(), 1))
         model.zero_grad()
-        times['compile'] += time.monotonic() - began
         return step_model, seconds
 
-    def still():
-        """How much slower than now the model will be when it has grown."""
+    def growth_to_come():
+        """How many times the FLOPs of a token now the largest model's will be."""
         return largest.flops_per_token() / config.flops_per_token()
 
     times['startup'] += clock.age()
     batches = Prefetcher(stream, step, rows, micro, s.block_size, rank, world, device)
+    began = time.monotonic()
     step_model, step_seconds = warm_up()
+    times['compile'] += time.monotonic() - began
+    warm_seconds = agreed(time.monotonic() - began)         # what a growth will take, more or less
     slices, tenth = sample.SLICES, 0.1 * clock.budget if s.budget_counts == 'all' else math.inf
     probe = min(slices, -(-slices * 8192 // val_tokens))
     evaluate(probe, keep=False)                 # sets things up
-    slice_seconds = still() * agreed(min(evaluate(probe, keep=False)['seconds_per_slice'] for _ in range(2)))
+    slice_seconds = growth_to_come() * agreed(
+        min(evaluate(probe, keep=False)['seconds_per_slice'] for _ in range(2)))
     if slice_seconds * slices > tenth:
         slices = 2 ** max(0, int(math.log2(tenth / slice_seconds)))
     pair_seconds, n_pairs = 0.0, len(pairs)
     if pairs:
         forty = seconds_of(lambda: sample.pair_accuracy(model, data.tokenizer, pairs[:40]), 2)
-        pair_seconds = still() * agreed(forty) / 40
+        pair_seconds = growth_to_come() * agreed(forty) / 40
         # twenty hold each kind, mirrored, once
         n_pairs = min(n_pairs, 20 * max(1, int(tenth / 2 / pair_seconds / 20)))
     start = torch.full((1, 1), config.bos, device=device)
-    token_seconds = still() * seconds_of(lambda: list(model.generate(start, 12)), 2) / 12
+    token_seconds = growth_to_come() * seconds_of(lambda: list(model.generate(start, 12)), 2) / 12
     save_seconds = 0.5 + 12 * largest.params()['total'] / 2 ** 30
 
     def closing_seconds():
@@ -1220,13 +1230,18 @@ def main(argv):
         clock.progress = progress
 
         # grow if due
-        if stages and progress >= stages[0][0]:
-            n_grown, (_, config) = n_grown + 1, stages.pop(0)
+        if stages and progress >= stages[0][0] and (clock.max_steps or left > 2 * warm_seconds):
+            began_growing, n_grown, (_, config) = time.monotonic(), n_grown + 1, stages.pop(0)
             model, optimizers = grown(model, optimizers, config, s, n_grown)
             average = new_average(model, progress) if average else None
+            for line in choose_kernels(s.kernels, config, device, model.compute_dtype):
+                say(f'  {line}')
             step_model, step_seconds = warm_up()
             flops = config.flops_per_token(model.attended(early))
             say(f'         grown to {config.describe()}')
+            warm_seconds = agreed(time.monotonic() - began_growing)
+            times['growth'] += warm_seconds
+            clock.trained += warm_seconds
             continue                             # that took time
 
         began = time.monotonic()
@@ -1298,13 +1313,15 @@ def main(argv):
         # evaluate if due
         if next_eval and next_eval <= progress < 0.95:
             result = evaluate(max(1, slices // 8))
-            slice_seconds = still() * agreed(result['seconds_per_slice'])
+            slice_seconds = growth_to_come() * agreed(result['seconds_per_slice'])
             say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, '
                 f'standard error {result["error"]:.4f}')
             next_eval = s.eval_interval * (progress // s.eval_interval + 1)
 
     # ---- report
     batches.close()
+    if stages and not stopping:
+        say(f'warning: no time was left for the growth at progress {stages[0][0]:g}')
     unsaved, saved = save(), f'{out_dir} is saved, go on with --init_from=resume'
     if stopping:
         raise unsaved or Stopped(f'stopped by a signal after step {step}; {saved}')
@@ -1319,6 +1336,7 @@ def main(argv):
         return bool(all_reduce(np.array([late * master, bool(signals)], dtype=float)).any())
 
     result = evaluate(slices, stop=out_of_time)
+    model.eval()                                # dropout is for training alone
     began, evals = time.monotonic(), {}
     if pairs and n_pairs and master:
         evals['coherence'] = sample.pair_accuracy(model, data.tokenizer, pairs[:n_pairs])

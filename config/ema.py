@@ -1,4 +1,4 @@
-"""The weights' running average is what is evaluated, saved for sample.py and kept: a tail of training instead of its last step.
+"""Evaluates and keeps a running average of the weights: the tail of training, not its last step.
 
     torchrun train.py config/babylm.py config/ema.py
 

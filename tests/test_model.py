@@ -432,8 +432,6 @@ GROWTHS = [dict(n_embd=64), dict(n_embd=96), dict(mlp_hidden=256), dict(n_head=8
 @pytest.mark.parametrize('changes', GROWTHS)
 @pytest.mark.parametrize('options', SHAPES)
 def test_a_grown_model_computes_the_same(options, changes):
-    if options.get('attn_tokens') and 'n_head' in changes and 'n_embd' not in changes:
-        changes = dict(mlp_hidden=256)
     if 'mlp_hidden' in options and 'mlp_hidden' in changes:
         changes = changes | dict(mlp_hidden=2 * options['mlp_hidden'])
     elif 'mlp' in options and 'mlp_hidden' in changes:
@@ -489,7 +487,7 @@ def test_a_model_grown_by_tokens_computes_the_same(norm):
     q, copies, how = came_from[p]
     state = m.spread(q, p.shape, how)
     assert copies == 1 and torch.equal(state[:80], q) and not state[80:].any()
-    for wrong in (dict(attn_tokens=12), dict(attn_tokens=48, n_embd=64)):
+    for wrong in (dict(attn_tokens=12), dict(attn_tokens=48, n_embd=64), dict(attn_tokens=48, n_head=8)):
         with pytest.raises(ValueError, match='attn_tokens grows by more|cannot grow at once'):
             m.grown_config(old.config, wrong)
     with pytest.raises(ValueError, match='attn_tokens grows by more'):
@@ -583,3 +581,26 @@ def test_attention_by_a_mask():
     torch.testing.assert_close(m.attention(q, k, v, seen, 0.3), m.attention(q, k, v, first, 0.3))
     every = (0.3 * q @ k.repeat_interleave(2, 1).mT).softmax(-1) @ v.repeat_interleave(2, 1)
     torch.testing.assert_close(m.attention(q, k, v, torch.ones_like(seen), 0.3), every)
+
+
+def test_a_grown_model_guesses_the_same_classes():
+    for tied in (False, True):
+        old, idx = double(make(classes=5, tie_embeddings=tied, predict_ahead=1)), tokens(2, 40, (0, 13))
+        new, came_from = m.grow(old, m.grown_config(old.config, dict(n_embd=64)))
+        classes = torch.arange(97) % 5, torch.tensor(1.0)                   # the second head alone
+        losses = [x(idx, idx.roll(-1, 1), classes=classes, ahead=torch.tensor(0.0)) for x in (old, new)]
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)              # linear_cross_entropy is fp32
+        assert came_from[new.class_head.weight][1] == (2 if tied else 1)
+
+
+def test_growth_takes_whole_numbers_and_whole_stacks():
+    config = GPTConfig(**SMALL)
+    for wrong, said in ((dict(n_embd=64.0), 'n_embd is 64.0, it must be a whole number'), (dict(n_layer='6'), 'whole number')):
+        with pytest.raises(ValueError, match=said):
+            m.grown_config(config, wrong)
+    with pytest.raises(ValueError, match='5 layers are no stack of 3'):
+        m.grown_config(config, dict(n_layer=5), stack=True)
+
+
+def test_the_probe_of_kernels_has_one_head():
+    assert m.Probe(GPTConfig(**SMALL, classes=5), 'cpu', torch.float32).model.class_head is None

@@ -480,7 +480,7 @@ def test_surprisal_in_pieces_is_surprisal(tmp_path, monkeypatch):
 
 
 def test_the_order_of_sources():
-    ranks = {name: pd.source_rank(name) for name in ('childes', 'aochildes', 'bnc_spoken', 'switchboard', 'open_subtitles', 'qed',
+    ranks = {name: pd.source_rank(name, pd.SPOKEN_FIRST) for name in ('childes', 'aochildes', 'bnc_spoken', 'switchboard', 'open_subtitles', 'qed',
                                                      'cbt', 'children_stories', 'simple_wikipedia', 'wikipedia', 'gutenberg', 'x')}
     assert list(ranks.values()) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 6, 0]
 
@@ -1177,7 +1177,7 @@ def test_added_sources_are_for_training_alone(tmp_path, monkeypatch):
         assert list(make(3, 1)) != list(make(3, 2)) and len(set(make(300, 1))) == 300
     refuses("names 'arithmetics'", prepare, tmp_path / 'in', tmp_path / 'out', add='arithmetics')
     refuses('a source of python already', pd.build, 'python', 'bytes', data_dir=tmp_path, add='python')
-    refuses('add_documents 0', prepare, tmp_path / 'in', tmp_path / 'out', **settings | dict(add_documents=0))
+    refuses('add_documents is 0', prepare, tmp_path / 'in', tmp_path / 'out', **settings | dict(add_documents=0))
 
 
 def test_what_hashes_hold_out_is_not_added_to_training(tmp_path):
@@ -1249,7 +1249,7 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     write(tmp_path / 'in/a.train', '\n\n'.join(rows + rows[:3] + ['bell \x07 and \x1b[31mred']))
     write(tmp_path / 'in/a.dev', '\n\n'.join(prose(6, 2)))
     data, args = f'files:{tmp_path}/in', ['--tokenizer=bytes', f'--data_dir={tmp_path}/out', '--inspect']
-    assert pd.main([data, *args]) == 2 and 'is not a prepared data set' in capsys.readouterr().err
+    assert pd.main([data, *args]) == 2 and 'is not prepared yet' in capsys.readouterr().err
     folder = prepare(tmp_path / 'in', tmp_path / 'out', scores=True).folder
     before = (folder / 'meta.json').read_bytes()
     assert pd.main([data, *args]) is None
@@ -1539,3 +1539,67 @@ def test_real_text(tmp_path):
     whole = lzma.decompress((SHARED / 'babylm/switchboard.train.xz').read_bytes()).decode()
     assert ''.join(texts(data, 'train')) == whole.rstrip()
     assert data.meta['splits']['val']['sources']['simple_wiki']['words'] == 104_919
+
+
+# What a reader of the code found
+
+@pytest.mark.parametrize('options, said', [
+    (dict(vocab_size=0), 'vocab_size is 0, it must be 2 to'), (dict(documents=0), 'documents is 0'), (dict(max_doc_bytes=10), 'max_doc_bytes is 10'),
+    (dict(vocab_size=10 ** 11), 'it must be 2 to 1,048,576'), (dict(base_url='hf-mirror.com'), 'begin it with https://'),
+    (dict(languages='sv'), 'clean has no step language'), (dict(val_fraction=1.5), 'val_fraction is 1.5')])
+def test_options_out_of_range(tmp_path, options, said):
+    refuses(said, pd.build, 'stories', **dict(tokenizer='bytes', data_dir=tmp_path) | options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_clone_of_a_python_project_is_code(tmp_path):
+    for i in range(4):
+        write(tmp_path / f'in/pkg/m{i}.py', f'x{i} = 1\n' * 200)
+    write(tmp_path / 'in/tests/test_m.py', 'def test():\n    pass\n' * 50)
+    write(tmp_path / 'in/.git/config', 'no code')
+    write(tmp_path / 'in/pkg/__pycache__/m.pyc', b'\0\1')
+    write(tmp_path / 'in/README.md', 'read me')
+    write(tmp_path / 'in/latin.py', '# -*- coding: latin-1 -*-\nname = "é"\n'.encode('latin-1'))
+    data = prepare(tmp_path / 'in', tmp_path / 'data')
+    held = {t for split in data.docs for t in texts(data, split)}
+    assert len(held) == 6 and data.meta['sources'] == ['python'] and any('é' in t for t in held)
+    one = prepare(tmp_path / 'in/pkg/m0.py', tmp_path / 'one', max_doc_bytes=1000)
+    assert one.meta['sources'] == ['python']
+
+
+@pytest.mark.parametrize('names', [('train.txt', 'val.txt', 'test.txt'), ('wiki.train.tokens', 'wiki.valid.tokens', 'wiki.test.tokens'),
+                                   ('w_train.txt', 'w_val.txt', 'w_test.txt')])
+def test_split_names_without_a_source(tmp_path, names):
+    for seed, name in enumerate(names):
+        write(tmp_path / 'in' / name, '\n\n'.join(prose(20, seed)))
+    data = prepare(tmp_path / 'in', tmp_path / 'data')
+    assert [set(texts(data, split)) == set(prose(20, seed)) for seed, split in enumerate(('train', 'val', 'test'))] == [True] * 3
+
+
+def test_a_placed_file_has_its_digest_checked(tmp_path):
+    write(tmp_path / 'raw/swedish/wikipedia_sv.parquet', b'cut off')
+    refuses('its sha256 is another', pd.build, 'swedish', 'bytes', data_dir=tmp_path)
+
+
+def test_equal_numbers_share_their_rank():
+    x = np.array([1, 1, 2, 2, 2, 3.0])
+    assert pd.mean_ranks(x).tolist() == [1, 1, 3.5, 3.5, 3.5, 5.5] and np.corrcoef(pd.mean_ranks(x), pd.mean_ranks(-x))[0, 1] == pytest.approx(-1)
+
+
+def test_a_json_row_without_text_is_named_by_its_line(tmp_path):
+    write(tmp_path / 'x.jsonl', '{"text": "a b"}\n{"txt": "c"}\n')
+    refuses('line 2 has no field', prepare, tmp_path / 'x.jsonl', tmp_path / 'data')
+
+
+def test_climbs_two_orders():
+    spoken = [pd.source_rank(name, pd.SPOKEN_FIRST) for name in ('childes', 'bnc_spoken', 'open_subtitles', 'cbt', 'simple_wiki', 'wikipedia', 'x')]
+    written = [pd.source_rank(name, pd.WRITTEN_FIRST) for name in ('children_stories', 'simple_wiki', 'gutenberg', 'open_subtitles', 'switchboard', 'qed')]
+    assert spoken == [1, 2, 3, 4, 5, 6, 0] and written == [1, 2, 3, 4, 5, 6]
+
+
+def test_inspect_and_compare_say_what_is_missing(tmp_path, capsys):
+    write(tmp_path / 'x.txt', '\n\n'.join(prose(30)))
+    for args, said in ((['--inspect'], 'is not prepared yet'), (['--compare_tokenizers=abc'], 'give sizes like 2048,8192'),
+                       (['--compare_tokenizers=300', '--width=0'], 'width 0')):
+        assert pd.main([f'files:{tmp_path}/x.txt', f'--data_dir={tmp_path}/data', *args]) == 2
+        assert said in capsys.readouterr().err

@@ -1262,3 +1262,46 @@ def test_masks_that_cannot_be(main, tmp_path):
         with pytest.raises(UserError, match=said):
             main(*settings)
         assert not (tmp_path / 'run').exists()
+
+
+# ---- what stands between the ideas
+
+def test_the_closing_report_is_without_dropout(main, monkeypatch):
+    modes = []
+    stream = sample.stream
+    monkeypatch.setattr(sample, 'stream', lambda model, *a, **k: modes.append(model.training) or stream(model, *a, **k))
+    main('--dropout=0.5')
+    assert modes == [False]
+
+
+def test_another_objective_from_a_finished_run(main, tmp_path, classed):
+    here = f'--data_dir={classed.parent}'
+    main(here)
+    main(here, '--init_from=run', '--out_dir=second', '--class_loss=0.5', '--predict_ahead=1', '--dropout=0.1')
+    result = json.loads((tmp_path / 'second' / 'result.json').read_text())
+    assert result['config']['classes'] == 7 and result['active_params'] == result['total_params'] - 64 * 64 - 7 * 64
+    with pytest.raises(UserError, match='vocabulary_floor keeps rare ids out'):
+        main(here, '--vocabulary_floor=0.5', '--smoothing=0.5', '--out_dir=third')
+    with pytest.raises(UserError, match='is where this run goes'):
+        main(here, '--teacher=third', '--out_dir=third')
+
+
+def test_a_run_grown_from_another_goes_on(main, tmp_path, monkeypatch):
+    main()
+    args = ['--init_from=run', '--out_dir=second', '--n_embd=128', '--max_steps=6']
+    main(*args)
+    step_of, left = train.train_step, iter(range(3))
+    monkeypatch.setattr(train, 'train_step', lambda *a: step_of(*a[:-1], lambda: next(left, None) is None))
+    with pytest.raises(train.Stopped):
+        main(*args, '--out_dir=parts')
+    monkeypatch.setattr(train, 'train_step', step_of)
+    main(*args, '--out_dir=parts', '--init_from=resume')
+    assert losses(tmp_path / 'parts') == losses(tmp_path / 'second') and len(losses(tmp_path / 'second')) == 6
+    with pytest.raises(UserError, match='no stack of 2'):
+        main('--init_from=run', '--out_dir=third', '--n_layer=3', '--growth_depth=stack')
+
+
+def test_every_idea_adds_what_it_needs_of_the_data(tmp_path):
+    one, two = config(tmp_path, "prepare = '--scores'", 'a.py'), config(tmp_path, "prepare = '--classes 29'", 'b.py')
+    assert train.read_settings([one, two, one]).prepare == '--scores --classes 29'
+    assert train.read_settings([one, '--prepare=--dedup']).prepare == '--dedup' and not [*train.overruled([one, two])]
