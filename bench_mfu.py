@@ -734,8 +734,10 @@ def make(run):
 
 
 def ranked(runs):
-    """A row for each idea, best first: means over its seeds, and how they compare to those of runs[0]."""
+    """A row for each idea, best first: means over its seeds, and how it does beside the base with them, which
+    reads the same text in the same order, so that much of what a seed brings cancels."""
     rows = []
+    by_seed = {run.seed: run.result['val_bpb'] for run in runs if run.result and run.name == runs[0].name}
     for name in dict.fromkeys(run.name for run in runs):
         mine = [run for run in runs if run.name == name]
         results = [r | {e: v['accuracy'] for e, v in r['evals'].items()} for run in mine if (r := run.result)]
@@ -749,12 +751,15 @@ def ranked(runs):
         if len(results) > 1:
             row['sd'] = statistics.stdev(r['val_bpb'] for r in results)
         base, sd = rows[0], rows[0].get('sd')
-        if row is not base and base['seeds']:
-            gain, more = row['val_bpb'] - base['val_bpb'], row['total_params'] / base['total_params'] - 1
-            row |= dict(change=gain / base['val_bpb'], in_sd=gain / sd if sd else None)
+        pairs = [(run.result['val_bpb'], by_seed[run.seed]) for run in mine
+                 if run.result and run.seed in by_seed]
+        if row is not base and pairs:
+            ours, theirs = map(statistics.fmean, zip(*pairs))
+            gain, more = ours - theirs, row['total_params'] / base['total_params'] - 1
+            row |= dict(change=gain / theirs, in_sd=gain / sd if sd else None)
             notes += ['within noise'] * (not sd or abs(gain) < 2 * sd)
             notes += [f'{more:+.0%} parameters'] * (abs(more) > 0.05)
-    return sorted(rows, key=lambda row: row.get('val_bpb', math.inf))
+    return sorted(rows, key=lambda row: row.get('change', 0 if row is rows[0] and row['seeds'] else math.inf))
 
 
 def keep_table(runs, root):
@@ -770,7 +775,8 @@ def keep_table(runs, root):
     widths = [max(map(len, column)) for column in zip(*table)][:-1] + [0]      # notes can be long
     table.insert(1, ['-' * (w - 1) + ':' if w else '---' for w in widths])
     lines = ['| ' + ' | '.join(f'{cell:>{w}}' for cell, w in zip(cells, widths)) + ' |' for cells in table]
-    lines += ['', 'sd: standard deviation of val_bpb over seeds; in_sd: the change in sd of the base.',
+    lines += ['', 'change: beside the base with its seeds; sd: standard deviation of val_bpb over seeds; '
+              'in_sd: the change in sd of the base.',
               'Within noise: less than 2 of them, or not known, as one seed of the base has no sd.']
     for key in ('commit', 'hardware', 'val_share'):
         if len(kinds := {json.dumps(r[key]) for r in results}) > 1:

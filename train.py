@@ -243,8 +243,8 @@ def read_settings(argv):
             unknown = f'no setting is called {name}' + ''.join(f'; did you mean {key}?' for key in near)
             errors.append(f'{where}: {value if name is None else unknown}')
             continue
-        if name == 'prepare' and not where.startswith('--') and str(value) not in values[name]:
-            value = f'{values[name]} {value}'.strip()         # each idea adds what it needs of the data
+        if name == 'prepare' and not where.startswith('--'):  # each idea adds what it needs of the data
+            value = values[name] if str(value) in values[name] else f'{values[name]} {value}'.strip()
         kind, (low, high) = type(KEYS[name].default), LIMITS.get(name, (0, math.inf))
         if kind is float and type(value) is int and abs(value) < 1e300:
             value = float(value)

@@ -6,7 +6,8 @@
 BabyLlama's recipe (Timiryasov 2023, 2308.02019): half cross-entropy, half divergence from the teacher, both softened at a temperature
 of 2. There two teachers' logits were averaged, and the student beat both; Kim 2025 (2509.14786): a student 8 times smaller keeps 83 % of
 what an ensemble gains. The teacher needs the same vocabulary, and its own half-hour is not on this run's bill; its forward pass is, so
-the student sees less text (FLOPs and MFU do not count it). train_loss is the mixture. Expected: better where text is read many times. Not yet measured.
+the student sees less text (FLOPs and MFU do not count it). train_loss is the mixture. Expected: better where text is read many times.
+Not yet measured.
 """
 teacher = 'out/teacher'
 teacher_weight = 0.5

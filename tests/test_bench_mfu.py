@@ -254,20 +254,20 @@ def test_the_base_s_spread_tells_noise_from_gain(tmp_path):
     good, noise, middle, large, broken = rows
     assert middle['sd'] == pytest.approx(0.1) and middle['tokens'] == 2000 and middle['coherence'] == pytest.approx(0.7)
     assert good['val_bpb'] == pytest.approx(1.82) and good['sd'] == pytest.approx(0.08 / 2 ** 0.5) and good['joules'] == 6000
-    assert good['change'] == pytest.approx(-0.28 / 2.1) and good['in_sd'] == pytest.approx(-2.8) and good['notes'] == []
-    assert noise['in_sd'] == pytest.approx(-1.6) and noise['notes'] == ['within noise'] and 'sd' not in noise
-    assert large['in_sd'] == pytest.approx(5) and large['notes'] == ['seed 2: no | yes', '+6% parameters']
+    assert good['change'] == pytest.approx(-0.23 / 2.05) and good['in_sd'] == pytest.approx(-2.3) and good['notes'] == []
+    assert noise['in_sd'] == pytest.approx(-0.6) and noise['notes'] == ['within noise'] and 'sd' not in noise
+    assert large['in_sd'] == pytest.approx(6) and large['notes'] == ['seed 2: no | yes', '+6% parameters']
     assert broken['seeds'] == 0 and broken['notes'] == ['seed 1: no | yes']
     text = bench_mfu.keep_table(base + ideas, tmp_path)
     cells = [line.split(' | ') for line in text.split('\n')[:7]]
     assert {len(c) for c in cells} == {len(cells[0])} and (tmp_path / 'compare.md').read_text() == text + '\n'
     table = {c[1].strip(): [x.strip() for x in c] for c in cells}
-    assert table['good'][2:7] == ['2', '1.8200', '0.0566', '-13.33%', '-2.8'] and '6,000' in table['good']
+    assert table['good'][2:7] == ['2', '1.8200', '0.0566', '-11.22%', '-2.3'] and '6,000' in table['good']
     assert 'not measured' in table['base'] and table['base'][-1] == 'base |' and table['broken'][-1] == 'seed 1: no / yes |'
     mixed = bench_mfu.keep_table(base + [fake('other', 1, 2, commit='def')], tmp_path)
-    assert 'the same' not in text and 'the same commit: "abc", "def"' in mixed
+    assert 'Not all runs' not in text and 'the same commit: "abc", "def"' in mixed
     alone = bench_mfu.ranked(base[:1] + ideas)
-    assert alone[0]['notes'] == ['within noise'] and alone[0]['in_sd'] is None and alone[0]['change'] == pytest.approx(-0.09)
+    assert alone[0]['notes'] == ['within noise'] and alone[0]['in_sd'] is None and alone[0]['change'] == pytest.approx(-0.07)
     assert 'change' not in bench_mfu.ranked([fake('base', 1, None)] + ideas)[0]
 
 
