@@ -811,7 +811,7 @@ def test_a_minute_is_a_minute(corpus, tmp_path):
 @pytest.mark.slow
 def test_a_step_longer_than_the_budget_is_cut(corpus, tmp_path):
     seconds, result = timed(corpus, tmp_path, 0.3, '--tokens_per_step=1048576', '--n_layer=8', '--n_embd=256')
-    assert seconds < 23 and result['steps'] == 1 and 0 < result['tokens'] < 1048576
+    assert seconds < 23 and 0 < result['tokens'] < 1048576          # one part of a step, or two where the first was quick
 
 
 @pytest.mark.slow
