@@ -220,8 +220,9 @@ def pair_accuracy(model, tokenizer, pairs, score=None):
 
 def read_pairs(path):
     """Minimal pairs of a .jsonl file, a folder or a tar of them (.gz, .xz): sentence_good and sentence_bad,
-    as BLiMP has them (Warstadt 2020, 1912.00582), or context, good and bad, as the stories' pairs.jsonl."""
-    path, files, wanted = Path(path), [], 'give .jsonl lines with sentence_good and sentence_bad'
+    as BLiMP has them (Warstadt 2020, 1912.00582), or context, good and bad, as the stories' pairs.jsonl.
+    Returns them, and the places of lines that are none."""
+    path, files, pairs, bad = Path(path), [], [], []
     try:
         if '.tar' in path.suffixes:
             with tarfile.open(path) as tar:
@@ -231,16 +232,23 @@ def read_pairs(path):
         else:
             with open(path, 'rb') as raw:
                 files = [(path.name, prepare_data.open_source(raw, path.name).read())]
-        rows = [(name, json.loads(line)) for name, text in files
-                for line in text.split(b'\n') if line.strip()]
-        pairs = [dict(kind=row.get('kind') or Path(name).name.split('.')[0], context=row.get('context', ''),
-                      good=row['good'] if 'good' in row else row['sentence_good'],
-                      bad=row['bad'] if 'bad' in row else row['sentence_bad']) for name, row in rows]
-    except (OSError, ValueError, KeyError, AttributeError, tarfile.TarError, lzma.LZMAError, EOFError) as e:
-        raise UserError(f'{path} holds no minimal pairs ({type(e).__name__}: {e}): {wanted}') from e
+    except (OSError, tarfile.TarError, lzma.LZMAError, EOFError) as e:
+        raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}): give .jsonl, a folder or a tar of '
+                        f'them') from e
+    for name, text in files:
+        for number, line in enumerate(text.split(b'\n'), 1):
+            try:
+                row = json.loads(line or '{}')
+                good, wrong = (row[side] if side in row else row[f'sentence_{side}']
+                               for side in ('good', 'bad'))
+                pairs.append(dict(kind=row.get('kind') or Path(name).name.split('.')[0], good=good, bad=wrong,
+                                  context=row.get('context', '')))
+            except (ValueError, KeyError, TypeError):
+                bad += [f'{name} line {number:,}'] * bool(line.strip())
     if not pairs:
-        raise UserError(f'{path} holds no minimal pairs: {wanted}')
-    return pairs
+        raise UserError(f'{path} holds no minimal pairs: give .jsonl lines with sentence_good and '
+                        f'sentence_bad')
+    return pairs, bad
 
 
 def frequency_bias(score, tokenizer, pairs, counts):
@@ -319,7 +327,9 @@ def complete(model, tokenizer, prompt, args, generator):
 
 def judge(model, tokenizer, args):
     """Print accuracy on minimal pairs and, where the run's data is at hand, frequency bias and anisotropy."""
-    pairs = read_pairs(args.pairs)
+    pairs, bad = read_pairs(args.pairs)
+    if bad:
+        print(f'left out, no pair: {len(bad):,} lines, the first is {bad[0]}')
     score = pair_scores(model, tokenizer, pairs)
     result = pair_accuracy(model, tokenizer, pairs, score)
     for kind, accuracy in sorted(result['per_kind'].items(), key=lambda item: item[1]):

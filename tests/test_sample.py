@@ -311,14 +311,16 @@ def test_pairs_from_files_folders_and_tars(tmp_path):
         tar.add(tmp_path / 'blimp' / 'agreement.jsonl', 'blimp/agreement.jsonl')
     expected = [dict(kind='agreement', context='', good=f'Good {i}.', bad=f'Bad {i}.') for i in range(3)]
     for name in ('blimp', 'agreement.jsonl.xz', 'blimp.tar.xz', 'blimp/agreement.jsonl'):
-        assert sample.read_pairs(tmp_path / name) == expected
+        assert sample.read_pairs(tmp_path / name) == (expected, [])
     ours = dict(kind='place', context='Mia left.', good=' She did.', bad=' He did.')
     (tmp_path / 'pairs.jsonl').write_text(json.dumps(ours) + '\n')
-    assert sample.read_pairs(tmp_path / 'pairs.jsonl') == [ours]
+    assert sample.read_pairs(tmp_path / 'pairs.jsonl') == ([ours], [])
+    (tmp_path / 'cut.jsonl').write_bytes(text + b'{"sentence_good": "A lo\n')
+    assert sample.read_pairs(tmp_path / 'cut.jsonl') == ([pair | dict(kind='cut') for pair in expected], ['cut.jsonl line 4'])
     for name, content in {'no.jsonl': b'{"text": "x"}\n', 'empty.jsonl': b'', 'bad.jsonl': b'{', 'cut.jsonl.xz': text[:20],
                           'list.jsonl': b'[1]\n', 'x.tar.xz': b'no tar'}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f'{name} holds no minimal pairs'):
+        with pytest.raises(UserError, match=f'{name} (holds no minimal pairs|cannot be read)'):
             sample.read_pairs(tmp_path / name)
     with pytest.raises(UserError, match='gone.jsonl'):
         sample.read_pairs(tmp_path / 'gone.jsonl')
