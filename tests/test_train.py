@@ -1010,14 +1010,19 @@ def scored(corpus, tmp_path_factory):
     return [f'--data_dir={data_dir}', '--curriculum=bigram', '--max_steps=12']
 
 
-def test_a_run_with_a_curriculum_resumes(main, tmp_path, scored, monkeypatch):
-    main(*scored)
-    step_of, left = train.train_step, iter(range(9))
+def in_two_parts(main, monkeypatch, asked, *args):
+    """A run into `parts` that is told to stop when it has asked so often whether to, and then resumed."""
+    step_of, left = train.train_step, iter(range(asked))
     monkeypatch.setattr(train, 'train_step', lambda *a: step_of(*a[:-1], lambda: next(left, None) is None))
     with pytest.raises(train.Stopped):
-        main(*scored, '--out_dir=parts')
+        main(*args, '--out_dir=parts')
     monkeypatch.setattr(train, 'train_step', step_of)
-    main(*scored, '--out_dir=parts', '--init_from=resume')
+    main(*args, '--out_dir=parts', '--init_from=resume')
+
+
+def test_a_run_with_a_curriculum_resumes(main, tmp_path, scored, monkeypatch):
+    main(*scored)
+    in_two_parts(main, monkeypatch, 9, *scored)
     assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and len(losses(tmp_path / 'run')) == 12
     main(*scored, '--curriculum=', '--out_dir=plain')
     assert losses(tmp_path / 'plain') != losses(tmp_path / 'run')
@@ -1290,12 +1295,7 @@ def test_a_run_grown_from_another_goes_on(main, tmp_path, monkeypatch):
     main()
     args = ['--init_from=run', '--out_dir=second', '--n_embd=128', '--max_steps=6']
     main(*args)
-    step_of, left = train.train_step, iter(range(3))
-    monkeypatch.setattr(train, 'train_step', lambda *a: step_of(*a[:-1], lambda: next(left, None) is None))
-    with pytest.raises(train.Stopped):
-        main(*args, '--out_dir=parts')
-    monkeypatch.setattr(train, 'train_step', step_of)
-    main(*args, '--out_dir=parts', '--init_from=resume')
+    in_two_parts(main, monkeypatch, 3, *args)
     assert losses(tmp_path / 'parts') == losses(tmp_path / 'second') and len(losses(tmp_path / 'second')) == 6
     with pytest.raises(UserError, match='no stack of 2'):
         main('--init_from=run', '--out_dir=third', '--n_layer=3', '--growth_depth=stack')
