@@ -327,9 +327,14 @@ class Curriculum(Stream):
 
     AHEAD = 8                    # steps; more than a Prefetcher holds
 
-    def __init__(self, tokens, docs, difficulty, s):
+    def __init__(self, tokens, docs, difficulty, s, weights=None):
         super().__init__(tokens, docs, s.seed)
-        self.s, n = s, len(docs)
+        if weights is not None:
+            refuse(any(w % 1 for w in weights), f'weights are {s.weights!r}, a curriculum reads a document a '
+                   f'whole number of times: round them, or leave one away')
+            often = np.repeat(np.arange(len(docs)), np.asarray(weights, int)[docs['source']])
+            self.starts, self.lengths, difficulty = self.starts[often], self.lengths[often], difficulty[often]
+        self.s, n = s, len(self.starts)
         self.rank = np.empty(n, np.int64)                    # ties fall by chance
         self.rank[np.lexsort((np.random.default_rng(s.seed).random(n), difficulty))] = np.arange(n)
         self.up_to = self.lengths[self.rank.argsort()].cumsum()
@@ -810,9 +815,8 @@ def make_stream(s, data):
     weights = prepare_data.source_weights(s.weights, data)
     if not s.curriculum:
         return Stream(data.tokens['train'], data.docs['train'], s.seed, weights)
-    refuse(weights, 'weights and curriculum cannot both decide what is read: leave one away')
     difficulty = prepare_data.measure(data, 'train', s.curriculum)
-    return Curriculum(data.tokens['train'], data.docs['train'], difficulty, s)
+    return Curriculum(data.tokens['train'], data.docs['train'], difficulty, s, weights)
 
 
 # ---- objective ---------------------------------------------------------------------------------------------

@@ -960,14 +960,25 @@ def test_pacing_is_what_climb_defines():
     assert at(0.0625 + 0.12 * 0.8125, 'log') == pytest.approx(0.1 + 0.9 * 0.79, abs=0.005)
 
 
-def made_up(n=400, order='shuffled', **settings):
+def made_up(n=400, order='shuffled', weights=None, **settings):
     """A curriculum over n documents of 5 to 14 tokens, all of them the document's number; and the difficulties."""
     dice = np.random.default_rng(0)
     lengths = dice.integers(5, 15, n)
     docs = np.zeros(n, prepare_data.DOC)
     docs['start'] = lengths.cumsum() - lengths
     s = train.read_settings([f'--curriculum_order={order}', '--tokens_per_step=64', *(f'--{k}={v}' for k, v in settings.items())])
-    return train.Curriculum(np.repeat(np.arange(n), lengths), docs, dice.random(n).round(1), s)
+    docs['source'] = np.arange(n) % 2
+    return train.Curriculum(np.repeat(np.arange(n), lengths), docs, dice.random(n).round(1), s, weights)
+
+
+def test_a_curriculum_reads_a_source_as_often_as_it_weighs():
+    stream = made_up(n=100, weights=[3.0, 1.0], pacing_floor=1)
+    stream.pace(int(stream.up_to[-1]) // 64, 0.0)
+    read = stream.read(0, int(stream.up_to[-1]))                                   # one round
+    times = np.bincount(read, minlength=100) / np.bincount(made_up(n=100).tokens)
+    assert (times[::2] == 3).all() and (times[1::2] == 1).all()
+    with pytest.raises(train.UserError, match='whole number'):
+        made_up(weights=[0.5, 1.0])
 
 
 @pytest.mark.parametrize('order', ['shuffled', 'frontier'])
@@ -1029,7 +1040,7 @@ def test_a_run_with_a_curriculum_resumes(main, tmp_path, scored, monkeypatch):
 
 
 def test_curricula_that_cannot_be(main, scored):
-    for settings, said in ((['--curriculum=bigrams'], "no measure 'bigrams'.*bigram.*--scores"), (['--weights=tales:2'], 'leave one away'),
+    for settings, said in ((['--curriculum=bigrams'], "no measure 'bigrams'.*bigram.*--scores"), (['--weights=tales:1.5'], 'whole number'),
                            (['--pacing_floor=0.001'], 'admits [0-9]+ tokens at first and a step reads 512')):
         with pytest.raises(UserError, match=said):
             main(*scored, *settings)
