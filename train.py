@@ -76,6 +76,7 @@ class Settings:
     vocab_size: int = 8192            # entries of a bpe tokenizer
     prepare: str = ''                 # more options for prepare_data.py, where the data is yet to be built
     weights: str = ''                 # how often an epoch reads a source: 'childes:2,gutenberg:0.5'
+    reshuffle: bool = True            # another order of documents in every epoch; False: always the first's
     curriculum: str = ''              # read easy documents first, by a measure of prepare_data.py --scores
     curriculum_order: str = 'shuffled'  # of what is admitted: 'shuffled', or the hardest first ('frontier')
     pacing: str = 'linear'            # how what is admitted grows: linear, quad, root, exp, log or step
@@ -274,8 +275,9 @@ class Stream:
     """The endless stream of training tokens, in the order of (seed, epoch): an epoch has every document once,
     or as often as its source weighs; 2.3 is all of a source's documents twice and 30 % of them once more."""
 
-    def __init__(self, tokens, docs, seed, weights=None):
+    def __init__(self, tokens, docs, seed, weights=None, reshuffle=True):
         self.tokens, self.starts, self.seed = tokens, np.asarray(docs['start']), seed
+        self.reshuffle = reshuffle
         self.lengths = np.diff(np.append(self.starts, len(tokens)))
         self.weights, self.sources, self.shares = weights, docs['source'], []
         self.ends = [0]                          # of the epochs so far
@@ -283,7 +285,7 @@ class Stream:
 
     def epoch(self, number):
         """Documents' first tokens in this epoch's order, and where each stands in the epoch's stream."""
-        dice = np.random.default_rng([self.seed, number])
+        dice = np.random.default_rng([self.seed, number * self.reshuffle])
         order = dice.permutation(len(self.starts))
         if self.weights is not None:
             of = [order[self.sources[order] == source] for source in range(len(self.weights))]
@@ -360,7 +362,8 @@ class Curriculum(Stream):
         may = np.flatnonzero(self.rank[self.deck] < admit)
         if not len(may):                                     # all that are admitted have been read
             self.round += 1
-            self.deck = np.random.default_rng([self.s.seed, self.round]).permutation(len(self.rank))
+            dice = np.random.default_rng([self.s.seed, self.round * self.s.reshuffle])
+            self.deck = dice.permutation(len(self.rank))
             if self.s.curriculum_order == 'frontier':
                 self.deck = (-self.rank).argsort()
             may = np.flatnonzero(self.rank[self.deck] < admit)
@@ -814,7 +817,7 @@ def make_stream(s, data):
     """The training stream of a run."""
     weights = prepare_data.source_weights(s.weights, data)
     if not s.curriculum:
-        return Stream(data.tokens['train'], data.docs['train'], s.seed, weights)
+        return Stream(data.tokens['train'], data.docs['train'], s.seed, weights, s.reshuffle)
     difficulty = prepare_data.measure(data, 'train', s.curriculum)
     return Curriculum(data.tokens['train'], data.docs['train'], difficulty, s, weights)
 

@@ -157,6 +157,8 @@ def test_every_token_once_an_epoch_in_an_order_of_seed_and_epoch():
     assert len({epoch.tobytes() for epoch in epochs}) == 3
     assert np.array_equal(train.Stream(tokens, docs, 3).read(2 * n, n), epochs[2])    # asked for alone
     assert not np.array_equal(train.Stream(tokens, docs, 4).read(0, n), epochs[0])
+    same = train.Stream(tokens, docs, 3, reshuffle=False)
+    assert all(np.array_equal(same.read(e * n, n), epochs[0]) for e in range(3))
 
 
 def test_read_is_the_slow_concatenation():
