@@ -693,6 +693,143 @@ def git_commit():
         return None
 
 
+# ---- pages -------------------------------------------------------------------------------------------------
+
+def write_page(path, title, blocks):
+    """One HTML page that needs nothing else. A block is a dict of kind, title, maybe note, and by its kind
+
+    facts: rows [[key, value]]; text: text; table: columns [dict(key, label, digits)], rows [dict], sort: key;
+    lines: x, y (what the axes are), log_x, log_y, series [dict(name, points [[x, y]])]; dots: the same with
+    points [[x, y, label]] and a line `path` [[x, y]], of the block or of a series;
+    heat: x, y (labels), values (a row for each of y, a number for each of x), low, high. None is a gap.
+    """
+    def finite(v):
+        if isinstance(v, dict):
+            return {k: finite(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [finite(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    # without a '<', a sample that says </script> stays text
+    data = json.dumps(finite(dict(title=title, blocks=blocks))).replace('<', '\\u003c')
+    page = Path(__file__).parent / 'web' / 'page.html'
+    write_beside(path, lambda f: f.write(page.read_text('utf-8').replace('{}</script>', f'{data}</script>', 1)
+                                         .encode()))
+
+
+def thinned(points, most=300):
+    """Means of as many neighbours as leave `most` points at most; None where all of them lack a value."""
+    n = -(-len(points) // most) or 1
+    groups = [points[i:i + n] for i in range(0, len(points), n)]
+    known = [[y for _, y in group if y is not None] for group in groups]
+    return [[sum(x for x, _ in group) / len(group), sum(ys) / len(ys) if ys else None]
+            for group, ys in zip(groups, known)]
+
+
+def in_words(value):
+    """A value of the report: numbers short, what a dict holds on a line each."""
+    if isinstance(value, dict):
+        return '\n'.join(f'{k.replace("_", " ")}: {in_words(v)}' for k, v in value.items())
+    if isinstance(value, float):
+        return f'{value:,.0f}' if 1000 <= abs(value) < 1e9 else f'{value:.4g}'
+    return 'not measured' if value is None else f'{value:,}' if type(value) is int else str(value)
+
+
+def curve_blocks(rows, tokens_per_step):
+    """The charts of what a run's metrics.jsonl says along the way."""
+    steps, seen = [r for r in rows if 'train_loss' in r], [r for r in rows if 'val_bpb' in r]
+    asked, means = [r for r in rows if r.get('evals')], -(-len(steps) // 300)
+    note = f'Training: means of {means} steps.' * (means > 1)
+    ways = (('time', 'minutes', lambda r: r['elapsed_s'] / 60),
+            ('tokens', 'training tokens', lambda r: r['step'] * tokens_per_step))
+
+    def lines(title, note, x, at, y, *series, **more):
+        return dict(kind='lines', title=title, note=note, x=x, y=y, **more, series=[
+            dict(name=name, points=thinned([[at(r), r.get(key)] for r in of])) for name, of, key in series])
+
+    for over, *way in ways:
+        yield lines(f'Loss over {over}', note, *way, 'nats per token', ('training', steps, 'train_loss'),
+                    ('validation', seen, 'val_loss'), log_y=True)
+    for over, *way in ways if len(seen) > 1 else ():
+        yield lines(f'Bits per byte over {over}', 'On a part of the validation text before the end.', *way,
+                    'bits per byte', ('validation', seen, 'val_bpb'))
+    for title, key, y in (('Learning rate', 'lr', 'share of its peak'),
+                          ('Gradient norm', 'grad_norm', 'before clipping')):
+        yield lines(title, note, *ways[0][1:], y, (title, steps, key), log_y=key == 'grad_norm')
+    if asked:
+        names = dict.fromkeys(name for r in asked for name in r['evals'])
+        yield dict(kind='lines', title='Abilities', x='progress', y='accuracy', series=[
+            dict(name=name, points=[[r['progress'], r['evals'][name]['accuracy']] for r in asked
+                                    if name in r['evals']]) for name in names])
+
+
+RESULT = dict(model='model', total_params='parameters', non_embedding_params='outside embeddings',
+              active_params='active for a token', tokens='training tokens', epochs='epochs', steps='steps',
+              tok_per_sec='tokens a second of training', flops='model FLOPs', mfu='MFU',
+              peak_mem_gb='peak memory, GiB', total_seconds='seconds, all in all', dollars='dollars',
+              finished='finished', warnings='warnings')
+
+
+def report_blocks(r, rows, dynamics):
+    """A finished run's page, of its result.json, the rows of metrics.jsonl, and dynamics.json or None."""
+    def facts(title, pairs):
+        return dict(kind='facts', title=title, rows=[[k, in_words(v)] for k, v in pairs.items()])
+
+    def table(title, digits, *rows):
+        columns = [dict(key=key, digits=n) for i, (key, n) in enumerate(digits.items())
+                   if any(row[i] is not None for row in rows)]
+        return dict(kind='table', title=title, columns=columns, rows=[dict(zip(digits, row)) for row in rows])
+
+    c, s, sampled = r['config'], r['settings'], [row for row in rows if row.get('sample')]
+    part = f'{r["val_bpb"]:.4f}' + (f' on {r["val_share"]:.1%} of the validation text, standard error '
+                                    f'{r["val_bpb_error"]:.4f}') * (r['val_share'] < 1)
+    warnings = [*r.get('warnings', []), *[f'bits per byte are {part}'] * (r['val_share'] < 1)]
+    if r['skipped_steps']:
+        warnings.append(f'{r["skipped_steps"]} steps were not finite and changed no weights')
+    r = r | dict(warnings='see below' if warnings else 'none', model=f'{c["n_layer"]} layers, {c["n_embd"]} '
+                 f'wide, {c["n_head"]} heads, context {c["block_size"]}, vocabulary {c["vocab_size"]:,}')
+    yield facts('Result', {'bits per byte': part} | {
+        name: r[key] for key, name in RESULT.items() if r[key] is not None})
+    yield facts('Settings that differ from the defaults', {
+        k: str(v) for k, v in s.items() if k in KEYS and v != json.loads(json.dumps(KEYS[k].default))})
+    if warnings:
+        yield dict(kind='text', title='Warnings', text='\n'.join(warnings))
+    yield from curve_blocks(rows, s['tokens_per_step'])
+    ends = []
+    for name, e in r['evals'].items():
+        for kind, v in [('all', e), *e.get('per_kind', {}).items()]:
+            v = v if isinstance(v, dict) else dict(accuracy=v)
+            ends.append((name, kind, v['accuracy'], v.get('error'), e.get('chance'), v.get('items')))
+    if ends:
+        digits = dict(ability=None, kind=None, accuracy=4, error=4, chance=2, items=0)
+        yield table('Abilities at the end', digits, *ends)
+    sources = {'source': None, 'bits per byte': 4}
+    yield table('Bits per byte by source', sources, *r['val_bpb_per_source'].items())
+    for name, probes in dynamics['measures'].items() if dynamics else ():
+        yield dict(kind='heat', title=name.replace('_', ' '), note='Along progress.', y=dynamics['names'],
+                   x=[f'{p:.2f}' for p in dynamics['progress']], values=[*zip(*probes)])
+    for title, text in (('Samples along training', '\n\n'.join(
+            f'progress {row["progress"]:.2f}, step {row["step"]}:\n{row["sample"]}' for row in sampled)),
+                        ('Sample at the end', r['sample'])):
+        if text:
+            yield dict(kind='text', title=title, text=text)
+    yield facts('Energy', dict(joules=r['joules']) | {'grams of CO2': r['co2_g']} | r.get('energy', {}))
+    parts = [(k[:-8], v, v / r['total_seconds']) for k, v in r.items() if k.endswith('_seconds')]
+    yield table('Where the time went', dict(part=None, seconds=1, share=3), *parts)
+    yield facts('Machine, versions, data', r['hardware'] | r['versions'] | r['data'] | dict(
+        commit=r['commit'] or 'not known', protocol=f'bits per byte, version {r["protocol"]}'))
+
+
+def write_report(out_dir):
+    """Make report.html of a finished run, from the files that it left."""
+    out_dir = Path(out_dir)
+    report = json.loads((out_dir / 'result.json').read_text())
+    dynamics = out_dir / 'dynamics.json'
+    dynamics = json.loads(dynamics.read_text()) if dynamics.exists() else None
+    blocks = [*report_blocks(report, read_rows(out_dir / 'metrics.jsonl'), dynamics)]
+    write_page(out_dir / 'report.html', f'{out_dir.name}: {report["val_bpb"]:.4f} bits per byte', blocks)
+
+
 # ---- what the hardware decides -----------------------------------------------------------------------------
 
 def choose_device(s):
@@ -940,8 +1077,9 @@ def make_teacher(s, data, device):
 
 # ---- the run -----------------------------------------------------------------------------------------------
 
-LEAVING = 0.6       # seconds from the last line printed to the prompt back
-UNPRINTED = ('evals', 'settings', 'config', 'hardware', 'versions', 'data', 'sample')    # or told below
+LEAVING = 0.7       # seconds from the last line printed to the prompt back, the report's page included
+UNPRINTED = ('evals', 'settings', 'config', 'hardware', 'versions', 'data', 'sample',       # or told below
+             'warnings')
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 # settings that a run which goes on may change; all others decide what a step computes
 FREE = set('dataset tokenizer vocab_size prepare data_dir out_dir overwrite init_from budget_minutes '
@@ -1000,8 +1138,12 @@ def main(argv):
     s = read_settings(argv)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device, master = choose_device(s), rank == 0
-    say = (lambda *a: print(*a, flush=True)) if master else (lambda *a: None)
-    signals = []
+    signals, told = [], []                      # told: what a reader of the report should know
+
+    def say(line):
+        if master:
+            print(line, flush=True)
+            told.extend([line] * line.startswith(('warning:', 'adapted:', 'overruled:')))
 
     def heed(number, frame):
         signals.append(number)
@@ -1092,6 +1234,7 @@ def main(argv):
             average = checkpoint['average'] | dict(model=known)
         step, skipped, tokens, flops_done = (checkpoint[k] for k in ('step', 'skipped', 'tokens', 'flops'))
         times |= checkpoint['times']
+        told += checkpoint.get('warnings', [])
         # what a killed run did after its last checkpoint was paid for too
         spent = max([checkpoint['elapsed']] + [row['elapsed_s'] for row in read_rows(log)])
         clock = Clock(s, spent, checkpoint['times']['train'], checkpoint['progress'])
@@ -1121,7 +1264,8 @@ def main(argv):
     if master and not s.dry_run:
         out_dir.mkdir(parents=True, exist_ok=True)
         if s.init_from != 'resume':
-            for old in [*out_dir.glob('ckpt*.pt*'), *out_dir.glob('tokenizer.*'), *out_dir.glob('*.json*')]:
+            for old in [*out_dir.glob('ckpt*.pt*'), *out_dir.glob('tokenizer.*'), *out_dir.glob('*.json*'),
+                        *out_dir.glob('report.html')]:
                 old.unlink()
         known = ''.join(json.dumps(row) + '\n' for row in read_rows(log) if row['step'] <= step)
         write_beside(log, lambda f: f.write(known.encode()))
@@ -1144,7 +1288,7 @@ def main(argv):
                 save_checkpoint(out_dir, dict(
                     version=2, step=step, progress=clock.progress, elapsed=clock.elapsed(), skipped=skipped,
                     origin=origin, grown=n_grown, shares=stream.shares, times=dict(times), tokens=tokens,
-                    flops=flops_done,
+                    flops=flops_done, warnings=told,
                     model=model.state_dict(), average=average,
                     optimizers=[o.state_dict() for o in optimizers],
                     rng=torch.get_rng_state(),
@@ -1305,7 +1449,7 @@ def main(argv):
             for optimizer, state in zip(optimizers, good['optimizers']):
                 optimizer.load_state_dict(state)
             rolled_back, bad_steps = True, 0
-            say(f'{BAD_STEPS} steps in a row were not finite: '
+            say(f'warning: {BAD_STEPS} steps in a row were not finite: '
                 f'weights and optimizer of step {good["step"]} again, on new batches')
 
         # save if due, before evaluating
@@ -1362,7 +1506,7 @@ def main(argv):
         tokens=tokens, epochs=tokens / epoch_tokens, **{f'{kind}_params': n for kind, n in sizes.items()},
         flops=flops_done, flops_per_token=flops,
         tok_per_sec=tokens / trained, mfu=speed / (peak * world) if peak else None, tflops=speed / 1e12,
-        data_wait_share=float(waited / stepped), skipped_steps=skipped,
+        data_wait_share=float(waited / stepped), skipped_steps=skipped, warnings=[*dict.fromkeys(told)],
         **{f'{kind}_seconds': t for kind, t in times.items()}, total_seconds=total,
         budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(device), joules=None, co2_g=None,
         dollars=total / 3600 * s.dollars_per_hour or None,
@@ -1377,6 +1521,10 @@ def main(argv):
     if master:
         metrics.close()
         write_beside(out_dir / 'result.json', lambda f: f.write(json.dumps(report, indent=1).encode()))
+        try:
+            write_report(out_dir)
+        except UserError as e:                  # result.json is safe
+            say(f'warning: {e}')
 
 
 def seconds_of(work, times):
