@@ -8,6 +8,7 @@
     python bench_mfu.py config/babylm.py --kernels=compile-only     build them all without a GPU, check limits
     python bench_mfu.py config/babylm.py --rival_lr=1e-3            train the rival for budget_minutes instead
     python bench_mfu.py --compare config/babylm.py config/a.py      whole runs: ideas beside their base
+    python bench_mfu.py --leaderboard out                           a table and a page of all finished runs
 
 Configs and overrides are train.py's, and so is the step that is measured; --rounds=12 says how often,
 --json=FILE keeps all of it. All contestants run in one process and take turns, so that a machine that drifts
@@ -23,9 +24,16 @@ train.py's table gets none. `of GEMM` is the share of matrix products measured h
 the same budget on the same data: --seeds=3 of the base, --idea_seeds=1 of each idea. a.py+b.py is one stack,
 --key=value is for all, --compare_dir (out/compare/<base>) keeps runs and table. The same command again skips
 what is finished, goes on with what was stopped and tries again what failed.
+
+--leaderboard reads every result.json under a folder (out), and leaves leaderboard.md and leaderboard.html
+in it: --sort=total_params, or what else a result.json names, a - before it for high to low;
+--where "n_layer == 4 and total_params < 12e6".
 """
+import ast
+import difflib
 import json
 import math
+import operator
 import os
 import re
 import shlex
@@ -39,6 +47,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -772,9 +781,7 @@ def keep_table(runs, root):
                  for key, form in columns.items()]
         rank, notes = str(place) if row['seeds'] else '-', '; '.join(row['notes']).replace('|', '/')
         table.append([rank, row['name'], *cells, notes])
-    widths = [max(map(len, column)) for column in zip(*table)][:-1] + [0]      # notes can be long
-    table.insert(1, ['-' * (w - 1) + ':' if w else '---' for w in widths])
-    lines = ['| ' + ' | '.join(f'{cell:>{w}}' for cell, w in zip(cells, widths)) + ' |' for cells in table]
+    lines = markdown(table)
     lines += ['', 'change: beside the base with its seeds; sd: standard deviation of val_bpb over seeds; '
               'in_sd: the change in sd of the base.',
               'Within noise: less than 2 of them, or not known, as one seed of the base has no sd.']
@@ -824,10 +831,199 @@ def compare_runs(argv):
     print(keep_table(runs, root))
 
 
+# ---- leaderboard -------------------------------------------------------------------------------------------
+
+# of the public "lLM leaderboard", which does not give its split of the data
+PUBLISHED = (('compiled baseline', 11.0e6, 'BabyLM', 1.31), ('latent attention', 10.6e6, 'BabyLM', 1.32),
+             ('baseline transformer', 11.0e6, 'BabyLM', 1.33), ('baseline', 7.3e6, 'SimpleStories', 0.57))
+ELSEWHERE = ('Published elsewhere, for half an hour of one RTX 4090: another split of the data, another '
+             'machine. Not ranked among the runs here.')
+LEADERS = dict(tokens=0, epochs=2, total_seconds=0, joules=0)               # decimals of columns, printed
+ON_PAGE = dict(non_embedding_params=0, active_params=0, val_loss=4, tok_per_sec=0, mfu=3, train_seconds=0,
+               co2_g=2, peak_mem_gb=2, dollars=3, budget_minutes=1, seed=0, hardware=None, commit=None)
+COMPARISONS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+               ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.In: lambda a, b: a in b}
+
+
+def finished_runs(folder):
+    """A row of names and values for every run under a folder that has ended, and why others are left out."""
+    rows, left_out, names = [], [], {}
+    for path in sorted(Path(folder).rglob('result.json')):
+        try:
+            r = json.loads(path.read_text(encoding='utf-8'))
+            if not (0 < r['val_bpb'] < math.inf and 0 < r['total_params'] < math.inf):
+                raise ValueError(f'val_bpb {r["val_bpb"]}, total_params {r["total_params"]}')
+            about = dict(dataset=Path(r['settings']['dataset'].removeprefix('files:')).name,
+                         hardware=r['hardware']['name'], folder=path.parent)
+            text = r['data'].get('val_bytes') or f'data {r["data"]["fingerprint"][:8]}'
+            about['text'] = about['dataset'], f'{text:,} bytes' if type(text) is int else text, r['protocol']
+            names[about['text']] = about['dataset']
+            abilities = {name: e['accuracy'] for name, e in r['evals'].items()}
+            about['notes'] = f'BPB on {r["val_share"]:.1%}' * (r['val_share'] < 1)
+            rows.append(r['settings'] | r['config'] | r | abilities | about | dict(abilities=[*abilities]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            left_out.append(f'{path} is left out, it holds no result of train.py: {first_line(e)}')
+    for row in rows:
+        row['run'] = row['folder'].relative_to(folder).as_posix().replace('|', '/')
+        row['run'] = row['folder'].absolute().name if row['run'] == '.' else row['run']
+        dataset, text, protocol = row['text']              # numbers that no one should compare stand apart
+        apart = [*names.values()].count(dataset) > 1
+        row['text'] = dataset + f' ({text}, protocol {protocol})' * apart
+        row[f'BPB {row["text"]}'] = row['val_bpb']
+        if (row['folder'] / 'report.html').exists():
+            row['href'] = quote((row['folder'] / 'report.html').relative_to(folder).as_posix())
+    return rows, left_out
+
+
+def key_of(name, known, option):
+    near = ''.join(f'; did you mean {key}?' for key in difflib.get_close_matches(name, known, 1))
+    train.refuse(name not in known, f'--{option}: no result has {name!r}{near}')
+    return name
+
+
+def holds(node, row):
+    """Whether a row is as the syntax tree of --where says; a comparison with what it lacks does not hold."""
+    match node:
+        case ast.BoolOp(op, parts):
+            return (all if isinstance(op, ast.And) else any)(holds(part, row) for part in parts)
+        case ast.UnaryOp(ast.Not(), part):
+            return not holds(part, row)
+        case ast.Compare(left, ops, right):
+            if any(row.get(n.id) is None for n in ast.walk(node) if isinstance(n, ast.Name)):
+                return False
+            values = [train.literal(part, row) for part in (left, *right)]
+            return all(COMPARISONS[type(op)](a, b) for op, a, b in zip(ops, values, values[1:]))
+    return bool(row.get(node.id))
+
+
+def where(rows, text, known):
+    """The rows of which an expression over `known` names holds."""
+    try:
+        tree = ast.parse(text, mode='eval').body
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name):
+                key_of(node.id, known, 'where')
+        return [row for row in rows if holds(tree, row)]
+    except (SyntaxError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as e:
+        raise UserError(f'--where is {text!r}, it must be comparisons of names in result.json, joined by '
+                        f'and, or, not: "total_params < 12e6 and n_layer == 4"') from e
+
+
+def pareto(points):
+    """Of points (x, y, ...) those that none is as good as in both and better in one, less being better."""
+    front = []
+    for point in sorted(points, key=lambda p: p[:2]):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
+
+
+def front_blocks(texts):
+    """Bits per byte beside what they cost; texts: {validation text: its runs}."""
+    for text, rows in texts.items():
+        for key, x in dict(total_params='parameters', total_seconds='seconds', joules='joules').items():
+            points = [[row[key], row['val_bpb'], row['run']] for row in rows if row.get(key)]
+            if len(points) > 1:
+                yield dict(kind='dots', title=f'Bits per byte and {x}, {text}', x=x, y='bits per byte',
+                           note='Dashed: the Pareto front, runs that none beats in both.', log_x=True,
+                           series=[dict(name='runs', points=points)], path=pareto(points))
+
+
+def progress_blocks(texts, most=8):
+    """Learning curves and ability curves of the best runs."""
+    for name, rows in texts.items():
+        logs = {row['run']: train.read_rows(row['folder'] / 'metrics.jsonl') for row in rows[:most]}
+        abilities = dict.fromkeys(key for log in logs.values() for r in log for key in r.get('evals', ()))
+        for title, y, of in (('Validation', 'bits per byte', lambda r: r.get('val_bpb')),
+                             ('Training loss', 'nats per token', lambda r: r.get('train_loss')),
+                             *((f'Ability: {key}', 'accuracy', lambda r, key=key:
+                                r.get('evals', {}).get(key, {}).get('accuracy')) for key in abilities)):
+            points = {run: [[r['elapsed_s'] / 60, of(r)] for r in log if of(r) is not None]
+                      for run, log in logs.items()}
+            series = [dict(name=run, points=train.thinned(ps, 60)) for run, ps in points.items()]
+            if any(len(one['points']) > 1 for one in series):
+                yield dict(kind='lines', title=f'{title}, {name}', x='minutes', y=y, series=series,
+                           note=f'The best {most} of {len(rows)} runs.' * (len(rows) > most))
+
+
+def markdown(table):
+    """Lines of a table of strings, its first row the heads; the last column is as wide as it needs."""
+    widths = [max(map(len, column)) for column in zip(*table)][:-1] + [0]
+    table = [table[0], ['-' * (w - 1) + ':' if w else '---' for w in widths], *table[1:]]
+    return ['| ' + ' | '.join(f'{cell:>{w}}' for cell, w in zip(cells, widths)) + ' |' for cells in table]
+
+
+def label(key):
+    return {'run': 'model', 'total_params': 'parameters'}.get(key, key.replace('_', ' '))
+
+
+def text_table(columns, rows):
+    """Lines of Markdown; columns: {key: decimals, or None}."""
+    return markdown([[label(key) for key in columns], *([
+        '-' if (v := row.get(key)) is None else train.in_words(v) if digits is None else f'{v:,.{digits}f}'
+        for key, digits in columns.items()] for row in rows)])
+
+
+def table_block(title, note, columns, rows):
+    """The same for a page, without the columns that no row fills."""
+    columns = {key: n for key, n in columns.items() if any(row.get(key) not in (None, '') for row in rows)}
+    return dict(kind='table', title=title, note=note, columns=[
+        dict(key=key, label=label(key), digits=n) for key, n in columns.items()],
+        rows=[{key: row.get(key) for key in [*columns, 'href']} for row in rows])
+
+
+def in_order(rows, sort):
+    """{validation text: its runs, by bits per byte}, each with its rank; and all, one text after the other,
+    by the key `sort`, falling where that begins with '-'; what lacks it last."""
+    texts, key, ordered = {}, sort.removeprefix('-'), []
+    for row in sorted(rows, key=lambda row: row['val_bpb']):
+        same = texts.setdefault(row['text'], [])
+        same.append(row | dict(rank=len(same) + 1))
+    texts = dict(sorted(texts.items(), key=lambda item: -len(item[1])))
+    for same in texts.values():
+        have = [row for row in same if row.get(key) is not None]
+        ordered += sorted(have, key=lambda row: row[key], reverse=key != sort)
+        ordered += [row for row in same if row.get(key) is None]
+    return texts, ordered
+
+
+def leaderboard(argv):
+    """Rank every finished run under a folder; prints the table, and leaves leaderboard.md and .html there."""
+    words = iter([a for a in argv if a != '--leaderboard'])
+    own, rest = own_options([f'{a}={next(words, "")}' if a in ('--sort', '--where') else a for a in words])
+    train.refuse(len(rest) > 1 or any(a.startswith('--') for a in rest),
+                 f'--leaderboard takes one folder, --sort and --where, and got {" ".join(rest)}')
+    folder, sort = Path(rest[0] if rest else 'out'), own['sort']
+    rows, left_out = finished_runs(folder)
+    train.refuse(not rows, '\n  '.join([f'{folder} holds no finished run: make one, or name another folder',
+                                        *left_out[:3]]))
+    known = {key for row in rows for key, v in row.items() if isinstance(v, (int, float, str))}
+    key = key_of(sort.removeprefix('-'), known, 'sort')
+    rows = where(rows, own['where'], known) if own['where'] else rows
+    train.refuse(not rows, f'--where {own["where"]!r} leaves no run')
+    texts, ordered = in_order(rows, sort)
+    columns = dict(rank=0, run=None, total_params=0) | {f'BPB {text}': 4 for text in texts}
+    columns |= dict.fromkeys((name for row in rows for name in row['abilities']), 4) | LEADERS
+    columns |= {key: ON_PAGE.get(key)} if key not in {**columns, 'val_bpb': 4} else {}
+    notes = ['Rank: by bits per byte (BPB), among runs evaluated on the same text by the same protocol.',
+             *[f'Only runs with {own["where"]}.'] * bool(own['where'])]
+    theirs = [{'run': name, 'total_params': n, f'BPB {data}': bpb} for name, n, data, bpb in PUBLISHED]
+    their_columns = dict(run=None, total_params=0) | {key: 2 for row in theirs for key in row if 'BPB' in key}
+    text = '\n'.join([*text_table(columns | dict(notes=None), ordered), '', ' '.join(notes), *left_out, '',
+                      ELSEWHERE, '', *text_table(their_columns, theirs)])
+    train.write_beside(folder / 'leaderboard.md', lambda f: f.write(text.encode() + b'\n'))
+    train.write_page(folder / 'leaderboard.html', f'halfhour leaderboard: {len(rows)} runs', [
+        table_block('Runs', ' '.join(notes), columns | ON_PAGE | dict(notes=None), ordered),
+        table_block('Published elsewhere', ELSEWHERE, their_columns, theirs),
+        *front_blocks(texts), *progress_blocks(texts),
+        *[dict(kind='text', title='Left out', text='\n'.join(left_out))] * bool(left_out)])
+    print(f'{text}\n\n{folder / "leaderboard.html"} has all columns and the curves')
+
+
 # ---- main --------------------------------------------------------------------------------------------------
 
 OPTIONS = {'rounds': 12, 'rival_lr': 0.0, 'rival_bf16': False, 'json': '', 'only': '', 'micro_batches': '',
-           'shapes': '', 'seeds': 3, 'idea_seeds': 1, 'compare_dir': ''}
+           'shapes': '', 'seeds': 3, 'idea_seeds': 1, 'compare_dir': '', 'sort': 'val_bpb', 'where': ''}
 # tied models of 12.5, 33.6 and 97.5 million parameters, whatever the config says
 SHAPES = {'11M': dict(n_layer=8, n_embd=320, n_head=5, block_size=512, vocab_size=8192),
           '34M': dict(n_layer=8, n_embd=512, n_head=8, block_size=512, vocab_size=16384),
@@ -900,6 +1096,8 @@ def main(argv):
         return print(__doc__)
     if '--compare' in argv:
         return compare_runs(argv)
+    if '--leaderboard' in argv:
+        return leaderboard(argv)
     only_compile = '--kernels=compile-only' in argv
     own, rest = own_options([a for a in argv if a != '--kernels=compile-only'])
     s = train.read_settings(rest)

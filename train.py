@@ -766,8 +766,8 @@ def curve_blocks(rows, tokens_per_step):
 RESULT = dict(model='model', total_params='parameters', non_embedding_params='outside embeddings',
               active_params='active for a token', tokens='training tokens', epochs='epochs', steps='steps',
               tok_per_sec='tokens a second of training', flops='model FLOPs', mfu='MFU',
-              peak_mem_gb='peak memory, GiB', total_seconds='seconds, all in all', dollars='dollars',
-              finished='finished', warnings='warnings')
+              peak_mem_gb='peak memory, GiB', total_seconds='seconds in all', budget_seconds='of a budget of',
+              dollars='dollars', finished='finished', warnings='warnings')
 
 
 def report_blocks(r, rows, dynamics):
@@ -789,7 +789,7 @@ def report_blocks(r, rows, dynamics):
     r = r | dict(warnings='see below' if warnings else 'none', model=f'{c["n_layer"]} layers, {c["n_embd"]} '
                  f'wide, {c["n_head"]} heads, context {c["block_size"]}, vocabulary {c["vocab_size"]:,}')
     yield facts('Result', {'bits per byte': part} | {
-        name: r[key] for key, name in RESULT.items() if r[key] is not None})
+        name: r[key] for key, name in RESULT.items() if r.get(key) is not None})
     yield facts('Settings that differ from the defaults', {
         k: str(v) for k, v in s.items() if k in KEYS and v != json.loads(json.dumps(KEYS[k].default))})
     if warnings:
@@ -814,7 +814,8 @@ def report_blocks(r, rows, dynamics):
         if text:
             yield dict(kind='text', title=title, text=text)
     yield facts('Energy', dict(joules=r['joules']) | {'grams of CO2': r['co2_g']} | r.get('energy', {}))
-    parts = [(k[:-8], v, v / r['total_seconds']) for k, v in r.items() if k.endswith('_seconds')]
+    parts = [(k[:-8], v, v / r['total_seconds']) for k, v in r.items()
+             if k.endswith('_seconds') and k != 'budget_seconds']
     yield table('Where the time went', dict(part=None, seconds=1, share=3), *parts)
     yield facts('Machine, versions, data', r['hardware'] | r['versions'] | r['data'] | dict(
         commit=r['commit'] or 'not known', protocol=f'bits per byte, version {r["protocol"]}'))
@@ -1512,7 +1513,8 @@ def main(argv):
         dollars=total / 3600 * s.dollars_per_hour or None,
         hardware=dict(device=device, name=name, ranks=world, dtype=dtype_name),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-        protocol=sample.PROTOCOL, data=dict(folder=str(data.folder), fingerprint=fingerprint),
+        protocol=sample.PROTOCOL, data=dict(folder=str(data.folder), fingerprint=fingerprint,
+                                                val_bytes=data.meta['splits']['val']['bytes']),
         commit=git_commit(), settings=vars(s), config=dataclasses.asdict(config), sample=text,
         finished=datetime.datetime.now().isoformat('T', 'seconds'))
     say_report(report, say)

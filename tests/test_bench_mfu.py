@@ -1,11 +1,14 @@
 """bench_mfu.py: it runs, its rival is what it says, and both are measured on the same step."""
+import html
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -307,3 +310,142 @@ def test_how_a_run_ends_and_that_none_compiles_for_another(tmp_path, monkeypatch
     assert caches[0] != caches[1] and (tmp_path / 'run' / 'log.txt').read_text().count('first') == 3
     with pytest.raises(KeyboardInterrupt):                            # told to stop by someone else: all stops
         ends(75)
+
+
+# ---- leaderboard and pages
+
+def keep(folder, val_bpb, total=100, text=10 ** 6, dataset='files:/data/babylm', metrics=(), **more):
+    """A finished run as train.py leaves it, with this result."""
+    folder.mkdir(parents=True)
+    result = fake('', 1, val_bpb, total, config=dict(n_layer=4), hardware=dict(name='a card'), protocol=1).result | more
+    settings = dict(dataset=dataset, learning_rate=0.02, n_layer=0)
+    (folder / 'result.json').write_text(json.dumps(dict(settings=settings, data=dict(fingerprint='f00', val_bytes=text)) | result))
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in metrics))
+
+
+@pytest.fixture
+def board(tmp_path, capsys):
+    """--leaderboard of a folder with runs on three texts: what it prints, the rows of its Markdown, and its page's data."""
+    def call(*args):
+        bench_mfu.main(['--leaderboard', str(tmp_path / 'out'), *args])
+        out, text = capsys.readouterr().out, (tmp_path / 'out' / 'leaderboard.md').read_text()
+        assert out.startswith(text)
+        table = [[cell.strip() for cell in line.strip('| ').split(' | ')] for line in text.split('\n') if line.startswith('| ')]
+        return out, table, json.loads(re.search(r'id="data">(.*)</script>', (tmp_path / 'out' / 'leaderboard.html').read_text())[1])
+    curve = [dict(step=n, elapsed_s=60 * n, progress=n / 4, train_loss=5 / n, evals=dict(coherence=dict(accuracy=0.5 + n / 9))) for n in (1, 2, 4)]
+    keep(tmp_path / 'out' / 'small', 1.5, 50, metrics=curve, joules=900.0)
+    keep(tmp_path / 'out' / 'large', 1.4, 200, metrics=curve, joules=2000.0, val_share=0.25)
+    keep(tmp_path / 'out' / 'a|b' / 'seed1', 1.6, 100)
+    keep(tmp_path / 'out' / 'other', 0.6, 100, text=10, dataset='stories')
+    keep(tmp_path / 'out' / 'newer', 1.3, 100, protocol=2)
+    (tmp_path / 'out' / 'small' / 'report.html').write_text('')
+    for name, text in dict(cut='{"val_bpb": 1', foreign='[1, 2]', nan='{"val_bpb": NaN, "total_params": 3}', words='{"val_bpb": "low"}').items():
+        (tmp_path / 'out' / name).mkdir()
+        (tmp_path / 'out' / name / 'result.json').write_text(text)
+    return call
+
+
+def test_the_leaderboard_ranks_what_can_be_compared(board, tmp_path):
+    out, table, page = board()
+    old, new = 'BPB babylm (1,000,000 bytes, protocol 1)', 'BPB babylm (1,000,000 bytes, protocol 2)'
+    assert table[0][:6] == ['rank', 'model', 'parameters', old, 'BPB stories', new]
+    assert [row[:2] + row[3:6] for row in table[2:7]] == [
+        ['1', 'large', '1.4000', '-', '-'], ['2', 'small', '1.5000', '-', '-'], ['3', 'a/b/seed1', '1.6000', '-', '-'],
+        ['1', 'other', '-', '0.6000', '-'], ['1', 'newer', '-', '-', '1.3000']]
+    assert table[2][-1] == 'BPB on 25.0%'
+    for name in ('cut', 'foreign', 'nan', 'words'):
+        assert re.search(rf'out/{name}/result.json is left out, .*: \w+Error: ', out)
+    blocks = {block['title']: block for block in page['blocks']}
+    assert blocks['Left out']['text'].count('left out') == 4 and page['title'].endswith('5 runs')
+    rows = {row['run']: row for row in blocks['Runs']['rows']}
+    assert rows['small']['href'] == 'small/report.html' and rows['large']['href'] is None and rows['large']['coherence'] == 0.6
+    assert [row['total_params'] for row in blocks['Published elsewhere']['rows']] == [11e6, 10.6e6, 11e6, 7.3e6]
+    assert not {'compiled baseline'} & {*rows} and '1.31' in out and 'another machine' in out
+    front = blocks['Bits per byte and joules, ' + old[4:]]
+    assert front['path'] == [[900, 1.5, 'small'], [2000, 1.4, 'large']] and front['log_x']
+    curve = blocks['Ability: coherence, ' + old[4:]]['series']
+    assert [one['name'] for one in curve] == ['large', 'small', 'a/b/seed1'] and curve[0]['points'][0] == [1, pytest.approx(0.5 + 1 / 9)]
+    assert blocks['Training loss, ' + old[4:]]['series'][1]['points'] == [[1, 5], [2, 2.5], [4, 1.25]]
+    assert 'Validation, ' + old[4:] not in blocks                                    # no run has two
+
+
+@pytest.mark.parametrize('args, runs', [
+    (['--where', 'total_params < 120 and protocol == 1'], 'small a/b/seed1 other'), (['--where=not learning_rate >= 0.02 or joules > 1000'], 'large'),
+    (["--where='seed' in run"], 'a/b/seed1'), (['--where=40 < total_params / 2 < 60 and n_layer == 4'], 'a/b/seed1 newer other'),
+    (["--where=dataset == 'babylm' and protocol == 1", '--sort=total_params'], 'small a/b/seed1 large'), (['--where=tokens and joules'], 'large small'),
+    (['--sort', '-joules', '--where=protocol == 1'], 'large small a/b/seed1 other')])
+def test_filters_and_orders(board, args, runs):
+    _, table, _ = board(*args)
+    assert sorted(row[1] for row in table[2:2 + len(runs.split())]) == sorted(runs.split()) and table[2 + len(runs.split())][0] == 'model'
+    if '--sort' in str(args):
+        assert [row[1] for row in table[2:2 + len(runs.split())]] == runs.split()
+
+
+@pytest.mark.parametrize('args, said', [
+    (['--where=total_parms < 3'], "no result has 'total_parms'; did you mean total_params"), (['--where=total_params <'], 'must be comparisons'),
+    (['--where=__import__("os").system("touched")'], "no result has '__import__'"), (['--where=run < 3'], 'must be comparisons'),
+    (['--where=(lambda: 1)()'], 'must be comparisons'), (['--where=run.upper'], 'must be comparisons'), (['--where=tokens / 0 > 1'], 'must be'),
+    (['--where=total_params < 0'], 'leaves no run'), (['--sort=val_pbp'], "--sort: no result has 'val_pbp'; did you mean val_bpb"),
+    (['elsewhere'], 'takes one folder'), (['--rank=3'], 'takes one folder')])
+def test_a_leaderboard_that_cannot_be(board, args, said, tmp_path):
+    with pytest.raises(UserError, match=re.escape(said)):
+        board(*args)
+    assert not (tmp_path / 'out' / 'leaderboard.md').exists()
+    with pytest.raises(UserError, match='no finished run'):
+        bench_mfu.main(['--leaderboard', str(tmp_path / 'none')])
+
+
+def test_the_pareto_front_is_what_nothing_beats():
+    dice = np.random.default_rng(0)
+    for n in range(60):
+        points = [(int(x), int(y), i) for i, (x, y) in enumerate(dice.integers(0, 9, (n % 12, 2)))]
+        best = {p[:2] for p in points if not any(q[:2] != p[:2] and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+        front = bench_mfu.pareto(points)
+        assert sorted(best) == [p[:2] for p in front] and all(p in points for p in front)
+
+
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+
+
+def drawn(tmp_path, *frames):
+    """What a browser makes of pages, each in a frame of its width after some JavaScript ran on its document d: their HTML."""
+    parts = [f'<iframe width={width} height=700 srcdoc="{html.escape(Path(page).read_text("utf-8"))}"></iframe>' for page, width, _ in frames]
+    then = ','.join(f'd => {{ {code} }}' for _, _, code in frames)
+    parts.append(f'<pre></pre><script>onload = () => {{ const then = [{then}]; document.querySelector("pre").textContent = JSON.stringify('
+                 '[...document.querySelectorAll("iframe")].map((f, i) => { then[i](f.contentDocument); return f.contentDocument.documentElement.outerHTML; }));'
+                 '}</script>')
+    (tmp_path / 'frames.html').write_text('<!doctype html>' + ''.join(parts), 'utf-8')
+    done = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--dump-dom', '--window-size=1400,900',
+                           f'--user-data-dir={tmp_path / "chromium"}', '--virtual-time-budget=3000', (tmp_path / 'frames.html').as_uri()],
+                          capture_output=True, text=True, timeout=120)
+    return json.loads(html.unescape(re.search(r'<pre>(.+?)</pre>', done.stdout, re.S)[1]))
+
+
+@pytest.mark.skipif(not CHROMIUM, reason='needs Chromium')
+def test_pages_in_a_browser(board, tmp_path):
+    board()
+    points = [[n, 1 / n if n != 5 else None] for n in range(1, 20)]
+    kinds = [dict(kind='facts', title='F', rows=[['a', 1.5], ['<b>', None]]), dict(kind='text', title='T', text='</script><img src=x onerror=1>'),
+             dict(kind='lines', title='L', x='minutes', y='loss', log_x=True, log_y=True, series=[dict(name=n, points=points) for n in 'pq']),
+             dict(kind='heat', title='H', x=['0.1', '0.9'], y=['wide ' * 20, 'k', 'v'], values=[[1, 2], [None, 3], [4, 5]]),
+             dict(kind='dots', title='D', x='size', y='loss', series=[dict(name='one', points=[[1, 2, 'here']])], path=[[1, 2], [3, 4]]),
+             dict(kind='lines', title='none', series=[]), dict(kind='table', title='empty', columns=[dict(key='x' * 99)], rows=[])]
+    train.write_page(tmp_path / 'kinds.html', 'K' * 200, kinds)
+    train.write_page(tmp_path / 'wrong.html', 'wrong', [dict(kind='nonsense')])
+    page, click = tmp_path / 'out' / 'leaderboard.html', 'const b = [...d.querySelectorAll("th button")].find(b => b.textContent === "parameters");'
+    up, down, phone, every, wrong = drawn(tmp_path, (page, 1200, click + 'b.click();'), (page, 1200, click + 'b.click(); b.click();'), (page, 390, ''),
+                                          (tmp_path / 'kinds.html', 390, ''), (tmp_path / 'wrong.html', 390, ''))
+    for order, one in ((['small', 'a/b/seed1', 'other', 'newer', 'large'], up), (['large', 'a/b/seed1', 'other', 'newer', 'small'], down)):
+        body = one[one.index('<tbody>'):one.index('</tbody>')]
+        assert [re.sub('<.*?>', '', row).split('#')[1] for row in body.replace('</td>', '#').split('</tr>')[:-1]] == order
+    assert 'aria-sort="ascending"' in up and 'aria-sort="descending"' in down and 'href="small/report.html"' in up
+    for one in (up, phone, every):
+        assert 'role="alert"' not in one and not re.search(r'(src|href)="?(https?:)?//', one)
+        wide, width = map(int, re.search(r'data-drawn="(\d+) (\d+)"', one).groups())
+        assert wide == width > 350
+    assert up.count('class="drawing"') == up.count('class="chart"') > 3
+    assert every.count('class="drawing"') == 4 and '&lt;/script&gt;&lt;img src=x onerror=1&gt;' in every and '<img' not in every
+    assert every.count('<rect') == 6 + 60 and 'not measured' in every and re.search(r'fill="none" stroke="var\(--s0\)"', every)
+    gap = re.search(r'd="(M[^"]+)" fill="none" stroke="var\(--s0\)"', every)[1]
+    assert gap.count('M') == 2 and gap.count('L') == 16                              # 18 of 19 values, in two pieces
+    assert 'role="alert"' in wrong and 'no kind of block is called nonsense' in wrong
