@@ -911,10 +911,11 @@ def linear_cross_entropy(x, weight, targets, cap=0.0, reduction='mean', z_loss=0
         return both[0] if mean else both[1]
     if mean:
         return LinearCrossEntropy.apply(x, weight, targets, cap, z_loss, soft, rows)
-    w = weight.to(x.dtype)
-    return torch.cat([F.cross_entropy(softcap((xs @ w.t()).float(), cap), ys, ignore_index=-1,
-                                      reduction='none')
-                      for xs, ys in zip(x.split(rows), targets.split(rows))])
+    w, wanted = weight.to(x.dtype), targets >= 0
+    loss = torch.zeros(len(x), device=x.device)
+    loss[wanted] = torch.cat([F.cross_entropy(softcap((xs @ w.t()).float(), cap), ys, reduction='none')
+                              for xs, ys in zip(x[wanted].split(rows), targets[wanted].split(rows))])
+    return loss
 
 
 # ---- which code runs each operation

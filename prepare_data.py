@@ -5,6 +5,7 @@
     python prepare_data.py files:texts --tokenizer gpt2  your own .txt, .md, .jsonl, .parquet; .gz and .xz too
     python prepare_data.py babylm --inspect              a page about what was prepared
     python prepare_data.py babylm --compare_tokenizers 2048,8192   a table; builds nothing
+    python prepare_data.py babylm --evals data/eval      tokenize evaluation sets for it before a run has to
 
 It writes a folder such as data/babylm-bpe8192:
 
@@ -42,12 +43,14 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 import time
 import tokenize
 import unicodedata
 import urllib.request
 import warnings
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields
@@ -298,7 +301,8 @@ def load_tokenizer(folder):
                 return cls(path.read_bytes())
             except (RuntimeError, ValueError, IndexError):
                 raise UserError(f'{path} is damaged: prepare the data again with --overwrite') from None
-    raise UserError(f'{folder} holds no tokenizer: prepare the data again with --overwrite')
+    raise UserError(f'{folder} holds no tokenizer: copy the data\'s to it, or prepare the data again with '
+                    f'--overwrite')
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1710,6 +1714,158 @@ def source_weights(text, data):
 
 
 # ----------------------------------------------------------------------------------------------------
+# Evaluation sets: items of a context and options, of which the first is right, tokenized once
+
+PHENOMENA = {'s-selection': 'argument_structure'}   # in BLiMP's paper; apart in its files: 12 fields, not 13
+FORMS = ('sentence_good and sentence_bad; context, good and bad; input_prefix and options; sentence1, '
+         'sentence2 and label; sentence with a line an option, and label; prompt and answer')
+
+
+def eval_item(row, kind):
+    """dict(kind, field, context, options) of a row, the right option first; ValueError, KeyError, TypeError,
+    AttributeError or IndexError if it is none. Knows the fields of BLiMP (Warstadt 2020, 1912.00582), the
+    stories' pairs, entity tracking (Kim 2023, 2305.02363), COPA, ARC and LAMBADA (Paperno 2016, 1606.06031).
+    """
+    context, right = row.get('context', ''), row.get('label', 0)
+    match row:
+        case {'sentence_good': good, 'sentence_bad': bad} | {'good': good, 'bad': bad}:
+            options, right = [good, bad], 0
+        case {'sentence1': one, 'sentence2': two, 'label': _}:
+            options = [one, two]
+        case {'sentence': text, 'label': label}:
+            context, *lines = re.split(r'\n(?=[A-Z0-9]: )', text)
+            right = [line[0] for line in lines].index(label)
+            options = [line[2:] for line in lines]               # the space stays: ' a metal'
+        case {'prompt': text, 'answer': answer}:
+            context, options = text.split('{answer}')[0].rstrip(), [f' {answer}']
+        case _:
+            context, options = row.get('input_prefix', context), row['options'] + []     # a list, not text
+    options.insert(0, options.pop(right))
+    ''.join([context, *options]).encode()                        # half a surrogate pair is no character
+    if right < 0 or not all(map(str.strip, options)) or len(options) == 1 and 'answer' not in row:
+        raise ValueError
+    steps = f'_{row["numops"]}_ops' if 'numops' in row else ''   # entity tracking: how often something moved
+    kind, field = row.get('kind') or row.get('UID') or kind + steps, str(row.get('linguistics_term', ''))
+    return dict(kind=str(kind), field=PHENOMENA.get(field, field), context=context, options=options)
+
+
+def eval_files(folder, own=None):
+    """{name: path} of a folder's evaluation sets, and 'coherence', the pairs of a data set's own folder."""
+    found = {'coherence': Path(own) / 'pairs.jsonl'} if own and (Path(own) / 'pairs.jsonl').exists() else {}
+    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
+        if re.search(r'\.(jsonl|tar)(\.\w+)?$', path.name) or path.is_dir() and any(path.glob('*.jsonl')):
+            found[path.name.split('.')[0]] = path
+    return found
+
+
+def read_items(path):
+    """Items of a .jsonl file, a folder or a tar of them (.gz, .xz), and the places of lines that are none."""
+    path, files, items, bad = Path(path), [], [], []
+    try:
+        if '.tar' in path.suffixes:
+            with tarfile.open(path) as tar:
+                files = [(m.name, tar.extractfile(m).read()) for m in tar if m.name.endswith('.jsonl')]
+        elif path.is_dir():
+            files = [(p.name, p.read_bytes()) for p in sorted(path.glob('*.jsonl'))]
+        else:
+            with open(path, 'rb') as raw:
+                files = [(path.name, open_source(raw, path.name).read())]
+    except (OSError, tarfile.TarError, lzma.LZMAError, EOFError) as e:
+        raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}): give .jsonl, a folder or a tar of '
+                        f'them') from e
+    for name, text in files:
+        for number, line in enumerate(text.split(b'\n'), 1):
+            try:
+                if line.strip():
+                    items.append(eval_item(json.loads(line), Path(name).name.split('.')[0]))
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+                bad.append(f'{name} line {number:,}')
+    if not items:
+        raise UserError(f'{path} holds no items of an evaluation: give .jsonl lines with {FORMS}')
+    if len({len(item['options']) == 1 for item in items}) == 2:
+        raise UserError(f'{path} mixes last words and choices: give them in files of their own')
+    return items, bad
+
+
+def tokenize_items(items, tokenizer):
+    """Arrays: ids of all options, each BOS, context and option; start (options + 1,) of each in ids; item
+    (options,) it belongs to; seam and kind (items,): the first token that is scored, where options part (or
+    end the context, if there is but one), and the index into kinds, fields. Any first part of the items holds
+    every kind in proportion, neighbours in the file, such as mirrored pairs, together."""
+    kinds = {item['kind']: item.get('field', '') for item in items}
+    number = {kind: i for i, kind in enumerate(kinds)}
+    kind = np.array([number[item['kind']] for item in items])
+    place, dice = np.zeros(len(items)), np.random.default_rng(0)
+    for i in range(len(kinds)):
+        mine = np.flatnonzero(kind == i)
+        couples = dice.permutation(len(mine) // 2 + 1)[np.arange(len(mine)) // 2]
+        place[mine[np.argsort(couples, kind='stable')]] = np.arange(len(mine)) // 2 * 2 / len(mine)
+    order = np.argsort(place, kind='stable')
+    items = [items[i] for i in order]
+    rows = tokenizer.encode_batch([item['context'] + o for item in items for o in item['options']])
+    contexts = tokenizer.encode_batch([i['context'] for i in items]) if len(rows) == len(items) else ()
+    owner, seam = np.repeat(np.arange(len(items)), [len(item['options']) for item in items]), []
+    for i, first in enumerate(np.searchsorted(owner, np.arange(len(items)))):
+        texts = [contexts[i], rows[i]] if len(contexts) else rows[first:first + len(items[i]['options'])]
+        least = min(map(len, texts))
+        apart = np.flatnonzero((np.array([text[:least] for text in texts]) != texts[0][:least]).any(axis=0))
+        seam.append(1 + (apart[0] if len(apart) else least))
+    rows = [np.array([tokenizer.bos, *row], np.uint32) for row in rows]
+    return dict(ids=np.concatenate(rows), start=np.cumsum([0, *map(len, rows)]), item=owner,
+                seam=np.array(seam), kind=kind[order], kinds=np.array([*kinds]),
+                fields=np.array([*kinds.values()]))
+
+
+def eval_set(path, tokenizer, cache=None):
+    """tokenize_items of an evaluation file, and left_out, the places of lines that are no item. With a folder
+    to cache them in, they are read from there the next time, unless the file or the tokenizer changed."""
+    path, digest = Path(path), hashlib.sha256(f'items 1 {path.name}'.encode() + tokenizer.blob)
+    if not path.exists():
+        raise UserError(f'{path} does not exist: name an evaluation file, a folder or a tar of them')
+    for file in [path] if path.is_file() else sorted(path.glob('*.jsonl')):
+        digest.update(file.name.encode() + file.read_bytes())
+    kept = Path(cache) / f'{path.name.split(".")[0]}.npz' if cache else None
+    try:
+        with np.load(kept) as arrays:                            # no pickles: allow_pickle is off by default
+            if str(arrays['digest']) == digest.hexdigest():
+                return dict(arrays)
+    except (OSError, TypeError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass                                                     # none yet, or a damaged one: made again
+    items, bad = read_items(path)
+    made = tokenize_items(items, tokenizer)
+    made |= dict(left_out=np.array(bad), digest=np.array(digest.hexdigest()))
+    if kept:
+        try:
+            kept.parent.mkdir(exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=kept.parent, suffix='.part', delete=False) as f:
+                np.savez(f, **made)
+            os.replace(f.name, kept)
+        except OSError:
+            pass                                                 # a read-only folder costs seconds, no more
+    return made
+
+
+def prepare_evals(evals, dataset, **options):
+    """Tokenizes a folder's evaluation sets for a prepared data set, and says what they hold."""
+    o = settle(dataset, **options)
+    own = data_folder(dataset, o.tokenizer, o.vocab_size, o.data_dir)
+    if not own.exists():
+        raise UserError(f'{own} is not prepared yet: say the same without --evals first')
+    if not (found := eval_files(evals, own)):
+        raise UserError(f'{evals} holds no evaluation sets: put .jsonl files, folders or tars of them there')
+    for name, path in found.items():
+        items = eval_set(path, load_tokenizer(own), own / 'eval')
+        print(f'{name}: {len(items["seam"]):,} items, {len(items["kinds"])} kinds, '
+              f'{len(items["ids"]):,} tokens{left_out(items)}')
+
+
+def left_out(items):
+    """What to say of the lines of an evaluation set that are no item: nothing if all are."""
+    bad = items['left_out'].tolist()
+    return f'; left out, no item: {len(bad):,} lines, the first is {bad[0]}' if bad else ''
+
+
+# ----------------------------------------------------------------------------------------------------
 # Look: what other tokenizers would do, and what a prepared data set holds
 
 def compare_tokenizers(dataset, sizes, width, **options):
@@ -2167,15 +2323,19 @@ def main(args=None):
         parser.add_argument(f'--{f.name}', help=f.metadata['help'] + default, **kind)
     parser.add_argument('--inspect', action='store_true', help='a page about the data set as it was prepared')
     parser.add_argument('--compare_tokenizers', metavar='SIZES', help='a table, as for 2048,8192')
+    parser.add_argument('--evals', metavar='FOLDER', help='tokenize its evaluation sets for the data set')
     parser.add_argument('--width', type=int, default=320, help='of the model in that table (320)')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # an exception, so the temporary folder goes
     try:
         given = vars(parser.parse_args(args))
-        look, sizes, width = (given.pop(key) for key in ('inspect', 'compare_tokenizers', 'width'))
+        look, sizes, width, evals = (given.pop(key)
+                                     for key in ('inspect', 'compare_tokenizers', 'width', 'evals'))
         if look:
             inspect(**given)
         elif sizes:
             compare_tokenizers(sizes=sizes, width=width, **given)
+        elif evals:
+            prepare_evals(evals, **given)
         else:
             build(**given)
     except UserError as e:

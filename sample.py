@@ -4,20 +4,20 @@
     python sample.py out/quickstart "Mia left the kite" --samples 3    three continuations at once
     python sample.py out/quickstart --file prompts.txt                 one continuation a line
     python sample.py out/quickstart --interactive                      a prompt at a time, until an empty line
-    python sample.py out/babylm --pairs blimp.tar.xz                   minimal pairs: accuracy, frequency bias
+    python sample.py out/babylm --eval=all                             bits per byte, and all of data/eval
+    python sample.py out/babylm --eval=blimp,my_pairs.jsonl            two evaluation sets
     python sample.py out/quickstart "Mia" --stats                      and what the cache of the past takes
 
-What train.py measures at the end of a run stands here too: bits_per_byte and pair_accuracy.
+What train.py measures on the way and at the end stands here too: bits_per_byte and judge.
 """
 import argparse
 import codecs
+import contextlib
 import hashlib
 import json
-import lzma
 import math
 import pickle
 import sys
-import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import prepare_data
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig, IN_USE, KVCache
 from prepare_data import UserError
 
 PROTOCOL = 1     # version of bits_per_byte's definition; stored beside every number it makes
@@ -95,14 +95,14 @@ def windows(tokens, block_size):
         yield piece[:-1], piece[1:]
 
 
-def batches(rows, max_tokens, block_size):
+def batches(rows, max_tokens, block_size, step=16):
     """Rows (key, input, target) of similar length, longest first, padded into arrays of at most max_tokens.
 
     Yields keys, idx, targets.
     """
     rows = sorted(rows, key=lambda row: -len(row[1]))
     while rows:
-        width = min(-(-len(rows[0][1]) // 16) * 16, block_size)     # few widths: a CPU keeps its plans
+        width = min(-(-len(rows[0][1]) // step) * step, block_size)     # few widths: a CPU keeps its plans
         count = max(1, max_tokens // width)
         batch, rows = rows[:count], rows[count:]
         idx, targets = np.zeros((len(batch), width), np.int64), np.full((len(batch), width), -1, np.int64)
@@ -143,8 +143,9 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
     tokens, docs: a split of prepare_data.open_data. model(idx, targets, reduction='none') gives nats a token.
     stop(), if given, is asked at every sixteenth of the way, and must answer alike on every rank; reduce adds
     an array over ranks. Each document is read from its BOS in windows of block_size; neither BOS nor the end
-    of the document is counted. Returns bpb, its standard error over documents (0 for the whole split), loss,
-    share of bytes, tokens, and bpb per source index.
+    of the document is counted. Returns bpb, two standard errors: `error`, how far it may be from that of the
+    whole split (0 for the whole), and `text_error`, the split's documents being a sample of such text; loss,
+    share of bytes, tokens, and per source index bpb and text_error (where there are documents for one).
     """
     group = -(-slices // 16) if stop else slices
     part, n_sources = deal(docs), int(docs['source'].max()) + 1
@@ -169,101 +170,110 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
     # variance of a ratio estimate, stratified by source, with the correction for a finite population
     spread = (bb - 2 * per_source * nb + per_source ** 2 * nn) / np.maximum(count - 1, 1) * count
     fraction = np.divide(n, weight, out=np.ones_like(n), where=weight > 0)
-    error = np.sqrt(np.maximum(spread, 0) * np.maximum(1 - fraction, 0)) / np.maximum(n, 1)
+    text_error = np.sqrt(np.maximum(spread, 0)) / np.maximum(n, 1)
+    error = text_error * np.sqrt(np.maximum(1 - fraction, 0))
     weight = weight * seen / (weight * seen).sum()
-    return dict(bpb=float((weight * per_source).sum()), error=float(np.sqrt(((weight * error) ** 2).sum())),
+    error, of_all = (float(np.sqrt(((weight * e) ** 2).sum())) for e in (error, text_error))
+    return dict(bpb=float((weight * per_source).sum()), error=error, text_error=of_all,
                 loss=float(bits.sum() * math.log(2) / n_tokens.sum()),
                 share=float(n.sum() / docs['bytes'].sum()), tokens=int(n_tokens.sum()),
-                per_source={int(i): float(per_source[i]) for i in np.flatnonzero(seen)})
+                per_source={int(i): float(per_source[i]) for i in np.flatnonzero(seen)},
+                per_source_error={int(i): float(text_error[i]) for i in np.flatnonzero(count > 1)})
+
+
+# ---- evaluations -------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def exactly(model):
+    """Computes in float32, by PyTorch alone: in bfloat16 sentences of nearly equal probability would tie."""
+    dtype, precision, kernels = model.compute_dtype, torch.get_float32_matmul_precision(), set(IN_USE)
+    model.compute_dtype = torch.float32
+    torch.set_float32_matmul_precision('highest')
+    IN_USE.clear()
+    try:
+        yield
+    finally:
+        model.compute_dtype = dtype
+        torch.set_float32_matmul_precision(precision)
+        IN_USE.update(kernels)
+
+
+def as_likely(model, idx, targets):
+    """(B, T): how many other tokens are at least as likely as the target; 0 where target < 0."""
+    count, z = torch.zeros_like(targets), model.logits(model.trunk(idx)[targets >= 0])
+    count[targets >= 0] = (z >= z.gather(1, targets[targets >= 0][:, None])).sum(dim=1) - 1
+    return count
 
 
 @torch.no_grad()
-def pair_scores(model, tokenizer, pairs, max_tokens=8192):
-    """(pairs, 2) nats of the good and of the bad ending, given the context: sums, not means.
+def option_costs(model, items, n=None, bos=True, max_tokens=8192):
+    """(options,) of the first n items of prepare_data.eval_set: nats of an option's tokens, their sum.
 
-    pairs: dicts of context, good, bad. Every text begins with BOS.
+    What all options of an item share cancels and is left out; of a last word it is the number of tokens that
+    are at least as likely as its own. Every text begins with BOS, as in training; bos=False takes it away and
+    leaves the first token unscored, as the BabyLM challenge scores causal models.
     """
     device, block_size, rows = next(model.parameters()).device, model.config.block_size, []
-    for number, pair in enumerate(pairs):
-        context = [tokenizer.bos] + tokenizer.encode(pair['context'])
-        both = [np.array([tokenizer.bos] + tokenizer.encode(pair['context'] + pair[side]))
-                for side in ('good', 'bad')]
-        # tokens may merge over the context's end: both are scored from the first that is not the context's
-        seam = min(next((i for i, (a, b) in enumerate(zip(context, ids)) if a != b),
-                        min(len(context), len(ids)))
-                   for ids in both)
-        for side, ids in enumerate(both):
-            x, y = ids[:-1], ids[1:].copy()
-            y[:seam - 1] = -1
-            rows.append(((number, side), x[-block_size:], y[-block_size:]))
-    score = np.zeros((len(pairs), 2))
-    for keys, idx, targets in batches(rows, max_tokens, block_size):
-        nats = model(torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device), reduction='none')
-        score[tuple(zip(*keys))] = nats.double().sum(dim=1).tolist()
-    return score
+    owner, alone = items['item'], len(items['item']) == len(items['seam'])
+    n_options = len(owner) if n is None else int(np.searchsorted(owner, n))
+    for i, seam in enumerate(items['seam'][owner[:n_options]]):
+        ids = items['ids'][items['start'][i]:items['start'][i + 1]].astype(np.int64)
+        x, y = ids[:-1], ids[1:].copy()
+        y[:seam - 1] = -1
+        keep = slice(max(0 if bos else 1, len(x) - block_size), None)
+        if len(x[keep]):
+            rows.append((i, x[keep], y[keep]))
+    cost = np.zeros(n_options)
+    with exactly(model):
+        for keys, idx, targets in batches(rows, max_tokens, block_size, step=1):
+            idx, targets = torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device)
+            one = as_likely(model, idx, targets) if alone else model(idx, targets, reduction='none')
+            cost[keys] = one.double().sum(dim=1).cpu().numpy()
+    return cost
 
 
-def pair_accuracy(model, tokenizer, pairs, score=None):
-    """Share of pairs whose good ending is likelier than the bad one after the same context; a tie is wrong.
+def accuracy(cost, items):
+    """Share of items whose first option is likelier than every other; a tie is wrong. The mean over kinds.
 
-    pairs: dicts of kind, context, good, bad; score: what pair_scores says of them.
-    Returns accuracy, its standard error, the number of pairs, and accuracy per kind.
+    cost: of option_costs. Returns accuracy, its standard error (each kind's as if two more items had been one
+    right, one wrong: never 0), chance (0 for a last word), items, ties, accuracy per kind and per field.
     """
-    score = pair_scores(model, tokenizer, pairs) if score is None else score
-    right, kinds = score[:, 0] < score[:, 1], {}
-    for pair, ok in zip(pairs, right):
-        kinds.setdefault(pair['kind'], []).append(ok)
-    accuracy = float(right.mean())
-    return dict(accuracy=accuracy, error=math.sqrt(accuracy * (1 - accuracy) / len(pairs)), pairs=len(pairs),
-                per_kind={kind: float(np.mean(ok)) for kind, ok in kinds.items()})
+    first = np.searchsorted(items['item'][:len(cost)], np.arange(items['item'][len(cost) - 1] + 1))
+    n_options, others = np.diff(first, append=len(cost)), cost.copy()
+    others[first] = np.inf
+    rival = np.where(n_options > 1, np.minimum.reduceat(others, first), 1)     # a last word: none as likely
+    right, ties = cost[first] < rival, (cost[first] == rival) & (n_options > 1)
+    kind, names = items['kind'][:len(first)], items['kinds'].tolist()
+    n = np.bincount(kind, minlength=len(names))
+    seen, hits = n > 0, np.bincount(kind, right, len(names))
+    share, smooth = hits / np.maximum(n, 1), (hits + 1) / (n + 2)
+    error = np.sqrt((smooth * (1 - smooth) / np.maximum(n, 1))[seen].sum()) / seen.sum()
+    fields = {f: float(share[seen & (items['fields'] == f)].mean())
+              for f in sorted({*items['fields'][seen].tolist()} - {''})}
+    return dict(accuracy=float(share[seen].mean()), error=float(error),
+                chance=float(np.where(n_options > 1, 1 / n_options, 0).mean()), items=len(first),
+                ties=int(ties.sum()), per_kind={names[i]: float(share[i]) for i in np.flatnonzero(seen)},
+                per_field=fields)
 
 
-def read_pairs(path):
-    """Minimal pairs of a .jsonl file, a folder or a tar of them (.gz, .xz): sentence_good and sentence_bad,
-    as BLiMP has them (Warstadt 2020, 1912.00582), or context, good and bad, as the stories' pairs.jsonl.
-    Returns them, and the places of lines that are none."""
-    path, files, pairs, bad = Path(path), [], [], []
-    try:
-        if '.tar' in path.suffixes:
-            with tarfile.open(path) as tar:
-                files = [(m.name, tar.extractfile(m).read()) for m in tar if m.name.endswith('.jsonl')]
-        elif path.is_dir():
-            files = [(p.name, p.read_bytes()) for p in sorted(path.glob('*.jsonl'))]
-        else:
-            with open(path, 'rb') as raw:
-                files = [(path.name, prepare_data.open_source(raw, path.name).read())]
-    except (OSError, tarfile.TarError, lzma.LZMAError, EOFError) as e:
-        raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}): give .jsonl, a folder or a tar of '
-                        f'them') from e
-    for name, text in files:
-        for number, line in enumerate(text.split(b'\n'), 1):
-            try:
-                row = json.loads(line or '{}')
-                good, wrong = (row[side] if side in row else row[f'sentence_{side}']
-                               for side in ('good', 'bad'))
-                pairs.append(dict(kind=row.get('kind') or Path(name).name.split('.')[0], good=good, bad=wrong,
-                                  context=row.get('context', '')))
-            except (ValueError, KeyError, TypeError):
-                bad += [f'{name} line {number:,}'] * bool(line.strip())
-    if not pairs:
-        raise UserError(f'{path} holds no minimal pairs: give .jsonl lines with sentence_good and '
-                        f'sentence_bad')
-    return pairs, bad
+def judge(model, items, n=None, bos=True, max_tokens=8192):
+    """accuracy of a model on the first n items of an evaluation set, or on all: see option_costs."""
+    return accuracy(option_costs(model, items, n, bos, max_tokens), items)
 
 
-def frequency_bias(score, tokenizer, pairs, counts):
+def frequency_bias(cost, items, counts):
     """Accuracy where the good sentence has the more frequent tokens, less accuracy where the bad one has.
 
     Of the pairs that differ in a replacement: thirds by mean log-count of the tokens that only the good one
-    has less that of the tokens that only the bad one has (Diehl Martinez 2024, 2410.11462). score: of
-    pair_scores; counts (V,): of the training text. Returns the bias and how many pairs differ so.
+    has less that of the tokens that only the bad one has (Diehl Martinez 2024, 2410.11462). cost: of
+    option_costs; counts (V,): of the training text. Returns the bias and how many pairs differ so.
     """
-    log, rows = np.log(counts + 1.0), []
-    for pair, (good, bad) in zip(pairs, score):
-        mine, other = (Counter(tokenizer.encode(pair['context'] + pair[side])) for side in ('good', 'bad'))
+    log, rows, start = np.log(counts + 1.0), [], items['start']
+    for i in range(0, len(cost), 2):
+        mine, other = (Counter(items['ids'][start[j]:start[j + 1]].tolist()) for j in (i, i + 1))
         mine, other = list((mine - other).elements()), list((other - mine).elements())
         if mine and other:
-            rows.append((log[mine].mean() - log[other].mean(), good < bad))
+            rows.append((log[mine].mean() - log[other].mean(), cost[i] < cost[i + 1]))
     delta, right = np.array(rows, float).reshape(-1, 2).T
     if not len(delta):
         return 0.0, 0
@@ -299,6 +309,50 @@ def anisotropy(model, tokens, docs, n_pairs=1000, length=64):
             for x in states]
 
 
+def measure_bpb(model, tokenizer, data):
+    """bits_per_byte of the whole validation split, its sources named."""
+    result = bits_per_byte(model, data.tokens['val'], data.docs['val'])
+    return result | {key: {data.meta['sources'][i]: v for i, v in result[key].items()}
+                     for key in ('per_source', 'per_source_error')}
+
+
+def measure_anisotropy(model, tokenizer, data):
+    return dict(per_layer=anisotropy(model, data.tokens['val'], data.docs['val']))
+
+
+# what is no set of items: name -> (model, tokenizer, the run's data set) -> dict
+EVALS = {'bpb': measure_bpb, 'anisotropy': measure_anisotropy}
+
+
+def evaluation_sets(names, folder, tokenizer, own, say=print):
+    """What 'all' or names and files, separated by commas, stand for: names in EVALS, and {name: eval_set}.
+
+    folder: of evaluation files; own: of the run's data set, whose pairs are 'coherence', and where what is
+    tokenized is kept; or None.
+    """
+    files, sets = prepare_data.eval_files(folder, own), {}
+    if names == 'all' and not Path(folder).is_dir():
+        say(f'there is no folder {folder}: no evaluation sets from there')
+    wanted = [*files, *EVALS] if names == 'all' else names.split(',')
+    for name in wanted:
+        path = files.get(name, Path(name))
+        if name in EVALS:
+            continue
+        if not path.exists():
+            raise UserError(f'{name} is no evaluation and no file: put it into {folder}, or name some of '
+                            f'{", ".join([*EVALS, *files])}')
+        try:
+            items = sets[path.name.split('.')[0] if name not in files else name] = prepare_data.eval_set(
+                path, tokenizer, own and Path(own) / 'eval')
+            if len(items['left_out']):
+                say(f'{name}{prepare_data.left_out(items)}')
+        except UserError as e:
+            if names != 'all':
+                raise
+            say(f'left out: {e}')
+    return [name for name in wanted if name in EVALS], sets
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 def complete(model, tokenizer, prompt, args, generator):
@@ -325,24 +379,50 @@ def complete(model, tokenizer, prompt, args, generator):
         print(f'--- {number}\n{prompt}{tokenizer.decode(ids)}')
 
 
-def judge(model, tokenizer, args):
-    """Print accuracy on minimal pairs and, where the run's data is at hand, frequency bias and anisotropy."""
-    pairs, bad = read_pairs(args.pairs)
-    if bad:
-        print(f'left out, no pair: {len(bad):,} lines, the first is {bad[0]}')
-    score = pair_scores(model, tokenizer, pairs)
-    result = pair_accuracy(model, tokenizer, pairs, score)
-    for kind, accuracy in sorted(result['per_kind'].items(), key=lambda item: item[1]):
-        print(f'{accuracy:7.4f}  {kind}')
-    print(f'accuracy: {result["accuracy"]:.4f} +- {result["error"]:.4f} on {len(pairs):,} pairs, chance 0.5')
-    folder = Path(read_checkpoint(args.run)['data'])
-    if (folder / 'meta.json').exists():
-        data = prepare_data.open_data(folder)
+def say_eval(name, result):
+    """A row of --eval's table and, indented, accuracy on each part; or a line for each thing it says."""
+    if 'accuracy' not in result:
+        for key, value in result.items():
+            parts = value.items() if isinstance(value, dict) else [('', v) for v in np.ravel(value)]
+            print(f'{name} {key}: ' + ', '.join(f'{part} {v:.6g}'.strip() for part, v in parts))
+        return
+    mean, error = result['accuracy'], result['error']
+    print(f'{name:24} {mean:8.4f}   {max(0, mean - 1.96 * error):.4f} to {min(1, mean + 1.96 * error):.4f} '
+          f'{result["chance"]:8.4f} {result["items"]:8,} {result.get("ties", 0):6,}', flush=True)
+    parts = result.get('per_field') or result.get('per_kind', {})
+    for part, share in sorted(parts.items(), key=lambda item: item[1]) if 1 < len(parts) < 21 else ():
+        print(f'  {part:22} {share:8.4f}')
+    if 'frequency_bias' in result:
+        print(f'  frequency_bias {result["frequency_bias"]:.4f}, on the {result["replaced"]:,} pairs that '
+              f'differ in a replacement')
+
+
+def evaluate(model, tokenizer, args):
+    """Print what --eval names as it is measured; --json keeps all of it, each paradigm too."""
+    folder, results, counts = Path(read_checkpoint(args.run)['data']), {}, None
+    data = prepare_data.open_data(folder) if (folder / 'meta.json').exists() else None
+    others, sets = evaluation_sets(args.eval, args.eval_data, tokenizer, data and folder)
+    if data:
         counts = np.bincount(data.tokens['train'][:2 ** 26], minlength=tokenizer.vocab_size)
-        bias, n = frequency_bias(score, tokenizer, pairs, counts)
-        print(f'frequency_bias: {bias:.4f} on the {n:,} pairs that differ in a replacement')
-        layers = ' '.join(f'{a:.3f}' for a in anisotropy(model, data.tokens['val'], data.docs['val']))
-        print(f'anisotropy: {layers} after each layer')
+    if sets:
+        print(f'{"task":24} accuracy    95 % interval     chance    items   ties')
+    for name, items in sets.items():
+        cost = option_costs(model, items, args.eval_items or None, not args.no_bos)
+        results[name] = accuracy(cost, items)
+        if data and len(items['item']) == 2 * len(items['seam']):
+            results[name] |= dict(zip(('frequency_bias', 'replaced'), frequency_bias(cost, items, counts)))
+        say_eval(name, results[name])
+    for name in others:
+        if data is None:
+            print(f'{name}: not measured, the data of the run is not in {folder}')
+            continue
+        results[name] = EVALS[name](model, tokenizer, data)
+        say_eval(name, results[name])
+    if args.json:
+        try:
+            Path(args.json).write_text(json.dumps(results, indent=1), encoding='utf-8')
+        except OSError as e:
+            raise UserError(f'{args.json} cannot be written ({e.strerror}): name another file') from e
 
 
 def main(argv):
@@ -362,17 +442,22 @@ def main(argv):
     parser.add_argument('--stats', action='store_true', help='say at the end how much the KV cache holds')
     parser.add_argument('--seed', type=int, default=1)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--pairs', help='a .jsonl of minimal pairs, a folder or a tar of them')
+    parser.add_argument('--eval', help="what to measure, with commas between: 'all', names of "
+                        f'{", ".join(EVALS)} and of files in --eval_data, or files')
+    parser.add_argument('--eval_data', default='data/eval', help='the folder of evaluation sets (data/eval)')
+    parser.add_argument('--eval_items', type=int, default=0, help='only so many items of each set; 0 is all')
+    parser.add_argument('--no_bos', action='store_true', help='score texts without the BOS of training')
+    parser.add_argument('--json', help='a file that keeps what --eval measured')
     args = parser.parse_intermixed_args(argv)      # the prompt may follow options
     for name, low, high in (('samples', 1, 4096), ('max_new_tokens', 1, 10 ** 9), ('temperature', 0, 100),
-                            ('top_k', 0, 10 ** 9)):
+                            ('top_k', 0, 10 ** 9), ('eval_items', 0, 10 ** 9)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f'--{name} is {getattr(args, name)}, it must lie between {low} and {high}')
     if not 0 < args.top_p <= 1:
         raise UserError(f'--top_p is {args.top_p}, it must be above 0 and at most 1')
     model, tokenizer = load(args.run, args.device)
-    if args.pairs:
-        return judge(model, tokenizer, args)
+    if args.eval:
+        return evaluate(model, tokenizer, args)
     generator = torch.Generator(device=args.device).manual_seed(args.seed)
     if args.file:
         try:

@@ -129,6 +129,8 @@ class Settings:
     masked: float = 0.0               # share of the rows that fill in masked tokens, seeing both ways
     ema: float = 0.0                  # > 0: evaluate weights averaged over about this share of progress
     eval_interval: float = 0.25       # in progress: validation on a part of the closing share; 0 is off
+    evals: str = ''                   # sets of eval_data: 'all', or names or files; '': the data's own pairs
+    eval_data: str = 'data/eval'      # the folder of evaluation sets, BLiMP for one, that sample.py reads too
     log_interval: int = 10            # steps
     save_minutes: float = 5.0         # between checkpoints; 0 saves after every step
     sample_prompt: str = ''           # what the closing sample continues
@@ -1084,8 +1086,8 @@ UNPRINTED = ('evals', 'settings', 'config', 'hardware', 'versions', 'data', 'sam
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 # settings that a run which goes on may change; all others decide what a step computes
 FREE = set('dataset tokenizer vocab_size prepare data_dir out_dir overwrite init_from budget_minutes '
-           'budget_counts device compile kernels micro_batch_size eval_interval log_interval save_minutes '
-           'sample_prompt sample_tokens dollars_per_hour dry_run'.split()) | MODEL_KEYS.keys()
+           'budget_counts device compile kernels micro_batch_size eval_interval evals eval_data log_interval '
+           'save_minutes sample_prompt sample_tokens dollars_per_hour dry_run'.split()) | MODEL_KEYS.keys()
 
 
 class Stopped(Exception):
@@ -1178,8 +1180,7 @@ def main(argv):
     refuse(train_tokens < s.tokens_per_step // 16 or train_tokens <= s.block_size,
            f'the training split of {data.folder} holds {train_tokens:,} tokens, less than one block of '
            f'{s.block_size} or a sixteenth of a step of {s.tokens_per_step:,}: bring more text or lower them')
-    pairs_file = data.folder / 'pairs.jsonl'
-    pairs = [json.loads(line) for line in pairs_file.read_text().splitlines()] if pairs_file.exists() else []
+    sets = open_evals(s, data, say)
 
     # ---- model
     given = {name for _, name, _ in assignments(argv)}
@@ -1307,12 +1308,23 @@ def main(argv):
                                       65536 if device == 'cuda' else 8192, stop, rank, world, all_reduce)
         model.train()
         result['seconds_per_slice'] = (time.monotonic() - began) / (result['share'] * sample.SLICES)
-        result['per_source'] = {data.meta['sources'][i]: v for i, v in result['per_source'].items()}
+        for key in ('per_source', 'per_source_error'):
+            result[key] = {data.meta['sources'][i]: v for i, v in result[key].items()}
         times['eval'] += time.monotonic() - began
         if keep:
             record(step=step, progress=clock.progress, val_bpb=result['bpb'], val_loss=result['loss'],
                    share=result['share'], elapsed_s=clock.elapsed())
         return result
+
+    def judge(counts):
+        """What the model does on so many items of every evaluation set: on rank 0, the others wait for it."""
+        began = time.monotonic()
+        model.eval()
+        results = {name: sample.judge(model, sets[name], n, max_tokens=65536 if device == 'cuda' else 8192)
+                   for name, n in counts.items() if master}
+        model.train()
+        times['eval'] += time.monotonic() - began
+        return results
 
     # ---- warm up: compile, and learn what a step and the closing evaluation will cost
     def warm_up():
@@ -1342,12 +1354,13 @@ def main(argv):
         min(evaluate(probe, keep=False)['seconds_per_slice'] for _ in range(2)))
     if slice_seconds * slices > tenth:
         slices = 2 ** max(0, int(math.log2(tenth / slice_seconds)))
-    pair_seconds, n_pairs = 0.0, len(pairs)
-    if pairs:
-        forty = seconds_of(lambda: sample.pair_accuracy(model, data.tokenizer, pairs[:40]), 2)
-        pair_seconds = growth_to_come() * agreed(forty) / 40
-        # twenty hold each kind, mirrored, once
-        n_pairs = min(n_pairs, 20 * max(1, int(tenth / 2 / pair_seconds / 20)))
+    counts, curve, judge_seconds = {}, {}, 0.0
+    if sets:
+        few = affordable(sets, 1000, len(sets) * (65536 if device == 'cuda' else 2048))
+        token_cost = growth_to_come() * agreed(seconds_of(lambda: judge(few), 2)) / tokens_of(sets, few)
+        counts = affordable(sets, math.inf, tenth / 2 / token_cost)
+        curve = affordable(sets, 1000, tenth * s.eval_interval / 4 / token_cost)
+        judge_seconds = token_cost * tokens_of(sets, counts)
     start = torch.full((1, 1), config.bos, device=device)
     token_seconds = growth_to_come() * seconds_of(lambda: list(model.generate(start, 12)), 2) / 12
     save_seconds = 0.5 + 12 * largest.params()['total'] / 2 ** 30
@@ -1355,7 +1368,7 @@ def main(argv):
     def closing_seconds():
         # a tenth at most: what proves too slow is cut short there, and the report says so
         evaluation = min(slice_seconds * slices, tenth)
-        return evaluation + pair_seconds * n_pairs + token_seconds * s.sample_tokens + save_seconds + LEAVING
+        return evaluation + judge_seconds + token_seconds * s.sample_tokens + save_seconds + LEAVING
 
     # ---- loop
     if s.dry_run:
@@ -1468,6 +1481,12 @@ def main(argv):
             slice_seconds = growth_to_come() * agreed(result['seconds_per_slice'])
             say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, '
                 f'standard error {result["error"]:.4f}')
+            if abilities := judge(curve):
+                record(step=step, progress=progress, elapsed_s=clock.elapsed(), evals={
+                    name: {key: e[key] for key in ('accuracy', 'error', 'chance', 'items')}
+                    for name, e in abilities.items()})
+                say('         ' + ', '.join(f'{name} {e["accuracy"]:.4f} +- {e["error"]:.4f}'
+                                            for name, e in abilities.items()))
             next_eval = s.eval_interval * (progress // s.eval_interval + 1)
 
     # ---- report
@@ -1478,7 +1497,7 @@ def main(argv):
     if stopping:
         raise unsaved or Stopped(f'stopped by a signal after step {step}; {saved}')
     deadline = clock.budget + min(0.01 * clock.budget, 5.0)
-    deadline -= token_seconds * s.sample_tokens + pair_seconds * n_pairs + LEAVING
+    deadline -= token_seconds * s.sample_tokens + judge_seconds + LEAVING
 
     if average:
         model.load_state_dict(average['model'])
@@ -1487,11 +1506,9 @@ def main(argv):
         late = s.budget_counts == 'all' and clock.elapsed() + slice_seconds * slices / 16 > deadline
         return bool(all_reduce(np.array([late * master, bool(signals)], dtype=float)).any())
 
-    result = evaluate(slices, stop=out_of_time)
+    result, evals = evaluate(slices, stop=out_of_time), judge(counts)
     model.eval()                                # dropout is for training alone
-    began, evals = time.monotonic(), {}
-    if pairs and n_pairs and master:
-        evals['coherence'] = sample.pair_accuracy(model, data.tokenizer, pairs[:n_pairs])
+    began = time.monotonic()
     dice = torch.Generator(device=device).manual_seed(s.seed)
     pieces = sample.stream(model, data.tokenizer, s.sample_prompt, s.sample_tokens, 0.8, generator=dice)
     text = ''.join(pieces) if master and s.sample_tokens else None
@@ -1503,7 +1520,9 @@ def main(argv):
     waited, stepped = np.sum(history[1:] or [(0, 1)], axis=0)
     report = dict(
         val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
-        val_loss=result['loss'], val_bpb_per_source=result['per_source'], evals=evals, steps=step,
+        val_bpb_text_error=result['text_error'], val_loss=result['loss'],
+        val_bpb_per_source=result['per_source'], val_bpb_per_source_text_error=result['per_source_error'],
+        evals=evals, steps=step,
         tokens=tokens, epochs=tokens / epoch_tokens, **{f'{kind}_params': n for kind, n in sizes.items()},
         flops=flops_done, flops_per_token=flops,
         tok_per_sec=tokens / trained, mfu=speed / (peak * world) if peak else None, tflops=speed / 1e12,
@@ -1541,6 +1560,29 @@ def seconds_of(work, times):
     return best
 
 
+def open_evals(s, data, say):
+    """{name: items} of the evaluation sets to measure: those that evals names, else the data's own pairs."""
+    if not s.evals and not (data.folder / 'pairs.jsonl').exists():
+        return {}
+    names = s.evals or 'coherence'
+    others, sets = sample.evaluation_sets(names, s.eval_data, data.tokenizer, data.folder, say)
+    refuse(others and s.evals != 'all', f'evals names {", ".join(others)}, which is not measured on the way: '
+                                        f'leave it out, and ask sample.py --eval afterwards')
+    return sets
+
+
+def tokens_of(sets, counts):
+    """Tokens, more or less, in the first counts[name] items of every evaluation set."""
+    return sum(len(sets[name]['ids']) * n / len(sets[name]['seam']) for name, n in counts.items())
+
+
+def affordable(sets, most, tokens):
+    """How many items of each evaluation set, at most `most`, are so many tokens together: 20 at least."""
+    counts = {name: min(most, len(items['seam'])) for name, items in sets.items()}
+    share = min(1.0, tokens / tokens_of(sets, counts))
+    return {name: min(n, max(20, int(share * n))) for name, n in counts.items()}
+
+
 def say_plan(s, clock, epoch_tokens, flops, step_seconds, closing, say):
     """What --dry_run found out: how many tokens and epochs the budget buys, and what it costs."""
     seconds = clock.budget - (closing + clock.age() - clock.trained if s.budget_counts == 'all' else 0)
@@ -1564,8 +1606,9 @@ def say_report(report, say):
             value = f'{value:.6g}'
         say(f'{key}: {"not measured" if value is None else value}')
     for name, e in report['evals'].items():
-        kinds = ', '.join(f'{k} {v:.3f}' for k, v in e['per_kind'].items())
-        say(f'{name}: {e["accuracy"]:.4f} +- {e["error"]:.4f} on {e["pairs"]} pairs, chance 0.5 ({kinds})')
+        kinds = ', '.join(f'{k} {v:.3f}' for k, v in (e['per_field'] or e['per_kind']).items())
+        say(f'{name}: {e["accuracy"]:.4f} +- {e["error"]:.4f} on {e["items"]:,} items, chance '
+            f'{e["chance"]:.4g}, ties {e["ties"]} ({kinds})')
     say(f'hardware: {report["hardware"]["name"]}, {report["hardware"]["dtype"]}')
     if report['sample']:
         say(f'sample:\n{report["sample"]}')

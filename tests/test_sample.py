@@ -40,6 +40,7 @@ class Costs(torch.nn.Module):
     def __init__(self, table, block_size=64):
         super().__init__()
         self.table, self.config = torch.nn.Parameter(table), SimpleNamespace(block_size=block_size)
+        self.compute_dtype = torch.float32
 
     def forward(self, idx, targets, reduction):
         assert reduction == 'none' and idx.shape == targets.shape and idx.shape[1] <= self.config.block_size
@@ -234,6 +235,14 @@ def pairs(n=40):
     return [dict(kind='even' if i % 2 else 'odd', context=f'Mia {i} left the', good=' aaa', bad=' bbb') for i in range(n)]
 
 
+def items_of(pairs, tokenizer=BYTES):
+    return prepare_data.tokenize_items([prepare_data.eval_item(pair, 'x') for pair in pairs], tokenizer)
+
+
+def score(model, tokenizer, pairs, **options):
+    return sample.judge(model, items_of(pairs, tokenizer), **options)
+
+
 def table(**costs):
     t = torch.ones(257)
     for letter, cost in costs.items():
@@ -242,19 +251,21 @@ def table(**costs):
 
 
 def test_a_model_that_knows_is_right_and_swapped_labels_are_the_rest():
-    assert sample.pair_accuracy(Costs(table(a=0.5)), BYTES, pairs())['accuracy'] == 1
+    assert score(Costs(table(a=0.5)), BYTES, pairs())['accuracy'] == 1
     mixed = [p if i % 4 else p | dict(good=p['bad'], bad=p['good']) for i, p in enumerate(pairs())]
-    result = sample.pair_accuracy(Costs(table(a=0.5)), BYTES, mixed)
-    assert result['accuracy'] == 0.75 and result['pairs'] == 40 and result['per_kind'] == dict(odd=0.5, even=1.0)
-    assert result['error'] == pytest.approx(math.sqrt(0.75 * 0.25 / 40))
+    result = score(Costs(table(a=0.5)), BYTES, mixed)
+    assert result['accuracy'] == 0.75 and result['items'] == 40 and result['ties'] == 0 and result['per_kind'] == dict(odd=0.5, even=1.0)
+    odd, even = 11 / 22, 21 / 22
+    assert result['error'] == pytest.approx(math.sqrt((odd * (1 - odd) + even * (1 - even)) / 20) / 2)
     swapped = [p | dict(good=p['bad'], bad=p['good']) for p in mixed]
-    assert sample.pair_accuracy(Costs(table(a=0.5)), BYTES, swapped)['accuracy'] == 0.25
+    assert score(Costs(table(a=0.5)), BYTES, swapped)['accuracy'] == 0.25
 
 
 def test_a_tie_is_wrong():
-    assert sample.pair_accuracy(Costs(torch.ones(257)), BYTES, pairs())['accuracy'] == 0
+    result = score(Costs(torch.ones(257)), BYTES, pairs())
+    assert result['accuracy'] == 0 and result['ties'] == 40
     equal = [p | dict(bad=p['good']) for p in pairs()]
-    assert sample.pair_accuracy(Costs(torch.rand(257)), BYTES, equal)['accuracy'] == 0
+    assert score(Costs(torch.rand(257)), BYTES, equal)['accuracy'] == 0
 
 
 @pytest.mark.parametrize('block_size', [8, 20, 64, 100])
@@ -263,7 +274,7 @@ def test_endings_alone_are_scored(block_size):
     model = Costs(table(M=900, i=100, a=2.0, b=1.0), block_size)
     for good, bad, accuracy in ((' b', ' a', 1), (' a', ' b', 0), (' a', ' bb', 0), (' a', ' bbb', 1)):
         pair = dict(kind='x', context='Mia ' * 10, good=good, bad=bad)
-        assert sample.pair_accuracy(model, BYTES, [pair])['accuracy'] == accuracy
+        assert score(model, BYTES, [pair])['accuracy'] == accuracy
 
 
 class Merging:
@@ -273,20 +284,24 @@ class Merging:
     def encode(self, text):
         return [257 if t == 'ts' else ord(t) for t in re.findall('ts|.', text, re.S)]
 
+    def encode_batch(self, texts):
+        return [np.array(self.encode(text)) for text in texts]
+
 
 def test_a_merge_over_the_seam_is_scored_on_both_sides():
     """'cat' + 's' is c a ts, 'cat' + ' x' is c a t _ x: both are scored from the t on."""
     costs = torch.ones(258)
     costs[257], costs[ord('t')] = 4.0, 3.5
     pair = dict(kind='x', context='cat', good='s', bad=' x')
-    assert sample.pair_accuracy(Costs(costs), Merging(), [pair])['accuracy'] == 1         # 4 against 3.5 + 1 + 1
+    assert score(Costs(costs), Merging(), [pair])['accuracy'] == 1         # 4 against 3.5 + 1 + 1
 
 
 def test_the_batch_does_not_change_a_score(finished):
     model, tokenizer = sample.load(finished[0])
     many = [dict(kind='x', context='Mia ' * (i % 7), good=' lost' * (1 + i % 3), bad=' kite' * (1 + i % 2)) for i in range(30)]
-    one = sample.pair_scores(model, tokenizer, many, max_tokens=1)
-    assert one == pytest.approx(sample.pair_scores(model, tokenizer, many), rel=1e-5) and one.std() > 1
+    items = items_of(many, tokenizer)
+    one = sample.option_costs(model, items, max_tokens=1)
+    assert one == pytest.approx(sample.option_costs(model, items), rel=1e-5) and one.std() > 1
 
 
 def test_shuffled_labels_give_chance():
@@ -296,7 +311,7 @@ def test_shuffled_labels_give_chance():
     letters = 'abcdefgh'
     made = [dict(kind='x', context='Mia', good=' ' + letters[a], bad=' ' + letters[b])
             for a, b in rng.integers(0, 8, (600, 2)) if a != b]
-    assert 0.4 < sample.pair_accuracy(model, BYTES, made)['accuracy'] < 0.6
+    assert 0.4 < score(model, BYTES, made)['accuracy'] < 0.6
 
 
 # ---- minimal pairs from files, frequency bias, anisotropy
@@ -309,34 +324,36 @@ def test_pairs_from_files_folders_and_tars(tmp_path):
     (tmp_path / 'agreement.jsonl.xz').write_bytes(lzma.compress(text))
     with tarfile.open(tmp_path / 'blimp.tar.xz', 'w:xz') as tar:
         tar.add(tmp_path / 'blimp' / 'agreement.jsonl', 'blimp/agreement.jsonl')
-    expected = [dict(kind='agreement', context='', good=f'Good {i}.', bad=f'Bad {i}.') for i in range(3)]
+    expected = [dict(kind='agreement', field='', context='', options=[f'Good {i}.', f'Bad {i}.']) for i in range(3)]
     for name in ('blimp', 'agreement.jsonl.xz', 'blimp.tar.xz', 'blimp/agreement.jsonl'):
-        assert sample.read_pairs(tmp_path / name) == (expected, [])
+        assert prepare_data.read_items(tmp_path / name) == (expected, [])
     ours = dict(kind='place', context='Mia left.', good=' She did.', bad=' He did.')
     (tmp_path / 'pairs.jsonl').write_text(json.dumps(ours) + '\n')
-    assert sample.read_pairs(tmp_path / 'pairs.jsonl') == ([ours], [])
+    made = dict(kind='place', field='', context='Mia left.', options=[' She did.', ' He did.'])
+    assert prepare_data.read_items(tmp_path / 'pairs.jsonl') == ([made], [])
     (tmp_path / 'cut.jsonl').write_bytes(text + b'{"sentence_good": "A lo\n')
-    assert sample.read_pairs(tmp_path / 'cut.jsonl') == ([pair | dict(kind='cut') for pair in expected], ['cut.jsonl line 4'])
+    assert prepare_data.read_items(tmp_path / 'cut.jsonl') == (expected, ['cut.jsonl line 4'])
     for name, content in {'no.jsonl': b'{"text": "x"}\n', 'empty.jsonl': b'', 'bad.jsonl': b'{', 'cut.jsonl.xz': text[:20],
                           'list.jsonl': b'[1]\n', 'x.tar.xz': b'no tar'}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f'{name} (holds no minimal pairs|cannot be read)'):
-            sample.read_pairs(tmp_path / name)
+        with pytest.raises(UserError, match=f'{name} (holds no items|cannot be read)'):
+            prepare_data.read_items(tmp_path / name)
     with pytest.raises(UserError, match='gone.jsonl'):
-        sample.read_pairs(tmp_path / 'gone.jsonl')
+        prepare_data.read_items(tmp_path / 'gone.jsonl')
 
 
 def test_frequency_bias_of_a_judge_that_goes_by_frequency():
     tokenizer, counts = prepare_data.ByteTokenizer(), np.ones(257)
     counts[[ord(c) for c in 'abcdef']] = [1, 10, 100, 1000, 10_000, 100_000]
     pairs = [dict(context='', good=x + 'z', bad=y + 'z') for x in 'abcdef' for y in 'abcdef' if x != y]
-    often = np.array([[-counts[ord(p['good'][0])], -counts[ord(p['bad'][0])]] for p in pairs], float)
-    assert sample.frequency_bias(often, tokenizer, pairs, counts) == (1.0, 30)
-    assert sample.frequency_bias(-often, tokenizer, pairs, counts) == (-1.0, 30)
-    knows = np.array([[0.0, 1.0]] * 30)
-    assert sample.frequency_bias(knows, tokenizer, pairs, counts)[0] == 0.0
+    items = items_of(pairs, tokenizer)
+    often = -counts[items['ids'][items['start'][:-1] + 1]]               # each option's first byte, after BOS
+    assert sample.frequency_bias(often, items, counts) == (1.0, 30)
+    assert sample.frequency_bias(-often, items, counts) == (-1.0, 30)
+    knows = np.array([0.0, 1.0] * 30)
+    assert sample.frequency_bias(knows, items, counts)[0] == 0.0
     longer = [dict(context='', good='abz', bad='az')] * 4                # an insertion: nothing is replaced
-    assert sample.frequency_bias(knows[:4], tokenizer, longer, counts) == (0.0, 0)
+    assert sample.frequency_bias(knows[:8], items_of(longer, tokenizer), counts) == (0.0, 0)
 
 
 def test_anisotropy_of_states_that_are_known(corpus):
@@ -358,7 +375,7 @@ def test_pairs_on_the_command_line(finished, tmp_path):
     (tmp_path / 'p.jsonl').write_text(''.join(json.dumps(dict(sentence_good=f'Mia lost the kite by the {a}.',
                                                               sentence_bad=f'Mia lost the kite by the {b}.')) + '\n'
                                               for a in ('tree', 'lake') for b in ('xqzw', 'kjvv')))
-    code, out, err = script('sample.py', finished[0], '--pairs', tmp_path / 'p.jsonl', '--device=cpu', cwd=tmp_path)
+    code, out, err = script('sample.py', finished[0], '--eval', f'{tmp_path}/p.jsonl,anisotropy', '--device=cpu', cwd=tmp_path)
     assert code == 0, err
-    assert re.search(r'accuracy: 1.0000 .* on 4 pairs', out) and re.search(r'frequency_bias: .* on the 4 pairs', out)
-    assert len(re.search('anisotropy: (.*) after', out)[1].split()) == 2
+    assert re.search(r'^p +1.0000 .* 0.5000 +4 +0$', out, re.M) and re.search(r'frequency_bias .* on the 4 pairs', out)
+    assert len(re.search('anisotropy per_layer: (.*)', out)[1].split(', ')) == 2

@@ -823,14 +823,14 @@ def test_minutes_of_training_teach_coherence_and_shuffled_labels_show_none(tmp_p
                             '--eval_interval=0', cwd=tmp_path, timeout=1800)
     assert code == 0, err
     result = json.loads((tmp_path / 'out' / 'quickstart' / 'result.json').read_text())['evals']['coherence']
-    assert result['pairs'] >= 1000 and 'coherence' in out               # a busy machine has time for fewer
+    assert result['items'] >= 1000 and 'coherence' in out               # a busy machine has time for fewer
     assert result['accuracy'] > 0.5 + 3 * result['error']
     assert sum(share > 0.6 for share in result['per_kind'].values()) >= 2
     model, tokenizer = sample.load(tmp_path / 'out' / 'quickstart')
-    pairs = [json.loads(row) for row in next((tmp_path / 'data').glob('*/pairs.jsonl')).read_text().splitlines()]
+    pairs, _ = prepare_data.read_items(next((tmp_path / 'data').glob('*/pairs.jsonl')))
     coin = random.Random(0)
-    shuffled = [p | dict(good=p['bad'], bad=p['good']) if coin.random() < 0.5 else p for p in pairs]
-    assert abs(sample.pair_accuracy(model, tokenizer, shuffled)['accuracy'] - 0.5) < 0.04
+    shuffled = [p | dict(options=p['options'][::-1]) if coin.random() < 0.5 else p for p in pairs]
+    assert abs(sample.judge(model, prepare_data.tokenize_items(shuffled, tokenizer))['accuracy'] - 0.5) < 0.04
 
 
 @pytest.mark.slow
