@@ -1810,8 +1810,8 @@ def tokenize_items(items, tokenizer):
         least = min(map(len, texts))
         apart = np.flatnonzero((np.array([text[:least] for text in texts]) != texts[0][:least]).any(axis=0))
         seam.append(1 + (apart[0] if len(apart) else least))
-    rows = [np.array([tokenizer.bos, *row], np.uint32) for row in rows]
-    return dict(ids=np.concatenate(rows), start=np.cumsum([0, *map(len, rows)]), item=owner,
+    rows = [np.append(np.uint32(tokenizer.bos), row) for row in rows]
+    return dict(ids=np.concatenate(rows, dtype=np.uint32), start=np.cumsum([0, *map(len, rows)]), item=owner,
                 seam=np.array(seam), kind=kind[order], kinds=np.array([*kinds]),
                 fields=np.array([*kinds.values()]))
 
@@ -1837,9 +1837,10 @@ def eval_set(path, tokenizer, cache=None):
     if kept:
         try:
             kept.parent.mkdir(exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=kept.parent, suffix='.part', delete=False) as f:
+            beside = kept.with_suffix(f'.{os.getpid()}.part')
+            with open(beside, 'wb') as f:
                 np.savez(f, **made)
-            os.replace(f.name, kept)
+            os.replace(beside, kept)
         except OSError:
             pass                                                 # a read-only folder costs seconds, no more
     return made
@@ -1856,13 +1857,13 @@ def prepare_evals(evals, dataset, **options):
     for name, path in found.items():
         items = eval_set(path, load_tokenizer(own), own / 'eval')
         print(f'{name}: {len(items["seam"]):,} items, {len(items["kinds"])} kinds, '
-              f'{len(items["ids"]):,} tokens{left_out(items)}')
+              f'{len(items["ids"]):,} tokens')
+        say_left_out(name, items, print)
 
 
-def left_out(items):
-    """What to say of the lines of an evaluation set that are no item: nothing if all are."""
-    bad = items['left_out'].tolist()
-    return f'; left out, no item: {len(bad):,} lines, the first is {bad[0]}' if bad else ''
+def say_left_out(name, items, say):
+    if n := len(items['left_out']):
+        say(f'{name}: left out {n:,} line{"s" * (n > 1)} without an item, the first is {items["left_out"][0]}')
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -344,8 +344,7 @@ def evaluation_sets(names, folder, tokenizer, own, say=print):
         try:
             items = sets[path.name.split('.')[0] if name not in files else name] = prepare_data.eval_set(
                 path, tokenizer, own and Path(own) / 'eval')
-            if len(items['left_out']):
-                say(f'{name}{prepare_data.left_out(items)}')
+            prepare_data.say_left_out(name, items, say)
         except UserError as e:
             if names != 'all':
                 raise

@@ -1603,3 +1603,93 @@ def test_inspect_and_compare_say_what_is_missing(tmp_path, capsys):
                        (['--compare_tokenizers=300', '--width=0'], 'width 0')):
         assert pd.main([f'files:{tmp_path}/x.txt', f'--data_dir={tmp_path}/data', *args]) == 2
         assert said in capsys.readouterr().err
+
+
+# ---- evaluation sets
+
+ROWS = [(dict(sentence_good='a', sentence_bad='b', linguistics_term='s-selection', UID='u'), '', ['a', 'b']),
+        (dict(context='c', good=' a', bad=' b'), 'c', [' a', ' b']),
+        (dict(sentence1='one', sentence2='two', label=1), '', ['two', 'one']),
+        (dict(sentence='Why?\nA: x\nB: y z\nC: w', label='B'), 'Why?', [' y z', ' x', ' w']),
+        (dict(input_prefix='Box 1 contains ', options=['a', 'b', 'c'], numops=2), 'Box 1 contains ', ['a', 'b', 'c']),
+        (dict(context='c', options=['a', 'b', 'c'], label=2), 'c', ['c', 'a', 'b']),
+        (dict(prompt='He said "yes, {answer}."', answer='Ann'), 'He said "yes,', [' Ann'])]
+NO_ITEMS = [dict(text='x'), [1], 'x', dict(sentence_good='a'), dict(sentence_good='', sentence_bad='b'), dict(good=' ', bad=' '),
+            dict(sentence_good='a', sentence_bad=1), dict(good='\ud800', bad='b'), dict(sentence='A: x\nB: y', label='D'),
+            dict(options=['a', 'b'], label=2), dict(options=['a', 'b'], label=-1), dict(options='ab'), dict(options=['a']),
+            dict(sentence1='a', sentence2='b', label='0'), dict(prompt='x', answer='')]
+
+
+def test_every_form_of_an_evaluation_file_puts_the_right_option_first(tmp_path):
+    for row, context, options in ROWS:
+        (tmp_path / 'x.jsonl').write_text(json.dumps(row) + '\n')
+        (item,), bad = pd.read_items(tmp_path / 'x.jsonl')
+        assert (item['context'], item['options'], bad) == (context, options, [])
+    items = [pd.eval_item(row, 'file') for row, _, _ in ROWS]
+    assert [item['kind'] for item in items] == ['u', 'file', 'file', 'file', 'file_2_ops', 'file', 'file']
+    assert items[0]['field'] == 'argument_structure'
+
+
+def test_lines_that_hold_no_item_are_left_out_and_named(tmp_path):
+    good = json.dumps(ROWS[0][0]).encode()
+    for row in NO_ITEMS:
+        (tmp_path / 'x.jsonl').write_bytes(json.dumps(row).encode() + b'\n\n' + good + b'\n{"good": "\xff", "bad": "b"}\n')
+        items, bad = pd.read_items(tmp_path / 'x.jsonl')
+        assert len(items) == 1 and bad == ['x.jsonl line 1', 'x.jsonl line 4'], row
+    (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, NO_ITEMS)))
+    with pytest.raises(UserError, match='x.jsonl holds no items'):
+        pd.read_items(tmp_path / 'x.jsonl')
+    (tmp_path / 'x.jsonl').write_text('\n'.join(json.dumps(row) for row, _, _ in ROWS))
+    with pytest.raises(UserError, match='mixes last words and choices'):
+        pd.read_items(tmp_path / 'x.jsonl')
+
+
+def test_the_first_items_hold_every_kind_in_proportion_and_neighbours_together():
+    rows = [dict(kind=k, good=f'{k} {i} a', bad=f'{k} {i} b') for k, n in (('x', 60), ('y', 30), ('z', 7)) for i in range(n)]
+    tokenizer = pd.ByteTokenizer()
+    items = pd.tokenize_items([pd.eval_item(row, '') for row in rows], tokenizer)
+    texts = [tokenizer.decode(ids.tolist()) for ids in np.split(items['ids'], items['start'][1:-1])]
+    assert sorted(texts) == sorted(row[side] for row in rows for side in ('good', 'bad'))
+    kinds = items['kinds'][items['kind']]
+    assert [text.split()[0] for text in texts[::2]] == kinds.tolist()
+    for n in (24, 48, 72):
+        assert abs((kinds[:n] == 'x').sum() - n * 60 / 97) <= 3 and abs((kinds[:n] == 'z').sum() - n * 7 / 97) <= 2
+    number = [int(text.split()[1]) for text in texts[::2]]
+    of_x = [i for i, kind in zip(number, kinds) if kind == 'x']
+    assert of_x != sorted(of_x) and all(b == a + 1 for a, b in zip(of_x[::2], of_x[1::2]))
+    assert all(items['ids'][items['start'][i] + seam] == ord('a') for i, seam in zip(range(0, 2 * len(rows), 2), items['seam']))
+
+
+def test_tokenized_evaluation_sets_are_kept_until_something_changes(tmp_path, monkeypatch, capsys):
+    tokenizer, file, cache = pd.ByteTokenizer(), tmp_path / 'p.jsonl', tmp_path / 'data' / 'eval'
+    cache.parent.mkdir()
+    file.write_text(json.dumps(ROWS[0][0]) + '\nnone\n')
+    calls, tokenize = [], pd.tokenize_items
+    monkeypatch.setattr(pd, 'tokenize_items', lambda *args: calls.append(1) or tokenize(*args))
+    first, again = (pd.eval_set(file, tokenizer, cache) for _ in 'ab')
+    assert len(calls) == 1 and [p.name for p in cache.iterdir()] == ['p.npz']
+    assert first.keys() == again.keys() and all(np.array_equal(first[key], again[key]) for key in first)
+    (cache / 'p.npz').write_bytes((cache / 'p.npz').read_bytes()[:100])                  # damaged
+    pd.eval_set(file, tokenizer, cache)
+    file.write_text(json.dumps(ROWS[1][0]) + '\n')                                        # changed
+    assert len(pd.eval_set(file, tokenizer, cache)['ids']) == 6 and len(calls) == 3
+    other = pd.ByteTokenizer(b'another')
+    assert pd.eval_set(file, other, cache) and pd.eval_set(file, other) and len(calls) == 5
+    assert pd.eval_files(tmp_path) == {'p': file} and pd.eval_files(tmp_path / 'none') == {}
+    with pytest.raises(UserError, match='gone.jsonl does not exist'):
+        pd.eval_set(tmp_path / 'gone.jsonl', tokenizer)
+
+
+def test_evaluation_sets_from_the_command_line(tmp_path, capsys):
+    (tmp_path / 'sets').mkdir()
+    (tmp_path / 'sets' / 'p.jsonl').write_text(json.dumps(ROWS[0][0]) + '\nnone\n')
+    (tmp_path / 'text.txt').write_text('\n\n'.join(f'{i} a line of text that is long enough' for i in range(400)))
+    args = [f'files:{tmp_path}/text.txt', '--tokenizer=bytes', f'--data_dir={tmp_path}/data']
+    sets = ['--evals', str(tmp_path / 'sets')]
+    assert pd.main(args + sets) == 2 and 'without --evals first' in capsys.readouterr().err
+    assert not pd.main(args)
+    capsys.readouterr()
+    assert not pd.main(args + sets)
+    assert capsys.readouterr().out == ('p: 1 items, 1 kinds, 4 tokens\n'
+                                       'p: left out 1 line without an item, the first is p.jsonl line 2\n')
+    assert pd.main(args + ['--evals', str(tmp_path / 'data')]) == 2 and 'no evaluation sets' in capsys.readouterr().err

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -379,3 +380,147 @@ def test_pairs_on_the_command_line(finished, tmp_path):
     assert code == 0, err
     assert re.search(r'^p +1.0000 .* 0.5000 +4 +0$', out, re.M) and re.search(r'frequency_bias .* on the 4 pairs', out)
     assert len(re.search('anisotropy per_layer: (.*)', out)[1].split(', ')) == 2
+
+
+# ---- evaluations
+
+def small_model(seed=0, **sizes):
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=257, bos=256, block_size=64, n_layer=2, n_head=2, n_embd=32) | sizes
+    return GPT(GPTConfig(**sizes)).eval()
+
+
+def plain_sum(model, text, bos):
+    """Log-probability of a whole text, token by token, from logits: no batches, no shared code."""
+    ids = torch.tensor(([BYTES.bos] if bos else []) + list(text.encode()))
+    with torch.no_grad():
+        log = model.logits(model.trunk(ids[None])).double().log_softmax(-1)[0]
+    return sum(log[t, ids[t + 1]].item() for t in range(len(ids) - 1))
+
+
+def made_items(n, choices, seed=0):
+    """Items of random words, the right one being as random as the others."""
+    rng = np.random.default_rng(seed)
+    words = [''.join(map(chr, rng.integers(97, 123, 5))) for _ in range(50)]
+    return [dict(kind=f'kind {i % 4}', context=' '.join(rng.choice(words, rng.integers(1, 6))),
+                 options=[f' {w}' for w in rng.choice(words, choices, replace=False)]) for i in range(n)]
+
+
+@pytest.mark.parametrize('bos', [True, False])
+@pytest.mark.parametrize('choices', [2, 4])
+def test_accuracies_agree_with_a_direct_computation(finished, bos, choices):
+    """Of a trained model, whole texts scored one at a time in float64, BLiMP's mean over paradigms by hand."""
+    model, _ = sample.load(finished[0])
+    names, things = 'Mia Tom Zoë'.split(), 'kite ball drum shoe'.split()
+    rng, items = np.random.default_rng(1), []
+    for i in range(60):
+        name, thing = rng.choice(names), rng.choice(things, choices, replace=False)
+        if i % 3:
+            items.append(dict(kind=f'{i % 3}', context='', options=[f'{name} lost the {x} by the lake.' for x in thing]))
+        else:
+            items.append(dict(kind='0', context=f'{name} lost', options=[f' the {x}{"." * rng.integers(3)}' for x in thing]))
+    hits = {}
+    for item in items:
+        first, *others = [plain_sum(model, item['context'] + option, bos) for option in item['options']]
+        hits.setdefault(item['kind'], []).append(all(first > other for other in others))
+    result = sample.judge(model, prepare_data.tokenize_items(items, BYTES), bos=bos)
+    assert result['per_kind'] == pytest.approx({kind: np.mean(x) for kind, x in hits.items()})
+    assert result['accuracy'] == pytest.approx(np.mean([np.mean(x) for x in hits.values()])) and result['items'] == 60
+    assert 0.1 < result['accuracy'] < 0.9 and result['chance'] == 1 / choices
+
+
+def test_last_words_agree_with_greedy_continuation(finished):
+    model, _ = sample.load(finished[0])
+    texts = ['Mia lost the ', 'Tom lost', 'Zoë looked', 'Mia lost t']
+    said = [bytes(new.item() for new in model.generate(torch.tensor([[BYTES.bos, *text.encode()]]), 3, temperature=0))
+            for text in texts]
+    items = [dict(kind='x', context=text, options=[word]) for text, new in zip(texts, said) for word in (new.decode(), 'xqz')]
+    made = prepare_data.tokenize_items(items, BYTES)
+    result = sample.judge(model, made)
+    assert result['accuracy'] == 0.5 and result['chance'] == 0 and result['items'] == 8 and result['ties'] == 0
+    constant = small_model()
+    constant.lm_head.weight.data.zero_()                      # every token as likely: none is the model's word
+    assert sample.judge(constant, made)['accuracy'] == 0
+
+
+@pytest.mark.parametrize('choices', [2, 3, 5])
+def test_untrained_models_and_shuffled_labels_are_at_chance(finished, choices):
+    for model in (small_model(), sample.load(finished[0])[0]):
+        result = sample.judge(model, prepare_data.tokenize_items(made_items(800, choices), BYTES))
+        assert result['chance'] == pytest.approx(1 / choices)
+        assert abs(result['accuracy'] - result['chance']) < 1.96 * result['error'] < 0.05, result
+
+
+def test_ties_and_kinds_of_unequal_size():
+    costs = Costs(table(a=0.5, c=0.5))
+    rows = [dict(kind='big', context='', options=['xa', 'xb', 'xd'])] * 6 + [dict(kind='small', context='', options=['xa', 'xc'])] * 2
+    result = sample.judge(costs, prepare_data.tokenize_items(rows, BYTES))
+    assert result['accuracy'] == 0.5 and result['ties'] == 2 and result['per_kind'] == dict(big=1.0, small=0.0)
+    assert result['chance'] == pytest.approx((6 / 3 + 2 / 2) / 8) and result['error'] > 0.05      # not 0 where all are alike
+    fields = [dict(sentence_good='xa', sentence_bad='xb' if i else 'xc', UID=f'u{i}', linguistics_term='f' * (i > 1) or 'g')
+              for i in range(4)]
+    assert score(costs, BYTES, fields)['per_field'] == dict(g=0.5, f=1.0)
+
+
+def test_evaluation_is_in_float32_and_leaves_the_model_as_it_was():
+    model, items = small_model(), prepare_data.tokenize_items(made_items(40, 2), BYTES)
+    costs = sample.option_costs(model, items)
+    model.compute_dtype = torch.bfloat16
+    torch.set_float32_matmul_precision('high')
+    try:
+        assert np.array_equal(sample.option_costs(model, items), costs)
+        assert model.compute_dtype == torch.bfloat16 and torch.get_float32_matmul_precision() == 'high'
+    finally:
+        torch.set_float32_matmul_precision('highest')
+
+
+def test_the_text_error_is_that_of_another_sample_of_such_text():
+    table, found, said = torch.rand(257) * torch.linspace(0, 3, 257), [], []
+    for seed in range(60):
+        tokens, docs = split(400, sources=2, seed=seed)
+        docs['bytes'] = docs['bytes'] * np.random.default_rng(seed).uniform(1, 2, len(docs))
+        result = sample.bits_per_byte(Costs(table), tokens, docs)
+        found.append([result['bpb'], result['per_source'][1]])
+        said.append([result['text_error'], result['per_source_error'][1]])
+    assert np.std(found, axis=0) / np.mean(said, axis=0) == pytest.approx([1, 1], abs=0.35)
+    tokens, docs = split(1, sources=1)
+    assert sample.bits_per_byte(Costs(table), tokens, docs)['per_source_error'] == {}         # one document says nothing of others
+
+
+def test_eval_on_the_command_line(finished, corpus, tmp_path):
+    sets = tmp_path / 'sets'
+    sets.mkdir()
+    for name, choices in (('pairs', 2), ('choices', 4)):
+        rows = [dict(context=i['context'], options=i['options']) for i in made_items(40, choices)]
+        (sets / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    (sets / 'words.jsonl.xz').write_bytes(lzma.compress(json.dumps(dict(prompt='Mia lost {answer}.', answer='it')).encode()))
+    (sets / 'other.jsonl').write_text('{"task_id": 1}')
+    common = [finished[0], f'--eval_data={sets}', '--device=cpu']
+    code, out, err = script('sample.py', *common, '--eval=all', '--json=told.json', '--eval_items=30', cwd=tmp_path)
+    assert code == 0, err
+    told = json.loads((tmp_path / 'told.json').read_text())
+    assert [*told] == ['choices', 'pairs', 'words', *sample.EVALS] and told['choices']['items'] == 30
+    assert told['bpb']['per_source'].keys() == told['bpb']['per_source_error'].keys() == {'tales', 'notes'}
+    assert f'{told["pairs"]["accuracy"]:.4f}' in out and 'left out: ' in out and 'other.jsonl holds no items' in out
+    assert sorted(p.name for p in (corpus.folder / 'eval').iterdir()) == ['choices.npz', 'pairs.npz', 'words.npz']
+    for wrong, why in (('--eval=blimp', 'blimp is no evaluation and no file'), (f'--eval={sets}/other.jsonl', 'holds no items')):
+        code, out, err = script('sample.py', *common, wrong, cwd=tmp_path)
+        assert code == 2 and why in err and err.count('\n') == 1 and not out
+    shutil.copytree(finished[0], tmp_path / 'bare', ignore=shutil.ignore_patterns('tokenizer.*'))
+    with pytest.raises(UserError, match='bare holds no tokenizer'):
+        sample.load(tmp_path / 'bare')
+
+
+BLIMP = Path('/work/shared/data/eval/blimp.tar.xz')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BLIMP.exists(), reason=f'{BLIMP} is not here')
+def test_untrained_and_shuffled_on_blimp():
+    items, bad = prepare_data.read_items(BLIMP)
+    assert len(items) == 66_995 and len(bad) == 1
+    assert len({i['kind'] for i in items}) == 67 and len({i['field'] for i in items}) == 12
+    coin = np.random.default_rng(0).random(len(items)) < 0.5
+    shuffled = [i | dict(options=i['options'][::-1]) if flip else i for i, flip in zip(items, coin)]
+    result = sample.judge(small_model(block_size=256), prepare_data.tokenize_items(shuffled, BYTES), n=20_000)
+    assert abs(result['accuracy'] - 0.5) < 1.96 * result['error'] < 0.01

@@ -1389,3 +1389,36 @@ def test_a_page_that_finds_no_room_costs_no_run(main, tmp_path, monkeypatch):
         raise UserError('no space left')
     monkeypatch.setattr(train, 'write_page', full)
     assert 'warning: no space left' in main() and (tmp_path / 'run' / 'result.json').exists()
+
+
+# ---- evaluation sets
+
+def test_evaluations_on_the_way_and_at_the_end(corpus, tmp_path):
+    (tmp_path / 'sets').mkdir()
+    rows = [dict(UID=f'u{i % 4}', sentence_good=f'Mia {i} lost the kite.', sentence_bad=f'Mia {i} lost the xqzw.') for i in range(80)]
+    (tmp_path / 'sets' / 'small.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    args = [*corpus.args, '--max_steps=8', '--eval_interval=0.5', '--evals=all', f'--eval_data={tmp_path}/sets']
+    code, out, err = script('train.py', *args, f'--out_dir={tmp_path}/with', cwd=tmp_path)
+    assert code == 0, err
+    evals = json.loads((tmp_path / 'with' / 'result.json').read_text())['evals']
+    assert evals.keys() == {'small'} and evals['small']['items'] == 80 and len(evals['small']['per_kind']) == 4
+    rows = [json.loads(line) for line in (tmp_path / 'with' / 'metrics.jsonl').read_text().splitlines()]
+    (row,) = [row for row in rows if 'evals' in row]
+    assert row['evals']['small'].keys() == {'accuracy', 'error', 'chance', 'items'} and row['step'] == 5 and row['elapsed_s'] > 0
+    assert 'small: ' in out and 'on 80 items, chance 0.5' in out
+    code, _, err = script('train.py', *args[:-2], f'--out_dir={tmp_path}/without', cwd=tmp_path)
+    both = [[row['train_loss'] for row in map(json.loads, (tmp_path / name / 'metrics.jsonl').read_text().splitlines())
+             if 'train_loss' in row] for name in ('with', 'without')]
+    assert code == 0 and both[0] == both[1] and len(both[0]) == 8                   # to be asked changes nothing
+    for wrong, why in (('blimp', 'blimp is no evaluation'), ('bpb', 'which is not measured on the way')):
+        code, _, err = script('train.py', *args[:-2], f'--evals={wrong}', f'--out_dir={tmp_path}/no', cwd=tmp_path)
+        assert code == 2 and why in err and not (tmp_path / 'no').exists()
+
+
+def test_evaluation_sets_get_what_time_there_is():
+    sets = {name: dict(ids=np.zeros(tokens), seam=np.zeros(n)) for name, n, tokens in (('a', 1000, 10_000), ('b', 4000, 120_000))}
+    assert train.affordable(sets, math.inf, math.inf) == dict(a=1000, b=4000)
+    half = train.affordable(sets, math.inf, 65_000)
+    assert half == dict(a=500, b=2000) and train.tokens_of(sets, half) == 65_000
+    assert train.affordable(sets, 1000, math.inf) == dict(a=1000, b=1000)
+    assert train.affordable(sets, math.inf, 1) == dict(a=20, b=20)
