@@ -6,18 +6,23 @@
     python sample.py out/quickstart --interactive                      a prompt at a time, until an empty line
     python sample.py out/babylm --eval=all                             bits per byte, and all of data/eval
     python sample.py out/babylm --eval=blimp,my_pairs.jsonl            two evaluation sets
-    python sample.py out/quickstart "Mia" --stats                      and what the cache of the past takes
+    python sample.py out/quickstart "Mia" --stats                      and what that took in energy and cache
 
-What train.py measures on the way and at the end stands here too: bits_per_byte and judge.
+What train.py measures stands here too: bits_per_byte, judge, and Energy.
 """
 import argparse
 import codecs
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
+import os
 import pickle
+import re
 import sys
+import threading
+import time
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -352,17 +357,168 @@ def evaluation_sets(names, folder, tokenizer, own, say=print):
     return [name for name in wanted if name in EVALS], sets
 
 
+# ---- energy ------------------------------------------------------------------------------------------------
+
+# Grams of CO2e a kWh, as codecarbon 3 has them: the world's by the IEA (2019), a country's of 2023.
+GRID = dict(world=475, CA=170, CH=35, CN=582, DE=381, FR=56, IN=713, NO=30, PL=662, SE=41, UK=238, US=369)
+# Watts of a board by its maker's data sheet, where no counter can be read; of others, 350.
+BOARD_WATTS = {'RTX 4090': 450, 'RTX 5090': 575, 'L40S': 350, 'L4': 72, 'A10G': 150, 'A100': 400,
+               'H100 PCIe': 350, 'H100 NVL': 400, 'H100': 700, 'H200 NVL': 600, 'H200': 700}
+ACTIVITIES, DEVICES = ('train', 'eval', 'idle'), ('gpu', 'cpu', 'ram')
+
+
+def grid(country):
+    """Grams of CO2e a kWh: of a country in GRID, or the number given in its place; None if it is neither."""
+    return GRID.get(country) or (float(country) if re.fullmatch(r'\d+(\.\d+)?', country) else None)
+
+
+def integral(watts, since):
+    """A function that gives joules since then: each reading of watts() stands for the time since the last."""
+    joules = 0.0
+
+    def read():
+        nonlocal joules, since
+        now = time.monotonic()
+        joules, since = joules + watts() * (now - since), now
+        return joules
+    return read
+
+
+def card_joules(card, since, nvml=None):
+    """What reads the joules of a card (torch's properties of it), and how: the driver's NVML if it can."""
+    handle, value = ctypes.c_void_p(), ctypes.c_ulonglong()
+
+    def reading(what):
+        getattr(nvml, what)(handle, ctypes.byref(value))      # should it fail: the number before
+        return value.value / 1000                             # of mJ or mW
+    try:
+        nvml = nvml or ctypes.CDLL('libnvidia-ml.so.1')
+        nvml.nvmlInit_v2()
+        nvml.nvmlDeviceGetHandleByUUID(f'GPU-{card.uuid}'.encode(), ctypes.byref(handle))
+        if first := handle and reading('nvmlDeviceGetTotalEnergyConsumption'):
+            return (lambda: reading('nvmlDeviceGetTotalEnergyConsumption') - first,
+                    'measured (NVML counter of the whole card)')
+        if handle and reading('nvmlDeviceGetPowerUsage'):
+            return (integral(lambda: reading('nvmlDeviceGetPowerUsage'), time.monotonic()),
+                    'measured (NVML power of the whole card, every second)')
+    except (OSError, AttributeError):           # no driver, or one that lacks the function
+        pass
+    watts = next((w for name, w in BOARD_WATTS.items() if name in card.name), 350)
+    return integral(lambda: watts, since), f"estimated (the board's {watts} W x seconds, more than it takes)"
+
+
+def cpu_joules(rapl):
+    """What reads the joules of the CPU, and how: by RAPL's counters of whole packages if they can be read."""
+    joules, last = 0.0, {}
+
+    def read():
+        nonlocal joules
+        for zone in zones:
+            now = int((zone / 'energy_uj').read_text())
+            wraps_at = int((zone / 'max_energy_range_uj').read_text())
+            joules += (now - last.get(zone, now)) % wraps_at / 1e6
+            last[zone] = now
+        return joules
+    try:
+        zones = [zone for zone in Path(rapl).glob('intel-rapl:*')
+                 if zone.name.count(':') == 1 and (zone / 'name').read_text().startswith('package')]
+        read()
+    except (OSError, ValueError):               # since 2020 for root alone, CVE-2020-8694
+        zones = []
+    if zones:
+        return read, 'measured (RAPL of whole CPUs)'
+    return lambda: 4 * sum(os.times()[:4]), 'estimated (4 W x CPU seconds of this run)'
+
+
+def ram_watts(gib):
+    """5 W a DIMM, at least two, somewhat less each from the fifth on; their number is guessed from GiB."""
+    large = math.ceil(gib / 2 ** min(7, int(math.log2(max(gib, 8) / 8))))
+    return float(np.interp(2 if gib <= 16 else 4 if gib <= 64 else 8 if gib <= 128 else min(32, large),
+                           [0, 4, 8, 16, 32], [0, 20, 38, 70, 126]))
+
+
+class Energy:
+    """Joules of a process's card, CPU and RAM, by what it is busy with: turn(to) says with what from now on.
+
+    joules (ACTIVITIES, DEVICES); how: where a device's numbers come from. device: what torch computes on;
+    since: when the bill began, time.monotonic(); share: this process's part of its machine's CPUs and RAM.
+    The estimates are codecarbon's (v3) for a CPU it does not know and for RAM: 4 W a thread of the CPU times
+    the load that this process and its finished children are, which is 4 W x CPU seconds, however many threads
+    a container shows. Counted is neither what else the machine takes (PUE 1) nor the making of it.
+    """
+
+    def __init__(self, device, since, share=1.0, nvml=None, rapl='/sys/class/powercap'):
+        card = torch.cuda.get_device_properties(device) if str(device).startswith('cuda') else None
+        gpu, how_gpu = card_joules(card, since, nvml) if card else (lambda: 0.0, 'not used')
+        cpu, how_cpu = cpu_joules(rapl)
+        watts = ram_watts(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2 ** 30)
+        self.how = dict(gpu=how_gpu, cpu=how_cpu, ram=f'estimated ({watts:g} W x seconds)')
+        self.readers = gpu, cpu, integral(lambda: watts, since)
+        self.shares = np.array([1.0, share if 'measured' in how_cpu else 1.0, share])
+        self.joules, self.activity, self.lock = np.zeros((3, 3)), 'idle', threading.Lock()
+        self.last = np.zeros(3)
+        if 'measured' in how_gpu + how_cpu:     # counters must not wrap around, nor power change, unseen
+            threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self):
+        while True:
+            self.read()
+            time.sleep(1)
+
+    def read(self):
+        """joules until now."""
+        with self.lock:
+            now = np.array([read() for read in self.readers])
+            self.joules[ACTIVITIES.index(self.activity)] += (now - self.last) * self.shares
+            self.last = now
+            return self.joules.copy()
+
+    def mark(self):
+        """Seconds, and joules (DEVICES) until then."""
+        return [time.monotonic(), *self.read().sum(axis=0)]
+
+    def turn(self, to):
+        """Charge what follows to another activity; returns the one until now."""
+        self.read()
+        was, self.activity = self.activity, to
+        return was
+
+
+def energy_report(joules, how, country):
+    """What a result says of joules (ACTIVITIES, DEVICES)."""
+    total = float(joules.sum())
+    return dict(joules=total, co2_g=total / 3.6e6 * grid(country), energy=dict(
+        zip(ACTIVITIES + DEVICES, [*joules.sum(axis=1).tolist(), *joules.sum(axis=0).tolist()]),
+        how=how, country=country, g_per_kwh=grid(country), pue=1.0, embodied='not counted'))
+
+
+def say_cost(how, marks, tokens, args):
+    """Print what generating cost between the last two of Energy's marks; before them, if three, it idled."""
+    *idle, (seconds, *joules) = np.diff(marks, axis=0)
+    per, total = 1000 / max(tokens, 1), sum(joules)
+    print(f'energy: {total * per:.4g} J, {total * per / 3.6e6 * grid(args.country):.4g} g CO2e per 1,000 '
+          f'generated tokens at batch size {args.samples} ({tokens:,} in {seconds:.1f} s with their prompts, '
+          f'{grid(args.country):g} g/kWh)')
+    for device, j in zip(DEVICES, joules):
+        print(f'  {device}: {j * per:.4g} J {how[device]}')
+    for rest, *watts in idle:
+        above = total - sum(watts) * seconds / rest
+        print(f'  above what the machine takes idle, {sum(watts) / rest:.1f} W: {above * per:.4g} J')
+    if seconds < 30:
+        print('  not to be trusted below 30 s: ask for more --samples or --max_new_tokens')
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 def complete(model, tokenizer, prompt, args, generator):
-    """Print one streamed continuation, or args.samples of them made side by side."""
+    """Print one streamed continuation, or args.samples made side by side; returns their tokens' number."""
     options = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
     if args.samples == 1:
         print(prompt, end='', flush=True)
-        for piece in stream(model, tokenizer, prompt, *options):
+        for tokens, piece in enumerate(stream(model, tokenizer, prompt, *options)):    # the last is no token
             print(piece, end='', flush=True)
         print()
-        return
+        return tokens
     ids = [tokenizer.bos] + tokenizer.encode(prompt)
     idx = torch.tensor([ids] * args.samples, device=model.wte.weight.device)
     texts, open_rows = [[] for _ in range(args.samples)], set(range(args.samples))
@@ -376,6 +532,7 @@ def complete(model, tokenizer, prompt, args, generator):
             break
     for number, ids in enumerate(texts, 1):
         print(f'--- {number}\n{prompt}{tokenizer.decode(ids)}')
+    return sum(map(len, texts))
 
 
 def say_eval(name, result):
@@ -438,7 +595,10 @@ def main(argv):
     parser.add_argument('--top_k', type=int, default=0, help='only the k likeliest tokens; 0 is all')
     parser.add_argument('--top_p', type=float, default=1.0,
                         help='only the likeliest tokens that together hold this probability')
-    parser.add_argument('--stats', action='store_true', help='say at the end how much the KV cache holds')
+    parser.add_argument('--stats', action='store_true',
+                        help='say at the end what 1,000 tokens take in energy, and the KV cache holds')
+    parser.add_argument('--country', default='world',
+                        help=f'whose electricity it is, one of {", ".join(GRID)}, or grams of CO2e a kWh')
     parser.add_argument('--seed', type=int, default=1)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--eval', help="what to measure, with commas between: 'all', names of "
@@ -454,23 +614,32 @@ def main(argv):
             raise UserError(f'--{name} is {getattr(args, name)}, it must lie between {low} and {high}')
     if not 0 < args.top_p <= 1:
         raise UserError(f'--top_p is {args.top_p}, it must be above 0 and at most 1')
+    if grid(args.country) is None:
+        raise UserError(f'--country is {args.country!r}, it must be one of {", ".join(GRID)}, or the '
+                        f'grams of CO2e a kWh')
     model, tokenizer = load(args.run, args.device)
     if args.eval:
         return evaluate(model, tokenizer, args)
     generator = torch.Generator(device=args.device).manual_seed(args.seed)
+    energy, marks, tokens = Energy(args.device, time.monotonic()) if args.stats else None, [], 0
+    if args.stats and 'measured' in energy.how['gpu'] + energy.how['cpu']:
+        marks.append(energy.mark())
+        time.sleep(3)                           # what the machine takes when it has nothing to do
+    marks += [energy.mark()] if args.stats else []
     if args.file:
         try:
             prompts = Path(args.file).read_text(encoding='utf-8').splitlines()
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f'{args.file} cannot be read as UTF-8 text: {e}') from e
         for prompt in prompts:
-            complete(model, tokenizer, prompt, args, generator)
+            tokens += complete(model, tokenizer, prompt, args, generator)
     elif args.interactive:
         while prompt := input('> '):
-            complete(model, tokenizer, prompt, args, generator)
+            tokens += complete(model, tokenizer, prompt, args, generator)
     else:
-        complete(model, tokenizer, args.prompt, args, generator)
-    if args.stats:
+        tokens += complete(model, tokenizer, args.prompt, args, generator)
+    if args.stats:                              # of --interactive, waiting for its user included
+        say_cost(energy.how, [*marks, energy.mark()], tokens, args)
         print(f'KV cache: {KVCache(model, 1).values():,.0f} values a token and layer')
 
 

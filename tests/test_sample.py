@@ -3,11 +3,15 @@ import io
 import json
 import lzma
 import math
+import os
 import re
 import shutil
 import sys
 import tarfile
 from pathlib import Path
+
+
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -524,3 +528,167 @@ def test_untrained_and_shuffled_on_blimp():
     shuffled = [i | dict(options=i['options'][::-1]) if flip else i for i, flip in zip(items, coin)]
     result = sample.judge(small_model(block_size=256), prepare_data.tokenize_items(shuffled, BYTES), n=20_000)
     assert abs(result['accuracy'] - 0.5) < 1.96 * result['error'] < 0.01
+
+
+    assert re.search(r'accuracy: 1.0000 .* on 4 pairs', out) and re.search(r'frequency_bias: .* on the 4 pairs', out)
+    assert len(re.search('anisotropy: (.*) after', out)[1].split()) == 2
+
+
+# ---- energy
+
+class Nvml:
+    """Stands for the driver's library: a card that has used 5 J by the first reading, and draws 200 W by a clock of the test's."""
+
+    def __init__(self, clock, lacks=()):
+        self.clock, self.lacks = clock, lacks
+
+    def nvmlInit_v2(self):
+        return 9 * ('init' in self.lacks)
+
+    def nvmlDeviceGetHandleByUUID(self, uuid, handle):
+        assert uuid == b'GPU-11-22'
+        return self.answer('init', handle, 77)
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle, mj):
+        assert handle.value == 77
+        return self.answer('counter', mj, int(5000 + 1000 * 200 * self.clock()))
+
+    def nvmlDeviceGetPowerUsage(self, handle, mw):
+        return self.answer('power', mw, 200_000)
+
+    def answer(self, what, place, value):
+        if what in self.lacks:
+            return 3
+        place._obj.value = value
+        return 0
+
+
+@pytest.fixture
+def meter(monkeypatch, tmp_path):
+    """Makes an Energy whose clock is meter.now and whose card meter.card, with RAPL in tmp_path if that holds any; no thread reads."""
+    def make(device='cuda', nvml={}, **options):
+        return sample.Energy(device, 0.0, rapl=tmp_path, nvml=Nvml(lambda: make.now, **nvml), **options)
+    make.now = 0.0
+    monkeypatch.setattr(sample.time, 'monotonic', lambda: make.now)
+    monkeypatch.setattr(sample.threading, 'Thread', lambda **options: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(sample.os, 'times', lambda: (2 + 0.5 * make.now, 1.0, 0.5, 0.5, 99.0))     # half a thread is busy
+    monkeypatch.setattr(sample.os, 'sysconf', lambda name: 48 * 2 ** 30 if name == 'SC_PHYS_PAGES' else 1)
+    card = SimpleNamespace(uuid='11-22', name='NVIDIA GeForce RTX 4090')
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: card)
+    make.card = card
+    return make
+
+
+def zone(folder, name, uj, kind, wraps_at=1_000_000_000):
+    (folder / name).mkdir(exist_ok=True)
+    for file, value in (('energy_uj', uj), ('name', kind), ('max_energy_range_uj', wraps_at)):
+        (folder / name / file).write_text(f'{value}\n')
+
+
+def test_joules_go_to_what_was_done_meanwhile(meter):
+    energy = meter()
+    meter.now = 10.0
+    assert energy.turn('train') == 'idle'
+    meter.now = 70.0
+    assert energy.turn('eval') == 'train'
+    meter.now = 75.0
+    # 200 W of the card's counter, 4 W of half a thread and of the 4 s before the first reading, 20 W for 48 GiB
+    expected = [[200 * 60, 2 * 60, 20 * 60], [200 * 5, 2 * 5, 20 * 5], [200 * 10, 2 * 10 + 16, 20 * 10]]
+    np.testing.assert_allclose(energy.read(), expected)
+    np.testing.assert_allclose(energy.read(), expected)
+    assert [energy.how[d].split()[0] for d in sample.DEVICES] == ['measured', 'estimated', 'estimated']
+    report = sample.energy_report(energy.read(), energy.how, 'FR')
+    assert report['joules'] == pytest.approx(16666) and report['co2_g'] == pytest.approx(16666 / 3.6e6 * 56)
+    assert report['energy']['train'] == pytest.approx(13320) and report['energy']['cpu'] == pytest.approx(166) and report['energy']['how'] == energy.how
+
+
+@pytest.mark.parametrize('lacks, name, watts, how', [
+    ((), '', 200, 'measured (NVML counter'), (['counter'], '', 200, 'measured (NVML power'), (['init'], 'NVIDIA L4', 72, 'estimated (the board'),
+    (['counter', 'power'], 'NVIDIA L40S', 350, 'estimated (the board'), (['init'], 'Some Card', 350, 'estimated (the board')])
+def test_a_card_is_measured_or_the_report_says_it_is_not(meter, lacks, name, watts, how):
+    meter.card.name = name
+    energy = meter(nvml=dict(lacks=lacks))
+    for meter.now in range(31):
+        energy.read()
+    assert energy.read()[2, 0] == pytest.approx(30 * watts) and energy.how['gpu'].startswith(how)
+
+
+def test_without_a_driver_and_without_a_card(meter, monkeypatch):
+    monkeypatch.setattr(sample.ctypes, 'CDLL', lambda name: (_ for _ in ()).throw(OSError(name)))
+    read, how = sample.card_joules(meter.card, 0.0)
+    meter.now = 2.0
+    assert read() == 900 and '450 W' in how
+    energy = meter('cpu')
+    meter.now = 4.0
+    assert energy.read()[:, 0].sum() == 0 and energy.how['gpu'] == 'not used'
+
+
+def test_rapl_counts_packages_alone_and_wraps_around(meter, tmp_path):
+    zone(tmp_path, 'intel-rapl:0', 999_000_000, 'package-0')
+    zone(tmp_path, 'intel-rapl:1', 5_000_000, 'package-1')
+    zone(tmp_path, 'intel-rapl:2', 0, 'psys')
+    zone(tmp_path, 'intel-rapl:0:0', 0, 'core')
+    energy = meter('cpu', share=0.5)
+    assert energy.how['cpu'].startswith('measured')
+    for name, uj, kind in (('0', 2_000_000, 'package-0'), ('1', 9_000_000, 'package-1'), ('2', 10 ** 8, 'psys'), ('0:0', 10 ** 8, 'core')):
+        zone(tmp_path, f'intel-rapl:{name}', uj, kind)
+    assert energy.read()[2, 1] == pytest.approx((3 + 4) / 2)       # two ranks on the machine: half each
+    (tmp_path / 'intel-rapl:0' / 'energy_uj').unlink()             # as for all but root
+    assert meter('cpu').how['cpu'].startswith('estimated')
+
+
+def test_the_bound_of_half_an_hour_by_hand():
+    """450 W + 62 W + 20 W for 1,800 s are 0.266 kWh: 126 g by the world's electricity, 98 g in the US, 15 g in France."""
+    joules = np.array([[450, 62, 20], [0, 0, 0], [0, 0, 0]]) * 1800.0
+    said = [sample.energy_report(joules, {}, country) for country in ('world', 'US', 'FR', '1000')]
+    assert said[0]['joules'] == 957_600
+    assert [r['co2_g'] for r in said] == pytest.approx([126.35, 98.154, 14.896, 266.0])
+    assert [sample.grid(c) for c in ('XX', '-3', 'nan', '', '1e3')] == [None] * 5 and sample.grid('0') == 0
+
+
+def test_as_codecarbon_reckons(monkeypatch):
+    pytest.importorskip('codecarbon')
+    from codecarbon.core.emissions import Emissions
+    from codecarbon.core.units import Energy, Power, Time
+    from codecarbon.external.geography import GeoMetadata
+    from codecarbon.external.hardware import CPU
+    from codecarbon.external.ram import RAM
+    from codecarbon.input import DataSource
+    theirs, iso = Emissions(DataSource()), dict(CA='CAN', CH='CHE', CN='CHN', DE='DEU', FR='FRA', IN='IND', NO='NOR', PL='POL', SE='SWE', UK='GBR', US='USA', world='???')
+    energy = Energy.from_power_and_time(power=Power.from_watts(450.0 + 62.0 + 20.0), time=Time(seconds=1800.0))
+    for country, code in iso.items():
+        kg = theirs.get_private_infra_emissions(energy, GeoMetadata(country_iso_code=code))
+        assert sample.energy_report(np.array([[450, 62, 20]]) * 1800.0, {}, country)['co2_g'] == pytest.approx(1000 * kg, rel=0.02), country
+    assert sample.GRID.keys() == iso.keys()
+    ram = RAM()
+    ram.is_arm_cpu = False
+    for gib in [0.5, 2, 7.7, 16, 23.5, 33, 64, 65, 128, 129, 200, 251, 256, 384, 503, 755, 1007, 2048, 5000]:
+        assert sample.ram_watts(gib) == pytest.approx(ram._calculate_ram_power(gib)), gib
+    cpu = CPU('', 'cpu_load', 'unknown', 4 * os.cpu_count(), tracking_mode='process')
+    read, _ = sample.cpu_joules('/nowhere')
+    cpu.start()
+    began, before = time.monotonic(), read()
+    while time.monotonic() - began < 0.6:
+        sum(range(1000))
+    cpu_energy = cpu.total_power().W * (time.monotonic() - began)
+    assert read() - before == pytest.approx(cpu_energy, rel=0.15) and cpu_energy > 0.1
+
+
+def test_stats_say_what_1000_tokens_cost(capsys):
+    args = SimpleNamespace(samples=4, country='1000')
+    how = dict(gpu='measured', cpu='estimated', ram='estimated')
+    sample.say_cost(how, [[100, 0, 0, 0], [103, 150, 3, 60], [163, 9150, 123, 1260]], 3000, args)      # 50, 1, 20 W idle
+    out = capsys.readouterr().out
+    # 9,000 + 120 + 1,200 J for 3,000 tokens; 71 W of them idle
+    assert 'energy: 3440 J, 0.9556 g CO2e per 1,000' in out and 'batch size 4 (3,000 in 60.0 s' in out
+    assert 'gpu: 3000 J measured' in out and '71.0 W: 2020 J' in out and 'trusted' not in out
+    sample.say_cost(how, [[103, 0, 0, 0], [113, 9000, 120, 1200]], 3000, args)
+    out = capsys.readouterr().out
+    assert 'not to be trusted' in out and 'idle' not in out
+
+
+def test_stats_count_what_was_generated(ask):
+    out = ask('Mia', '--stats', '--samples', '3', '--max_new_tokens=5', '--country=FR')
+    assert re.search(r'energy: [\d.]+ J, [\d.e-]+ g CO2e per 1,000 generated tokens at batch size 3 \(15 in .* 56 g/kWh\)', out), out
+    with pytest.raises(UserError, match='FR, .*grams'):
+        ask('Mia', '--country=Atlantis')
