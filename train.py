@@ -30,10 +30,12 @@ STARTED = time.monotonic() - process_age(os.getppid() if FIRST_OF_TORCHRUN else 
 
 import ast
 import bisect
+import contextlib
 import dataclasses
 import datetime
 import difflib
 import functools
+import importlib.util
 import json
 import math
 import operator
@@ -136,6 +138,8 @@ class Settings:
     sample_prompt: str = ''           # what the closing sample continues
     sample_tokens: int = 120          # its length; 0 prints none
     dollars_per_hour: float = 0.0     # the machine's price, for the report; 0 is unknown
+    country: str = 'world'            # whose electricity it is, of sample.GRID, or grams of CO2e a kWh
+    tracker: str = ''                 # 'tensorboard', 'wandb' or 'mlflow': follows the run, where installed
     dry_run: bool = False             # check data, memory and disk, measure, predict, and stop
 
 
@@ -144,6 +148,7 @@ CHOICES = dict(budget_counts=('all', 'training'), device=('auto', 'cuda', 'cpu')
                tokenizer=('bpe', 'bytes', 'gpt2'), growth_depth=('fresh', 'stack'),
                growth_tokens=('zero', 'random'),
                curriculum_order=('shuffled', 'frontier'), smoothing_by=('classes', 'uniform'),
+               tracker=('tensorboard', 'wandb', 'mlflow', ''),
                pacing=('linear', 'quad', 'root', 'exp', 'log', 'step'))
 LIMITS = dict(beta1=(0, 0.9999), beta2=(0, 0.999999), momentum=(0, 0.9999), warmup_frac=(0, 1),
               head_scale=(1e-6, math.inf),
@@ -249,6 +254,8 @@ def read_settings(argv):
         if name == 'prepare' and not where.startswith('--'):  # each idea adds what it needs of the data
             value = values[name] if str(value) in values[name] else f'{values[name]} {value}'.strip()
         kind, (low, high) = type(KEYS[name].default), LIMITS.get(name, (0, math.inf))
+        if name == 'country':
+            value = str(value)
         if kind is float and type(value) is int and abs(value) < 1e300:
             value = float(value)
         values[name], must = value, None
@@ -258,6 +265,8 @@ def read_settings(argv):
             must = f'one of {", ".join(CHOICES[name])}'
         elif name == 'weight_decay_points' and not are_points(value):
             must = 'pairs of progress, rising from 0 to 1, and a factor of at least 0, like ((0, 1), (1, 0))'
+        elif name == 'country' and sample.grid(value) is None:
+            must = f'one of {", ".join(sample.GRID)}, or the grams of CO2e a kWh'
         elif kind is float and not math.isfinite(value):
             must = 'finite'
         elif kind in (int, float) and not low <= value <= high:
@@ -1078,16 +1087,114 @@ def make_teacher(s, data, device):
     return teach
 
 
+# ---- trackers ----------------------------------------------------------------------------------------------
+
+def leaves(value, name=''):
+    """(name, value) of what is not None in dicts of dicts, names joined by slashes."""
+    for key, v in value.items():
+        if isinstance(v, dict):
+            yield from leaves(v, f'{name}{key}/')
+        elif v is not None:
+            yield f'{name}{key}', v
+
+
+def open_tracker(s):
+    """What hands a tracker {name: number} at a step, a table (its name, columns, rows, step) and a file, and
+    what closes it."""
+    name, folder = re.sub(r'[^\w.-]', '-', Path(s.out_dir).name), Path(s.out_dir)
+
+    def as_text(columns, rows):
+        return '\n'.join(' | '.join(map(str, row)) for row in [columns, ['---'] * len(columns), *rows])
+
+    if s.tracker == 'tensorboard':
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder / 'tensorboard')
+        return (lambda row, step: [writer.add_scalar(key, v, step) for key, v in row.items()],
+                lambda key, columns, rows, step: writer.add_text(key, as_text(columns, rows), step),
+                lambda path: writer.add_text('file', str(path)), writer.close)     # it keeps none
+    if s.tracker == 'wandb':
+        import wandb
+        run = wandb.init(project='halfhour', name=name, dir=folder, config=vars(s),
+                         settings=wandb.Settings(console='off'))
+
+        def keep(path):
+            artifact = wandb.Artifact(name, 'model')
+            artifact.add_file(str(path))
+            run.log_artifact(artifact)
+        return (lambda row, step: run.log(row, step=step), lambda key, columns, rows, step:
+                run.log({key: wandb.Table(columns=columns, data=rows)}, step=step), keep, run.finish)
+    import mlflow
+    mlflow.set_experiment('halfhour')
+    mlflow.start_run(run_name=name)
+    mlflow.log_params({key: v for key, v in vars(s).items() if v != KEYS[key].default})
+    return (lambda row, step: mlflow.log_metrics(row, step=step),
+            lambda key, columns, rows, step: mlflow.log_text(as_text(columns, rows), f'{key}_{step}.md'),
+            lambda path: mlflow.log_artifact(str(path)), mlflow.end_run)
+
+
+class Tracker(threading.Thread):
+    """Hands the rows of metrics.jsonl, and files, to the tracker that s names. In a thread of its own: one
+    that is slow, away or broken costs the run a warning and, at its end, WAIT seconds."""
+    WAIT, made = 5.0, []
+
+    def __init__(self, s, say):
+        super().__init__(daemon=True)
+        self.s, self.say, self.waiting = s, say, queue.Queue(1000)
+        self.left_out, self.asked, self.done = 0, False, False
+        self.made.append(self)
+        self.start()
+
+    def put(self, item):
+        try:
+            self.waiting.put_nowait(item)
+        except queue.Full:
+            self.left_out += 1
+
+    def run(self):
+        try:
+            numbers, table, keep, close = open_tracker(self.s)
+            while (item := self.waiting.get()) is not None:
+                if isinstance(item, Path):
+                    keep(item)
+                    continue
+                step, found = item.pop('step'), dict(leaves(item))
+                numbers({k: v for k, v in found.items() if not isinstance(v, str)}, step)
+                for key, v in item.items():
+                    if isinstance(v, dict) and v:
+                        rows = [[k, n] for k, n in leaves(v) if not isinstance(n, str)]
+                        table(key, ['name', 'value'], rows, step)
+                    elif isinstance(v, str):
+                        table(key, ['text'], [[v]], step)
+            close()
+            self.done = True
+        except Exception as e:                  # whatever happens to a tracker, the run goes on
+            why = (str(e).strip() or type(e).__name__).splitlines()[0]
+            self.say(f'warning: {self.s.tracker} follows no longer ({why}); metrics.jsonl has everything')
+
+    def finish(self):
+        """Whether everything has arrived; waits for it once, WAIT seconds at most."""
+        if self.is_alive() and not self.asked:
+            self.asked, until = True, time.monotonic() + self.WAIT
+            with contextlib.suppress(queue.Full):
+                self.waiting.put(None, timeout=self.WAIT)
+            self.join(max(0.0, until - time.monotonic()))
+            if self.is_alive() or self.left_out:
+                self.say(f'warning: {self.s.tracker} was too slow and lacks {self.left_out:,} rows, and '
+                         f'{self.waiting.qsize():,} that wait; metrics.jsonl has everything')
+        return self.done
+
+
 # ---- the run -----------------------------------------------------------------------------------------------
 
 LEAVING = 0.7       # seconds from the last line printed to the prompt back, the report's page included
 UNPRINTED = ('evals', 'settings', 'config', 'hardware', 'versions', 'data', 'sample',       # or told below
-             'warnings')
+             'warnings', 'energy')
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 # settings that a run which goes on may change; all others decide what a step computes
 FREE = set('dataset tokenizer vocab_size prepare data_dir out_dir overwrite init_from budget_minutes '
            'budget_counts device compile kernels micro_batch_size eval_interval evals eval_data log_interval '
-           'save_minutes sample_prompt sample_tokens dollars_per_hour dry_run'.split()) | MODEL_KEYS.keys()
+           'save_minutes sample_prompt sample_tokens dollars_per_hour country tracker dry_run'.split())
+FREE |= MODEL_KEYS.keys()
 
 
 class Stopped(Exception):
@@ -1139,6 +1246,8 @@ def average_over_ranks(model, loss, flag, world):
 def main(argv):
     # ---- setup
     s = read_settings(argv)
+    refuse(s.tracker and not importlib.util.find_spec(s.tracker),
+           f'tracker {s.tracker} is not installed: pip install {s.tracker}, or leave tracker empty')
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device, master = choose_device(s), rank == 0
     signals, told = [], []                      # told: what a reader of the report should know
@@ -1161,6 +1270,8 @@ def main(argv):
         if device == 'cuda':
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         dist.init_process_group('nccl' if device == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=1))
+    energy = sample.Energy(device, STARTED, share=1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    earlier = np.zeros_like(energy.joules)      # of all ranks, in processes before this one
 
     def all_reduce(array):
         """Sum of a numpy array over the ranks."""
@@ -1240,6 +1351,7 @@ def main(argv):
         # what a killed run did after its last checkpoint was paid for too
         spent = max([checkpoint['elapsed']] + [row['elapsed_s'] for row in read_rows(log)])
         clock = Clock(s, spent, checkpoint['times']['train'], checkpoint['progress'])
+        earlier = np.array(checkpoint['joules']) * spent / checkpoint['elapsed']
         torch.set_rng_state(checkpoint['rng'])
     name = hardware(device)
     peak = peak_flops(name) if device == 'cuda' and dtype_name == 'bfloat16' else None
@@ -1273,6 +1385,7 @@ def main(argv):
         write_beside(log, lambda f: f.write(known.encode()))
         write_beside(out_dir / data.tokenizer.filename, lambda f: f.write(data.tokenizer.blob))
         metrics = open(log, 'a', buffering=1)
+    tracker = Tracker(s, say) if s.tracker and master and not s.dry_run else None
 
     def record(**row):
         if master:
@@ -1281,16 +1394,19 @@ def main(argv):
                 metrics.write(json.dumps(finite) + '\n')
             except OSError as e:                # a full disk: the run is worth more than its log
                 say(f'warning: metrics.jsonl could not be written ({e.strerror})')
+            if tracker:
+                tracker.put(finite)
 
     def save():
         """All that the next batch needs, moved into place whole; the last one is kept. Returns an error."""
-        began = time.monotonic()
+        began, doing = time.monotonic(), energy.turn('idle')
         try:
             if master:
                 save_checkpoint(out_dir, dict(
                     version=2, step=step, progress=clock.progress, elapsed=clock.elapsed(), skipped=skipped,
                     origin=origin, grown=n_grown, shares=stream.shares, times=dict(times), tokens=tokens,
-                    flops=flops_done, warnings=told,
+                    flops=flops_done, joules=(earlier + world * energy.joules).tolist(),    # ranks are alike
+                    warnings=told,
                     model=model.state_dict(), average=average,
                     optimizers=[o.state_dict() for o in optimizers],
                     rng=torch.get_rng_state(),
@@ -1299,10 +1415,12 @@ def main(argv):
         except UserError as e:                  # the run is worth more, and the earlier checkpoint is whole
             say(f'warning: {e}')
             return e
+        finally:
+            energy.turn(doing)
         times['save'] += time.monotonic() - began
 
     def evaluate(slices, stop=None, keep=True):
-        began = time.monotonic()
+        began, doing = time.monotonic(), energy.turn('eval')
         model.eval()
         result = sample.bits_per_byte(model, data.tokens['val'], data.docs['val'], slices,
                                       65536 if device == 'cuda' else 8192, stop, rank, world, all_reduce)
@@ -1311,6 +1429,7 @@ def main(argv):
         for key in ('per_source', 'per_source_error'):
             result[key] = {data.meta['sources'][i]: v for i, v in result[key].items()}
         times['eval'] += time.monotonic() - began
+        energy.turn(doing)
         if keep:
             record(step=step, progress=clock.progress, val_bpb=result['bpb'], val_loss=result['loss'],
                    share=result['share'], elapsed_s=clock.elapsed())
@@ -1368,7 +1487,8 @@ def main(argv):
     def closing_seconds():
         # a tenth at most: what proves too slow is cut short there, and the report says so
         evaluation = min(slice_seconds * slices, tenth)
-        return evaluation + judge_seconds + token_seconds * s.sample_tokens + save_seconds + LEAVING
+        return (evaluation + judge_seconds + token_seconds * s.sample_tokens + save_seconds + LEAVING
+                + Tracker.WAIT * bool(s.tracker))
 
     # ---- loop
     if s.dry_run:
@@ -1383,6 +1503,7 @@ def main(argv):
     last_save = clock.elapsed()
     next_eval = s.eval_interval * max(1, math.ceil(clock.progress / (s.eval_interval or 1)))
     first_step, history = step, []
+    energy.turn('train')
     while True:
         # time left? rank 0's clock decides: ranks that stopped at different steps would wait for ever
         clock.reserve = closing_seconds()
@@ -1397,6 +1518,7 @@ def main(argv):
         # grow if due
         if stages and progress >= stages[0][0] and (clock.max_steps or left > 2 * warm_seconds):
             began_growing, n_grown, (_, config) = time.monotonic(), n_grown + 1, stages.pop(0)
+            energy.turn('idle')
             model, optimizers = grown(model, optimizers, config, s, n_grown)
             average = new_average(model, progress) if average else None
             for line in choose_kernels(s.kernels, config, device, model.compute_dtype):
@@ -1407,6 +1529,7 @@ def main(argv):
             warm_seconds = agreed(time.monotonic() - began_growing)
             times['growth'] += warm_seconds
             clock.trained += warm_seconds
+            energy.turn('train')
             continue                             # that took time
 
         began = time.monotonic()
@@ -1498,6 +1621,10 @@ def main(argv):
         raise unsaved or Stopped(f'stopped by a signal after step {step}; {saved}')
     deadline = clock.budget + min(0.01 * clock.budget, 5.0)
     deadline -= token_seconds * s.sample_tokens + judge_seconds + LEAVING
+    deadline -= Tracker.WAIT * bool(s.tracker)
+    energy.turn('eval')
+    if tracker and not unsaved:
+        tracker.put(out_dir / 'ckpt.pt')        # it travels during the evaluation
 
     if average:
         model.load_state_dict(average['model'])
@@ -1515,6 +1642,10 @@ def main(argv):
     times['eval'] += time.monotonic() - began
     if all_reduce(np.array([float(bool(signals))]))[0]:
         raise unsaved or Stopped(f'stopped by a signal during the closing evaluation; {saved}')
+    paid = sample.energy_report(earlier + all_reduce(energy.read()), energy.how, s.country)
+    if tracker:
+        tracker.put(dict(step=step, bpb_per_source=result['per_source'], evals=evals, sample=text, **paid))
+        tracker.finish()
     trained, total, sizes = max(times['train'], 1e-9), clock.elapsed() + LEAVING, config.params()
     speed = flops_done / trained
     waited, stepped = np.sum(history[1:] or [(0, 1)], axis=0)
@@ -1528,7 +1659,7 @@ def main(argv):
         tok_per_sec=tokens / trained, mfu=speed / (peak * world) if peak else None, tflops=speed / 1e12,
         data_wait_share=float(waited / stepped), skipped_steps=skipped, warnings=[*dict.fromkeys(told)],
         **{f'{kind}_seconds': t for kind, t in times.items()}, total_seconds=total,
-        budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(device), joules=None, co2_g=None,
+        budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(device), **paid,
         dollars=total / 3600 * s.dollars_per_hour or None,
         hardware=dict(device=device, name=name, ranks=world, dtype=dtype_name),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
@@ -1609,6 +1740,10 @@ def say_report(report, say):
         kinds = ', '.join(f'{k} {v:.3f}' for k, v in (e['per_field'] or e['per_kind']).items())
         say(f'{name}: {e["accuracy"]:.4f} +- {e["error"]:.4f} on {e["items"]:,} items, chance '
             f'{e["chance"]:.4g}, ties {e["ties"]} ({kinds})')
+    e = report['energy']
+    say('energy: ' + ', '.join(f'{k} {e[k]:.0f} J' for k in sample.ACTIVITIES) + '; '
+        + ', '.join(f'{k} {e[k]:.0f} J {e["how"][k]}' for k in sample.DEVICES)
+        + f'; {e["g_per_kwh"]:g} g of CO2e a kWh ({e["country"]}), without cooling and the making of it all')
     say(f'hardware: {report["hardware"]["name"]}, {report["hardware"]["dtype"]}')
     if report['sample']:
         say(f'sample:\n{report["sample"]}')
@@ -1625,4 +1760,6 @@ if __name__ == '__main__':
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
     sys.stdout.flush()
+    if not all([tracker.finish() for tracker in Tracker.made]):
+        os._exit(code)                          # what a tracker leaves behind may hang as Python ends
     sys.exit(code)

@@ -1,5 +1,6 @@
 """train.py: settings, data order, optimizer, clock, and whole runs as a user makes them."""
 import errno
+import importlib.machinery
 import json
 import math
 import os
@@ -7,6 +8,8 @@ import random
 import re
 import shutil
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -1422,3 +1425,138 @@ def test_evaluation_sets_get_what_time_there_is():
     assert half == dict(a=500, b=2000) and train.tokens_of(sets, half) == 65_000
     assert train.affordable(sets, 1000, math.inf) == dict(a=1000, b=1000)
     assert train.affordable(sets, math.inf, 1) == dict(a=20, b=20)
+
+
+# ---- energy and trackers
+
+def test_joules_are_charged_and_added_up_over_parts(main, tmp_path, monkeypatch):
+    class Told(sample.Energy):
+        """10 J of the card pass with every reading."""
+
+        def __init__(self, device, since, share):
+            super().__init__(device, since, share)
+            assert (device, since, share) == ('cpu', train.STARTED, 1)
+            self.n, self.readers = 0, (self.count, lambda: 0.0, lambda: 0.0)
+
+        def count(self):
+            self.n += 10
+            return float(self.n)
+
+        def turn(self, to):
+            turns.append(to)
+            return super().turn(to)
+
+    turns = []
+    monkeypatch.setattr(sample, 'Energy', Told)
+    main('--country=120', '--eval_interval=0.4', '--sample_tokens=0')
+    # three probes as it warms up; a save after every step and after the last; an evaluation on the way, and the closing one
+    save, evaluation = ['idle', 'train'], ['eval', 'train']
+    assert turns == [*['eval', 'idle'] * 3, 'train', *save, *save, *save, *evaluation, *save, 'eval', 'eval', 'eval'], turns
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert result['joules'] == 10 * (len(turns) + 1) and result['co2_g'] == pytest.approx(result['joules'] / 3.6e6 * 120)
+    assert [result['energy'][k] for k in ('train', 'eval', 'idle')] == [10 * ['idle', *turns].count(k) for k in ('train', 'eval', 'idle')]
+    assert result['energy']['gpu'] == result['joules'] and 'estimated' in result['energy']['how']['cpu']
+
+    in_two_parts(main, monkeypatch, 2, '--sample_tokens=0')
+    whole, saved = json.loads((tmp_path / 'parts' / 'result.json').read_text()), weights(tmp_path / 'parts')
+    # the second part: probes, 'train', one save, the closing save, which holds it all until then, and 5 readings more
+    assert np.sum(saved['joules']) > 2 * 10 * 8 and whole['joules'] == pytest.approx(np.sum(saved['joules']) + 50)
+
+
+def test_countries_that_cannot_be():
+    assert train.read_settings(['--country=120']).country == '120' and train.read_settings(['--country=PL']).country == 'PL'
+    assert "country is 'Atlantis', it must be one of world, " in mistakes('--country=Atlantis')
+    for text in ('-3', 'True', '1e999'):
+        assert 'country' in mistakes(f'--country={text}')
+
+
+class FakeTracker:
+    """Stands for wandb and for mlflow: notes what it is told, or behaves as `how` says from the first call or the second on."""
+
+    def __init__(self, name, how='', calm=0):
+        self.__spec__, self.how, self.calm, self.told = importlib.machinery.ModuleSpec(name, None), how, calm, []
+
+    def __getattr__(self, name):
+        if name.startswith('_'):
+            raise AttributeError(name)
+
+        def call(*args, **options):
+            if len(self.told) >= self.calm and self.how == 'raises':
+                raise OSError('nobody\nanswers')
+            if len(self.told) >= self.calm and self.how == 'hangs':
+                threading.Event().wait()
+            self.told.append((name, args, options))
+            return self
+        return call
+
+
+@pytest.mark.parametrize('name', ['wandb', 'mlflow'])
+def test_a_tracker_is_told_everything(main, tmp_path, monkeypatch, name):
+    fake = FakeTracker(name)
+    monkeypatch.setitem(sys.modules, name, fake)
+    (tmp_path / 'run').mkdir()
+    out = main(f'--tracker={name}', '--eval_interval=0.4', '--sample_prompt=Mia')
+    assert 'warning' not in out
+    told = [(args, options) for what, args, options in fake.told if what == dict(wandb='log', mlflow='log_metrics')[name]]
+    steps = [options['step'] for _, options in told]
+    assert steps == sorted(steps) and set(steps) == {1, 2, 3}
+    for row in rows(tmp_path / 'run'):
+        numbers = {k: v for k, v in row.items() if k != 'step' and v is not None}
+        assert ((numbers,), dict(step=row['step'])) in told
+    text = str(fake.told)
+    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['sample'][:5] in text and 'tales' in text
+    kinds = [what for what, _, _ in fake.told]
+    if name == 'wandb':
+        assert kinds[-1] == 'finish' and ('add_file', ('run/ckpt.pt',), {}) in fake.told and kinds.count('log_artifact') == 1
+    else:
+        assert kinds[-1] == 'end_run' and ('log_artifact', ('run/ckpt.pt',), {}) in fake.told
+
+
+@pytest.mark.parametrize('how, calm', [('raises', 5), ('hangs', 0), ('hangs', 5)])
+def test_a_tracker_that_is_away_costs_a_warning(main, tmp_path, monkeypatch, how, calm):
+    monkeypatch.setitem(sys.modules, 'wandb', FakeTracker('wandb', how, calm))
+    monkeypatch.setattr(train.Tracker, 'WAIT', 0.3)
+    began = time.monotonic()
+    out = main('--tracker=wandb')
+    assert time.monotonic() - began < 20 and out.count('warning: wandb') == 1
+    assert dict(raises='follows no longer (nobody)', hangs='too slow')[how] in out
+    assert len(losses(tmp_path / 'run')) == 3 and json.loads((tmp_path / 'run' / 'result.json').read_text())['steps'] == 3
+    began = time.monotonic()
+    assert not train.Tracker.made[-1].finish() and time.monotonic() - began < 0.1      # asked once is enough
+
+
+def test_a_queue_that_is_full_leaves_rows_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'mlflow', FakeTracker('mlflow', 'hangs'))
+    monkeypatch.setattr(train.Tracker, 'WAIT', 0.1)
+    said = []
+    tracker = train.Tracker(train.read_settings(['--tracker=mlflow']), said.append)
+    began = time.monotonic()
+    for step in range(1500):
+        tracker.put(dict(step=step))
+    assert time.monotonic() - began < 1 and not tracker.finish()
+    assert 'lacks 500 rows, and 1,000 that wait' in said[0]
+
+
+def test_a_tracker_cannot_hold_the_prompt_back(corpus, tmp_path, monkeypatch):
+    (tmp_path / 'wandb.py').write_text('import atexit, time\natexit.register(time.sleep, 300)\nSettings = dict\n'
+                                       'def init(**options): raise OSError("away")\n')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    code, out, err = script('train.py', *corpus.args, '--max_steps=1', '--out_dir=run', '--tracker=wandb', cwd=tmp_path, timeout=60)
+    assert code == 0 and 'warning: wandb follows no longer (away)' in out and (tmp_path / 'run' / 'result.json').exists(), err
+
+
+def test_a_tracker_that_is_not_installed(main, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match='pip install mlflow'):
+        main('--tracker=mlflow')
+    assert not (tmp_path / 'run').exists() and 'tensorboard, wandb' in mistakes('--tracker=wandbb')
+
+
+def test_curves_in_tensorboard(main, tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert 'warning' not in main('--tracker=tensorboard')
+    events = EventAccumulator(str(tmp_path / 'run' / 'tensorboard'))
+    events.Reload()
+    assert [e.value for e in events.Scalars('train_loss')] == pytest.approx(losses(tmp_path / 'run'))
+    assert 'val_bpb' in events.Tags()['scalars'] and 'sample/text_summary' in events.Tags()['tensors']
