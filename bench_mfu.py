@@ -9,6 +9,7 @@
     python bench_mfu.py config/babylm.py --rival_lr=1e-3            train the rival for budget_minutes instead
     python bench_mfu.py --compare config/babylm.py config/a.py      whole runs: ideas beside their base
     python bench_mfu.py --leaderboard out                           a table and a page of all finished runs
+    python bench_mfu.py --dynamics out/a out/b                      which layers of runs are done when
 
 Configs and overrides are train.py's, and so is the step that is measured; --rounds=12 says how often,
 --json=FILE keeps all of it. All contestants run in one process and take turns, so that a machine that drifts
@@ -1020,6 +1021,67 @@ def leaderboard(argv):
     print(f'{text}\n\n{folder / "leaderboard.html"} has all columns and the curves')
 
 
+# ---- learning dynamics of runs -----------------------------------------------------------------------------
+
+SETTLED = 0.95      # linear CKA to the final state
+PARTS = {'v': 'attn.v', 'out': 'attn.proj', 'down': 'mlp.down', 'OV': 'attn.ov', 'mean': ''}
+
+
+def settled(found, name):
+    """Progress of the probe from which on a projection stays SETTLED; None where its end is not known."""
+    at, column = None, found['names'].index(name)
+    for progress, row in zip(found['progress'][::-1], found['measures']['cka_final'][::-1]):
+        if row[column] is not None and row[column] < SETTLED:
+            break
+        at = at if row[column] is None else progress
+    return at
+
+
+def layer_rows(found, at):
+    """A row for each layer: when its parts settled, on average, and how its weights' effective rank went."""
+    def mean(values):
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known else None
+
+    rows, names = [], found['names']
+    for layer in dict.fromkeys(name.partition('.')[0] for name in names):
+        mine = [i for i, name in enumerate(names) if name.partition('.')[0] == layer]
+        ranks = [mean(row[i] for i in mine) for row in found['measures']['weight_effective_rank']]
+        ranks = [rank for rank in ranks if rank is not None] or [None]
+        rows.append(dict(layer=int(layer), first=ranks[0], highest=max(ranks), last=ranks[-1]) | {
+            key: mean(at[names[i]] for i in mine if part in names[i]) for key, part in PARTS.items()})
+    return rows
+
+
+def say_dynamics(folders):
+    """Print of every run when each layer settled; draw it over progress in dynamics.html of the first run."""
+    train.refuse(not folders, '--dynamics names no run: give folders of runs made with config/dynamics.py')
+    keys, blocks = dict(zip(PARTS, PARTS)) | {f'rank {k}': k for k in ('first', 'highest', 'last')}, []
+    for folder in folders:
+        try:
+            found = json.loads((Path(folder) / 'dynamics.json').read_text())
+        except (OSError, ValueError) as e:
+            raise UserError(f'{folder} has no dynamics.json ({e}): train with config/dynamics.py') from e
+        at = {name: settled(found, name) for name in found['names']}
+        early, rows = [p for p in at.values() if p is not None and p <= 0.2], layer_rows(found, at)
+        said = (f'{len(early) / len(at):.0%} of {len(at)} projections are settled by 20% of training: from then on '
+                f'CKA to the final is {SETTLED} or more at each of {len(found["steps"])} probes')
+        print(f'{folder}: progress at which the projections of a layer settled')
+        say_table([(k, key, 14, '.3f') for k, key in keys.items()], rows, lambda r: f'layer {r["layer"]}', 9)
+        print(said)
+        columns = [dict(key='layer', label='layer', digits=0)]
+        columns += [dict(key=key, label=head, digits=3) for head, key in keys.items()]
+        blocks.append(dict(kind='table', title=f'{folder}: progress at which projections settled', note=said,
+                           columns=columns, rows=rows, sort='layer'))
+        for key, title in dict(cka_final='CKA to the final', weight_effective_rank='effective rank').items():
+            values = [list(row) for row in zip(*found['measures'][key])]
+            blocks.append(dict(kind='heat', title=f'{folder}: {title}', y=found['names'], low=0, high=1,
+                               x=[f'{p:.1%}' for p in found['progress']], values=values))
+    page = Path(folders[0]) / 'dynamics.html'
+    train.write_page(page, 'Learning dynamics', blocks)
+    print(page)
+
+
 # ---- main --------------------------------------------------------------------------------------------------
 
 OPTIONS = {'rounds': 12, 'rival_lr': 0.0, 'rival_bf16': False, 'json': '', 'only': '', 'micro_batches': '',
@@ -1094,6 +1156,8 @@ def say_kernels(rows):
 def main(argv):
     if {'-h', '--help'} & set(argv):
         return print(__doc__)
+    if '--dynamics' in argv:
+        return say_dynamics([a for a in argv if a != '--dynamics'])
     if '--compare' in argv:
         return compare_runs(argv)
     if '--leaderboard' in argv:

@@ -137,6 +137,7 @@ class Settings:
     save_minutes: float = 5.0         # between checkpoints; 0 saves after every step
     sample_prompt: str = ''           # what the closing sample continues
     sample_tokens: int = 120          # its length; 0 prints none
+    dynamics: bool = False            # probe all layers on the way: sample.Probe, dynamics.json
     dollars_per_hour: float = 0.0     # the machine's price, for the report; 0 is unknown
     country: str = 'world'            # whose electricity it is, of sample.GRID, or grams of CO2e a kWh
     tracker: str = ''                 # 'tensorboard', 'wandb' or 'mlflow': follows the run, where installed
@@ -1193,8 +1194,8 @@ BAD_STEPS = 5       # steps in a row that are not finite before the run goes bac
 # settings that a run which goes on may change; all others decide what a step computes
 FREE = set('dataset tokenizer vocab_size prepare data_dir out_dir overwrite init_from budget_minutes '
            'budget_counts device compile kernels micro_batch_size eval_interval evals eval_data log_interval '
-           'save_minutes sample_prompt sample_tokens dollars_per_hour country tracker dry_run'.split())
-FREE |= MODEL_KEYS.keys()
+           'save_minutes sample_prompt sample_tokens dynamics dollars_per_hour country tracker '
+           'dry_run'.split()) | MODEL_KEYS.keys()
 
 
 class Stopped(Exception):
@@ -1333,6 +1334,7 @@ def main(argv):
         source = grown(before, (), config, s, 0)[0] if differ else before
         model.load_state_dict(source.state_dict())
     average = new_average(model, 0.0) if s.ema else None
+    dynamics = sample.Probe(data, s.block_size, device) if s.dynamics and master else None
     if s.init_from == 'resume':
         refuse(checkpoint['fingerprint'] != fingerprint,
                f'{data.folder} is not the data that {out_dir} began with: restore it, or start afresh')
@@ -1345,6 +1347,8 @@ def main(argv):
         if average:
             known = {name: w.to(device) for name, w in checkpoint['average']['model'].items()}
             average = checkpoint['average'] | dict(model=known)
+        if dynamics:
+            dynamics.state = checkpoint.get('dynamics') or dynamics.state
         step, skipped, tokens, flops_done = (checkpoint[k] for k in ('step', 'skipped', 'tokens', 'flops'))
         times |= checkpoint['times']
         told += checkpoint.get('warnings', [])
@@ -1409,7 +1413,7 @@ def main(argv):
                     warnings=told,
                     model=model.state_dict(), average=average,
                     optimizers=[o.state_dict() for o in optimizers],
-                    rng=torch.get_rng_state(),
+                    rng=torch.get_rng_state(), dynamics=dynamics and dynamics.state,
                     config=dataclasses.asdict(config), settings=vars(s), fingerprint=fingerprint,
                     tokenizer=data.meta['tokenizer_sha256'], data=str(data.folder)))
         except UserError as e:                  # the run is worth more, and the earlier checkpoint is whole
@@ -1444,6 +1448,13 @@ def main(argv):
         model.train()
         times['eval'] += time.monotonic() - began
         return results
+
+
+    def probe_layers():
+        bad = dynamics.take(model, step, clock.progress, math.inf if clock.max_steps else clock.budget)
+        times['dynamics'] = dynamics.state['seconds']
+        if bad:
+            say(f'warning: step {step} was probed, not finite: {", ".join(bad)}')
 
     # ---- warm up: compile, and learn what a step and the closing evaluation will cost
     def warm_up():
@@ -1483,12 +1494,13 @@ def main(argv):
     start = torch.full((1, 1), config.bos, device=device)
     token_seconds = growth_to_come() * seconds_of(lambda: list(model.generate(start, 12)), 2) / 12
     save_seconds = 0.5 + 12 * largest.params()['total'] / 2 ** 30
+    afterwards = judge_seconds + token_seconds * s.sample_tokens + Tracker.WAIT * bool(s.tracker) + LEAVING
 
     def closing_seconds():
         # a tenth at most: what proves too slow is cut short there, and the report says so
         evaluation = min(slice_seconds * slices, tenth)
-        return (evaluation + judge_seconds + token_seconds * s.sample_tokens + save_seconds + LEAVING
-                + Tracker.WAIT * bool(s.tracker))
+        probes = 2 * dynamics.state['cost'] if dynamics else 0.0
+        return evaluation + probes + save_seconds + afterwards
 
     # ---- loop
     if s.dry_run:
@@ -1505,6 +1517,10 @@ def main(argv):
     first_step, history = step, []
     energy.turn('train')
     while True:
+        # probe if due
+        if dynamics and clock.progress >= dynamics.state['due']:
+            probe_layers()
+
         # time left? rank 0's clock decides: ranks that stopped at different steps would wait for ever
         clock.reserve = closing_seconds()
         decision = [clock.fits(step, step_seconds / accum), clock.progress, clock.left(), step_seconds]
@@ -1620,12 +1636,15 @@ def main(argv):
     if stopping:
         raise unsaved or Stopped(f'stopped by a signal after step {step}; {saved}')
     deadline = clock.budget + min(0.01 * clock.budget, 5.0)
-    deadline -= token_seconds * s.sample_tokens + judge_seconds + LEAVING
-    deadline -= Tracker.WAIT * bool(s.tracker)
+    deadline -= afterwards
     energy.turn('eval')
     if tracker and not unsaved:
         tracker.put(out_dir / 'ckpt.pt')        # it travels during the evaluation
 
+    if dynamics:
+        probe_layers()
+        learned = dynamics.finish()
+        times['dynamics'] = dynamics.state['seconds']
     if average:
         model.load_state_dict(average['model'])
 
@@ -1659,6 +1678,7 @@ def main(argv):
         tok_per_sec=tokens / trained, mfu=speed / (peak * world) if peak else None, tflops=speed / 1e12,
         data_wait_share=float(waited / stepped), skipped_steps=skipped, warnings=[*dict.fromkeys(told)],
         **{f'{kind}_seconds': t for kind, t in times.items()}, total_seconds=total,
+        **({'dynamics_share': times['dynamics'] / total} if dynamics else {}),
         budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(device), **paid,
         dollars=total / 3600 * s.dollars_per_hour or None,
         hardware=dict(device=device, name=name, ranks=world, dtype=dtype_name),
@@ -1672,6 +1692,8 @@ def main(argv):
         raise unsaved
     if master:
         metrics.close()
+        if dynamics:
+            write_beside(out_dir / 'dynamics.json', lambda f: f.write(json.dumps(learned).encode()))
         write_beside(out_dir / 'result.json', lambda f: f.write(json.dumps(report, indent=1).encode()))
         try:
             write_report(out_dir)

@@ -449,3 +449,39 @@ def test_pages_in_a_browser(board, tmp_path):
     gap = re.search(r'd="(M[^"]+)" fill="none" stroke="var\(--s0\)"', every)[1]
     assert gap.count('M') == 2 and gap.count('L') == 16                              # 18 of 19 values, in two pieces
     assert 'role="alert"' in wrong and 'no kind of block is called nonsense' in wrong
+
+
+# ---- learning dynamics of runs
+
+def test_when_layers_settle(tmp_path, capsys, monkeypatch):
+    """Dips, gaps where nothing was measured, layers that came late, and one whose end is not known."""
+    names, progress = ['0.attn.v', '0.mlp.down', '1.attn.v', '1.attn.ov.0', '1.attn.ov.1'], [0.0, 0.1, 0.2, 0.5, 1.0]
+    cka = [[0.97, None, None, 0.2, 0.99], [0.3, 0.96, None, 0.95, 0.99], [0.96, None, 0.5, 0.96, None], [0.99, 0.98, 0.7, 0.97, None],
+           [1.0, 1.0, 1.0, 1.0, None]]
+    cka[3][4] = 0.9
+    ranks = [[0.9, None, None, 0.6, 0.6], [0.9, 0.5, None, 0.7, 0.7], [0.8, 0.4, 0.9, 0.8, 0.8], [0.7, 0.3, 0.8, 0.7, 0.7], [0.6, 0.2, 0.7, 0.6, 0.6]]
+    found = dict(steps=[*range(5)], progress=progress, names=names, measures=dict(cka_final=cka, weight_effective_rank=ranks))
+    at = {name: bench_mfu.settled(found, name) for name in names}
+    assert at == {'0.attn.v': 0.2, '0.mlp.down': 0.1, '1.attn.v': 1.0, '1.attn.ov.0': 0.1, '1.attn.ov.1': None}
+    first, second = bench_mfu.layer_rows(found, at)
+    assert (first['v'], first['down'], first['OV'], first['mean']) == (0.2, 0.1, None, pytest.approx(0.15))
+    assert (second['v'], second['OV'], second['mean'], second['layer']) == (1.0, 0.1, pytest.approx(0.55), 1)
+    assert [first[k] for k in ('first', 'highest', 'last')] == pytest.approx([0.9, 0.9, 0.4])
+    assert [second[k] for k in ('first', 'highest', 'last')] == pytest.approx([0.6, 2.5 / 3, 1.9 / 3])
+    pages = []
+    monkeypatch.setattr(train, 'write_page', lambda *page: pages.append(page), raising=False)
+    for run in 'ab':
+        (tmp_path / run).mkdir()
+        (tmp_path / run / 'dynamics.json').write_text(json.dumps(found))
+    bench_mfu.main(['--dynamics', str(tmp_path / 'a'), str(tmp_path / 'b')])
+    out = capsys.readouterr().out
+    assert out.count('60% of 5 projections are settled by 20% of training') == 2 and f'{tmp_path / "b"}: progress' in out
+    assert re.search(r'^layer 0 +0\.200 +- +0\.100 +- +0\.150 +0\.900 +0\.900 +0\.400$', out, re.M)
+    (path, title, blocks), = pages
+    assert path == tmp_path / 'a' / 'dynamics.html' and [b['kind'] for b in blocks] == ['table', 'heat', 'heat'] * 2
+    assert blocks[1]['y'] == names and blocks[1]['values'][1] == [None, 0.96, None, 0.98, 1.0] and len(blocks[1]['x']) == 5
+    assert {c['key'] for c in blocks[0]['columns']} == set(blocks[0]['rows'][0]) and json.dumps(blocks)
+    for wrong, said in (([], 'names no run'), ([str(tmp_path)], 'no dynamics.json')):
+        with pytest.raises(UserError, match=said):
+            bench_mfu.main(['--dynamics', *wrong])
+    assert len(pages) == 1

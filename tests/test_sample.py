@@ -11,6 +11,8 @@ import tarfile
 from pathlib import Path
 
 
+
+
 import time
 from types import SimpleNamespace
 
@@ -692,3 +694,181 @@ def test_stats_count_what_was_generated(ask):
     assert re.search(r'energy: [\d.]+ J, [\d.e-]+ g CO2e per 1,000 generated tokens at batch size 3 \(15 in .* 56 g/kWh\)', out), out
     with pytest.raises(UserError, match='FR, .*grams'):
         ask('Mia', '--country=Atlantis')
+
+
+# ---- learning dynamics
+
+def numpy_pwcca(x, y):
+    """PWCCA by inverse square roots of covariances, as the paper has it, in numpy."""
+    x, y = (v - v.mean(0) for v in (x, y))
+
+    def whiten(v):
+        power, turn = np.linalg.eigh(v.T @ v)
+        return turn @ np.diag(power ** -0.5) @ turn.T
+    u, rho, _ = np.linalg.svd(whiten(x) @ (x.T @ y) @ whiten(y))
+    h, _ = np.linalg.qr(x @ whiten(x) @ u[:, :len(rho)])
+    alpha = np.abs(h.T @ x).sum(1)
+    return (alpha / alpha.sum() * rho).sum()
+
+
+def test_measures_against_numpy_in_float64():
+    dice = np.random.default_rng(3)
+    x, y = dice.standard_normal((200, 12)) * np.logspace(0, 2, 12) + 5, dice.standard_normal((200, 9))
+    y[:, :4] += x[:, :4] - x[:, 4:8] ** 2 / 100
+    a, b = torch.from_numpy(x), torch.from_numpy(y)
+    h = np.eye(200) - 1 / 200
+    k, l = h @ x @ x.T @ h, h @ y @ y.T @ h                                        # by n x n Gram matrices: HSIC
+    assert sample.linear_cka(a, b) == pytest.approx((k * l).sum() / ((k * k).sum() * (l * l).sum()) ** 0.5, rel=1e-10)
+    assert sample.pwcca(a, b) == pytest.approx(numpy_pwcca(x, y), rel=1e-10) and sample.pwcca(a, b) < 0.9
+    s = np.linalg.svd(x, compute_uv=False)
+    p = s / s.sum()
+    for turned in (a, a.T):
+        ours = sample.describe(turned, turned)
+        assert ours['effective_rank'] == pytest.approx(np.prod(p ** -p) / 12, rel=1e-9)
+        assert ours['condition_number'] == pytest.approx(np.linalg.cond(x), rel=1e-9)
+        assert ours['gini'] == pytest.approx(np.abs(np.abs(x)[:, :, None, None] - np.abs(x)).mean() / 2 / np.abs(x).mean(), rel=1e-9)
+        assert ours['hoyer'] == pytest.approx((2400 ** 0.5 - np.abs(x).sum() / (x ** 2).sum() ** 0.5) / (2400 ** 0.5 - 1), rel=1e-9)
+        assert ours['frobenius'] == pytest.approx(np.linalg.norm(x), rel=1e-9) and ours['max_abs'] == np.abs(x).max()
+        assert ours['nuclear'] == pytest.approx(np.linalg.norm(x, 'nuc'), rel=1e-9)
+    for height in (1e3, 1e5):                                         # float64 Gram matrices keep the smallest singular values
+        q, r = (np.linalg.qr(dice.standard_normal((40, 40)))[0] for _ in 'qr')
+        ill = torch.from_numpy((q * np.geomspace(1, 1 / height, 40)) @ r)
+        assert sample.condition_number(sample.singular_values(ill)) == pytest.approx(height, rel=1e-3)
+
+
+def test_measures_in_closed_form():
+    torch.manual_seed(0)
+    x = torch.randn(400, 10, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64)).Q
+    other = torch.randn(400, 10, dtype=torch.float64)
+    assert sample.linear_cka(x, 3 * x @ turn + 7) == pytest.approx(1) and sample.linear_cka(x, other) < 0.1
+    assert sample.pwcca(x, x @ torch.randn(10, 10, dtype=torch.float64) - 2) == pytest.approx(1) and sample.pwcca(x, other) < 0.3
+    half = torch.linalg.qr(x - x.mean(0)).Q
+    assert sample.pwcca(half, half[:, :5]) == pytest.approx(1) and sample.linear_cka(half, half[:, :5]) == pytest.approx(0.5 ** 0.5)
+    for matrix, rank, condition in ((torch.eye(6), 1, 1), (torch.outer(torch.arange(1., 5), torch.ones(7)), 1 / 4, math.inf),
+                                    (torch.diag(torch.tensor([8., -2.])), math.exp(-.8 * math.log(.8) - .2 * math.log(.2)) / 2, 4)):
+        s = sample.singular_values(matrix)
+        assert sample.effective_rank(s) == pytest.approx(rank) and sample.condition_number(s) == pytest.approx(condition)
+    flat, spike = -torch.ones(5, 20), torch.zeros(5, 20)
+    spike[2, 3] = -4
+    assert sample.gini(flat) == pytest.approx(0) and sample.gini(spike) == pytest.approx(99 / 100)
+    assert sample.hoyer(flat) == pytest.approx(0) and sample.hoyer(spike) == pytest.approx(1)
+    assert sample.norms(spike, sample.singular_values(spike)) == dict(frobenius=4, nuclear=4, max_abs=4)
+    out, value = torch.randn(30, 4), torch.randn(4, 20)
+    whole, core = sample.ov_circuit(out, value)
+    assert torch.allclose(whole, out @ value) and core.shape == (4, 4)
+    assert torch.allclose(sample.singular_values(core), torch.linalg.svdvals(whole.double())[:4], rtol=1e-5)
+
+
+def test_sketches_keep_cka():
+    torch.manual_seed(0)
+    falls = torch.diag(torch.arange(1., 193) ** -0.7)                              # a spectrum as flat as activations have
+    x, noise = (torch.randn(256, 192) @ falls @ torch.linalg.qr(torch.randn(192, 192)).Q for _ in 'xn')
+    for y in (x, x + 0.2 * noise, x + noise, noise[:, :100]):
+        assert abs(sample.linear_cka(sample.sketch(x), sample.sketch(y)) - sample.linear_cka(x, y)) < 0.01
+    narrow = torch.randn(256, 40) + 3                                              # exact but for fp16
+    assert sample.linear_cka(sample.sketch(narrow), narrow) == pytest.approx(1, abs=1e-6)
+    assert sample.sketch(x).shape == (256, 64) and sample.sketch(1e9 * x).isfinite().all()
+
+
+def small(**options):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**dict(vocab_size=257, bos=256, block_size=64, n_layer=2, n_head=4, n_embd=64) | options))
+    with torch.no_grad():
+        for block in model.blocks:
+            sample.projection(block.mlp).normal_(std=0.05)                         # it begins as 0
+    return model
+
+
+@pytest.mark.parametrize('options', [dict(n_kv_head=2), dict(kv_latent=32, rotary_dim=8), dict(mlp='swiglu', dropout=0.5)])
+def test_what_a_probe_sees(corpus, options):
+    """Activations, weights and gradients are the model's own; a circuit is what its head adds alone."""
+    probe, model = sample.Probe(corpus.open(), 64, 'cpu'), small(**options)
+    seen = probe.look(model)
+    assert model.training and all(p.grad is None for p in model.parameters()) and not any(m._forward_hooks for m in [model, *model.blocks])
+    model.eval()
+    outs, heard = {}, [model.blocks[1].attn.proj, model.blocks[1].mlp.down]
+    hooks = [m.register_forward_hook(lambda m, args, out: outs.update({m: (args[0], out)})) for m in heard]
+    model(probe.text[:, :-1], probe.text[:, 1:]).backward()
+    for name, module in zip(('1.attn.proj', '1.mlp.down'), heard):
+        (activations, _), (weight, _), (gradient, _) = seen[name]
+        assert torch.equal(activations, outs[module][1][:, ::2].flatten(0, 1)) and activations.shape == (256, 64)
+        assert torch.equal(weight, module.weight) and torch.allclose(gradient, module.weight.grad, atol=1e-7)
+    attn, value, group = model.blocks[1].attn, seen['1.attn.v'][0][0], 4 // model.config.n_kv_head
+    D, w_v, w_o = 16, attn.v.weight, attn.proj.weight
+    idx = torch.tensor([[256, 65]])                                     # the first position attends to itself alone
+    first = {}
+    hooks += [attn.proj.register_forward_hook(lambda m, args, out: first.update(mixed=args[0][0, 0]))]
+    probe.text = torch.cat([idx, idx[:, :1]], 1)
+    assert torch.allclose(probe.look(model)['1.attn.v'][0][0][0], first['mixed'].view(-1, group, D)[:, 0].flatten() if group == 2
+                          else first['mixed'], atol=1e-6)
+    for head in range(4):
+        o, k = slice(head * D, head * D + D), slice(head // group * D, head // group * D + D)
+        (writes, _), (circuit, core), (change, core_of_change) = seen[f'1.attn.ov.{head}']
+        assert torch.allclose(writes, value[:, k] @ w_o[:, o].T, atol=1e-6) and torch.allclose(circuit, w_o[:, o] @ w_v[k], atol=1e-6)
+        along = w_o[:, o] @ w_v.grad[k] + attn.proj.weight.grad[:, o] @ w_v[k]
+        assert torch.allclose(change, along, atol=1e-7)
+        for whole, part in ((circuit, core), (change, core_of_change)):
+            s = torch.linalg.svdvals(whole.double())
+            assert torch.allclose(sample.singular_values(part)[:16], s[:16], rtol=1e-3, atol=1e-6 * s[0].item())
+
+
+def test_tokens_have_no_circuits(corpus):
+    seen = sample.Probe(corpus.open(), 64, 'cpu').look(small(attn_tokens=32, mlp_tokens=48))
+    assert list(seen) == ['0.attn.v', '0.attn.proj', '0.mlp.down', '1.attn.v', '1.attn.proj', '1.mlp.down']
+    assert seen['1.mlp.down'][1][0].shape == (64, 48) and seen['1.attn.v'][0][0].shape == (256, 64)
+
+
+def test_a_probe_over_growth_and_what_is_not_finite(corpus):
+    """Sketches compare across widths; a layer that came later has no past; NaN is named and leaves the rest alone."""
+    probe, narrow, wide = sample.Probe(corpus.open(), 64, 'cpu'), small(), small(n_embd=128, n_head=8, n_layer=3)
+    assert probe.take(narrow, 0, 0.0, math.inf) == [] and probe.state['due'] == 0.00625
+    assert probe.take(narrow, 0, 0.0, math.inf) == [] and len(probe.state['rows']) == 1
+    with torch.no_grad():
+        narrow.blocks[1].attn.v.weight[3, 5] = math.nan
+    bad = probe.take(narrow, 10, 0.3, math.inf)
+    assert {'1.attn.v activation', '1.attn.v weight', '1.attn.ov.0 weight', '1.mlp.down activation', '0.attn.v gradient'} <= {*bad}
+    assert not {'0.attn.v activation', '0.attn.v weight', '1.mlp.down weight', '1.attn.ov.1 weight'} & {*bad} and probe.state['due'] == 0.4
+    probe.take(wide, 20, 0.4, math.inf)
+    probe.take(wide, 30, 0.95, math.inf)
+    assert probe.state['due'] == math.inf
+    found = json.loads(json.dumps(probe.finish()))
+    assert (found['steps'], found['progress']) == ([0, 10, 20, 30], [0, 0.3, 0.4, 0.95])
+    names, of = found['names'], found['measures']
+    assert names[:4] == ['0.attn.v', '0.attn.proj', '0.mlp.down', '0.attn.ov.0'] and names[-1] == '2.attn.ov.7' and len(names) == 33
+    place = names.index
+    assert all(len(row) == 33 for rows in of.values() for row in rows)
+    assert of['cka_final'][2][place('2.mlp.down')] == 1 and of['cka_final'][0][place('2.mlp.down')] is None
+    assert 0 < of['cka_final'][0][place('1.mlp.down')] < 1 and of['cka_final'][1][place('1.mlp.down')] is None
+    assert of['cka_previous'][0][0] is None and of['cka_previous'][1][0] == 1 and 0 < of['cka_previous'][2][0] < 1
+    assert of['cka_previous'][2][place('1.attn.v')] is None and of['weight_gini'][1][place('1.attn.v')] is None
+    assert of['weight_gini'][1][0] == of['weight_gini'][0][0] > 0 and of['gradient_gini'][1][0] is None
+    assert {'pwcca_final', 'gradient_effective_rank', 'weight_condition_number', 'activation_hoyer'} <= {*of}
+
+
+def test_probes_that_cost_more_than_their_share_are_fewer(corpus):
+    probe = sample.Probe(corpus.open(), 64, 'cpu')
+    probe.look = lambda model: time.sleep(0.02) or {}
+    taken, seconds, progress = 0, 100 * 0.02 / sample.PROBE_SHARE / 10, 0.0        # ten probes' time in all
+    for step in range(1000):
+        if step / 1000 >= probe.state['due']:
+            probe.take(None, step, step / 1000, seconds)
+            taken += 1
+    assert 4 <= taken <= 9 and probe.state['seconds'] < 0.2 and probe.state['rows'][-1]['progress'] > 0.5
+    probe.state['seconds'] = 1.0
+    probe.take(None, 2000, 0.05, seconds)
+    assert probe.state['due'] == math.inf
+
+
+def test_a_compiled_model_is_not_compiled_again_for_a_probe(corpus):
+    import torch._dynamo
+    programs, model, probe = [], small(), sample.Probe(corpus.open(), 64, 'cpu')
+    compiled = torch.compile(model, dynamic=False, backend=lambda graph, _: programs.append(graph) or graph.forward)
+    idx = torch.randint(257, (2, 64))
+    for step in range(2):
+        compiled(idx, idx.clone()).backward()
+        model.zero_grad()
+        probe.take(model, step, step / 2, math.inf)
+        made = made if step else len(programs)
+    compiled(idx, idx.clone()).backward()
+    assert len(programs) == made > 0

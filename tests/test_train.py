@@ -1560,3 +1560,43 @@ def test_curves_in_tensorboard(main, tmp_path):
     events.Reload()
     assert [e.value for e in events.Scalars('train_loss')] == pytest.approx(losses(tmp_path / 'run'))
     assert 'val_bpb' in events.Tags()['scalars'] and 'sample/text_summary' in events.Tags()['tensors']
+
+
+# ---- learning dynamics
+
+def test_dynamics_change_nothing_of_a_run(main, tmp_path, monkeypatch):
+    args = ['--max_steps=8', '--dropout=0.2', '--growth=[(0.5, dict(n_layer=3))]']
+    plain = main(*args)
+    look = sample.Probe.look
+
+    def with_nan(probe, model):
+        seen = look(probe, model)
+        if 0 < len(probe.state['rows']) < 3:
+            seen['1.attn.v'][0][0][5, 3] = math.nan
+        return seen
+    monkeypatch.setattr(sample.Probe, 'look', with_nan)
+    probed = main(*args, '--dynamics=True', '--out_dir=probed')
+    ours, theirs = weights(tmp_path / 'run'), weights(tmp_path / 'probed')
+    assert losses(tmp_path / 'run') == losses(tmp_path / 'probed') and len(losses(tmp_path / 'run')) == 8
+    assert all(torch.equal(ours['model'][k], theirs['model'][k]) for k in ours['model'])
+    results = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('run', 'probed')]
+    assert results[0]['val_bpb'] == results[1]['val_bpb'] and results[0]['sample'] == results[1]['sample']
+    assert 'dynamics' not in plain + ''.join(k for k in results[0]) and not (tmp_path / 'run' / 'dynamics.json').exists()
+    share = results[1]['dynamics_seconds'] / results[1]['total_seconds']
+    assert results[1]['dynamics_share'] == pytest.approx(share) and 0 < share < 1 and '\ndynamics_share: ' in probed
+    found = json.loads((tmp_path / 'probed' / 'dynamics.json').read_text())
+    assert found['steps'] == [*range(9)] and found['progress'] == [i / 8 for i in range(9)] and len(found['names']) == 3 * (3 + 2)
+    assert 'warning: step 1 was probed, not finite: 1.attn.v activation\n' in probed and 'step 3 was probed' not in probed
+    v = found['names'].index('1.attn.v')
+    assert [row[v] is None for row in found['measures']['cka_final']] == [False, True, True] + [False] * 6
+    assert found['measures']['cka_final'][8] == [1] * 15 and None in found['measures']['cka_final'][4]      # the third layer
+    assert all(0 < row[v] < 1 for row in found['measures']['weight_effective_rank'])
+
+
+def test_a_probed_run_resumes(main, tmp_path, monkeypatch):
+    args = ['--max_steps=12', '--dynamics=True']
+    main(*args)
+    in_two_parts(main, monkeypatch, 9, *args)
+    first, again = ((tmp_path / name / 'dynamics.json').read_text() for name in ('run', 'parts'))
+    assert first == again and len(json.loads(first)['steps']) == 12
+    assert len(weights(tmp_path / 'parts')['dynamics']['rows']) == 11              # the last probe comes after saving
