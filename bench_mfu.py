@@ -1064,8 +1064,8 @@ def say_dynamics(folders):
             raise UserError(f'{folder} has no dynamics.json ({e}): train with config/dynamics.py') from e
         at = {name: settled(found, name) for name in found['names']}
         early, rows = [p for p in at.values() if p is not None and p <= 0.2], layer_rows(found, at)
-        said = (f'{len(early) / len(at):.0%} of {len(at)} projections are settled by 20% of training: from then on '
-                f'CKA to the final is {SETTLED} or more at each of {len(found["steps"])} probes')
+        said = (f'{len(early) / len(at):.0%} of {len(at)} projections are settled by 20% of training: CKA to '
+                f'the final is {SETTLED} or more from then on, at all of the {len(found["steps"])} probes')
         print(f'{folder}: progress at which the projections of a layer settled')
         say_table([(k, key, 14, '.3f') for k, key in keys.items()], rows, lambda r: f'layer {r["layer"]}', 9)
         print(said)

@@ -596,7 +596,7 @@ def sketch(x, width=64):
     if x.shape[1] > width:
         random = torch.randn(x.shape[1], width, generator=torch.Generator().manual_seed(0)).double()
         x = x @ torch.linalg.qr(x.T @ (x @ random)).Q
-    return (x / x.abs().max()).half()
+    return (x / x.abs().max().clamp(min=1e-30)).half()
 
 
 def alike(x, y, which):
@@ -675,7 +675,9 @@ class Probe:
         began, state, row, kept, bad = time.monotonic(), self.state, {}, {}, []
         if state['rows'] and state['rows'][-1]['step'] == step:
             return bad                          # the end came where a probe was due, or after a resumption
-        before = state['sketches'][-1] if state['sketches'] else {}
+        if not state['rows']:
+            self.look(model)                    # the first time is slow, and is no guide to the others' cost
+        warm, before = time.monotonic(), state['sketches'][-1] if state['sketches'] else {}
         for name, parts in self.look(model).items():
             row[name] = {}
             for kind, (x, core) in zip(('activation', 'weight', 'gradient'), parts):
@@ -683,16 +685,16 @@ class Probe:
                     bad.append(f'{name} {kind}')
                     continue
                 row[name] |= {f'{kind}_{key}': value for key, value in describe(x, core).items()}
-                if kind == 'activation' and x.any():
+                if kind == 'activation':
                     kept[name] = sketch(x)
                     row[name] |= alike(kept[name], before.get(name), 'previous')
         state['rows'].append(dict(step=step, progress=progress, values=row))
         state['sketches'].append(kept)
-        state['cost'] = time.monotonic() - began
-        state['seconds'] += state['cost']
+        state['cost'] = time.monotonic() - warm
+        state['seconds'] += time.monotonic() - began
         rest = [p for p in PROBES if p > progress]      # as many of these as there is time for, evenly
         room = PROBE_SHARE * total - state['seconds']
-        n = min(len(rest), room / state['cost'] - 2)    # the last probe and finish take about 2
+        n = min(len(rest), room / state['cost'] - 3)    # the last probe and finish take about 3
         state['due'] = rest[math.ceil(len(rest) / n) - 1] if n >= 1 else math.inf
         return bad
 

@@ -1499,7 +1499,7 @@ def main(argv):
     def closing_seconds():
         # a tenth at most: what proves too slow is cut short there, and the report says so
         evaluation = min(slice_seconds * slices, tenth)
-        probes = 2 * dynamics.state['cost'] if dynamics else 0.0
+        probes = 3 * dynamics.state['cost'] if dynamics else 0.0
         return evaluation + probes + save_seconds + afterwards
 
     # ---- loop
@@ -1635,8 +1635,7 @@ def main(argv):
     unsaved, saved = save(), f'{out_dir} is saved, go on with --init_from=resume'
     if stopping:
         raise unsaved or Stopped(f'stopped by a signal after step {step}; {saved}')
-    deadline = clock.budget + min(0.01 * clock.budget, 5.0)
-    deadline -= afterwards
+    deadline = clock.budget + min(0.01 * clock.budget, 5.0) - afterwards
     energy.turn('eval')
     if tracker and not unsaved:
         tracker.put(out_dir / 'ckpt.pt')        # it travels during the evaluation
