@@ -1749,11 +1749,15 @@ def eval_item(row, kind):
     return dict(kind=str(kind), field=PHENOMENA.get(field, field), context=context, options=options)
 
 
+PROBLEMS = re.compile('humaneval|mbpp', re.I)       # names of files that sample.py's python tasks read
+
+
 def eval_files(folder, own=None):
     """{name: path} of a folder's evaluation sets, and 'coherence', the pairs of a data set's own folder."""
     found = {'coherence': Path(own) / 'pairs.jsonl'} if own and (Path(own) / 'pairs.jsonl').exists() else {}
     for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
-        if re.search(r'\.(jsonl|tar)(\.\w+)?$', path.name) or path.is_dir() and any(path.glob('*.jsonl')):
+        named = re.search(r'\.(jsonl|tar)(\.\w+)?$', path.name) and not PROBLEMS.search(path.name)
+        if named or path.is_dir() and any(path.glob('*.jsonl')):
             found[path.name.split('.')[0]] = path
     return found
 

@@ -16,12 +16,19 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
+import inspect
 import json
+import lzma
 import math
 import os
 import pickle
 import re
+import secrets
+import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -315,19 +322,323 @@ def anisotropy(model, tokens, docs, n_pairs=1000, length=64):
             for x in states]
 
 
-def measure_bpb(model, tokenizer, data):
+# ---- judging what it writes --------------------------------------------------------------------------------
+
+WORD = re.compile(r"\w+(?:['’]\w+)*|\0")         # \0 stands between documents
+FIELDS = ('task_id', 'prompt', 'entry_point', 'test')
+STAGES = ('parses', 'runs', 'passes')
+STATEMENT = re.compile(r'\n(?=[^\s)\]}])')       # a line at the margin: the function before it is over
+
+
+def continuations(model, tokenizer, prompts, max_new_tokens, temperature, generator, done=lambda text: False,
+                  rows=32):
+    """What follows each of `prompts` (ids that begin with BOS): lists of ids, and which of them ended.
+
+    They are made `rows` at a time; done(text) may end one early. Shorter prompts get more BOS on the left,
+    which documents keep out of sight; without doc_mask only prompts of one length share a batch.
+    """
+    made, ended, device = [[] for _ in prompts], [False] * len(prompts), model.wte.weight.device
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    while order:
+        width = len(prompts[order[0]])
+        batch = [i for i in order[:rows] if model.config.doc_mask or len(prompts[i]) == width]
+        order, open_rows = order[len(batch):], list(enumerate(batch))
+        idx = [[tokenizer.bos] * (width - len(prompts[i])) + prompts[i] for i in batch]
+        for new in model.generate(torch.tensor(idx, device=device), max_new_tokens, temperature, 0, 1.0,
+                                  generator):
+            new = new.tolist()
+            for row, i in open_rows:
+                ended[i] = new[row] == tokenizer.bos
+                made[i] += [] if ended[i] else [new[row]]
+            open_rows = [(row, i) for row, i in open_rows
+                         if not ended[i] and not done(tokenizer.decode(made[i]))]
+            if not open_rows:
+                break
+    return made, ended
+
+
+def ngrams(texts, n):
+    """All runs of n words in the texts, which are lists of words."""
+    return [gram for words in texts for gram in zip(*(words[i:] for i in range(n)))]
+
+
+def in_training(tokens, tokenizer, grams, chunk=1 << 18):
+    """Those of `grams`, tuples of 1 or of 8 words, that the text of a split's tokens holds, exactly.
+
+    Reads it once, in about 100 MiB: a bitmap of hashes says which windows are worth comparing.
+    """
+    number = {word: i for i, word in enumerate({word for gram in grams for word in gram} - {'\0'}, 1)}
+    wanted = {tuple(number[word] for word in gram): gram for gram in grams if '\0' not in gram}
+    seen, found, last, tail = np.zeros(len(number) + 1, bool), set(), np.zeros(0, np.int64), b''
+    bitmap, factors = np.zeros(1 << 24, bool), np.random.default_rng(0).integers(1, 1 << 62, 8) * 2 + 1
+
+    def hashed(windows):                         # (8, n) -> (n,)
+        return sum(row * factor for row, factor in zip(windows, factors)) >> 40 & 0xFFFFFF
+
+    bitmap[hashed(np.array([row for row in wanted if len(row) == 8], np.int64).reshape(-1, 8).T)] = True
+    table = [*tokenizer.table]
+    table[tokenizer.bos] = b' \0 '
+    for first in range(0, len(tokens), chunk):
+        raw = tail + b''.join([table[i] for i in tokens[first:first + chunk].tolist()])
+        cut = raw.rfind(b' ') + 1 if first + chunk < len(tokens) else 0       # no word is cut in two
+        raw, tail = (raw[:cut], raw[cut:]) if cut else (raw, b'')
+        new = [number.get(word, 0) for word in WORD.findall(raw.decode(errors='replace').lower())]
+        x = np.append(last, np.array(new, np.int64))
+        seen[x], last, n = True, x[-7:], max(0, len(x) - 7)
+        windows = np.stack([x[i:i + n] for i in range(8)])
+        found |= wanted.keys() & map(tuple, windows[:, bitmap[hashed(windows)]].T.tolist())
+    return {wanted[row] for row in found | wanted.keys() & {(i,) for i in np.flatnonzero(seen).tolist()}}
+
+
+def held_out(data, n, length, seed):
+    """Prompts, and (rest, ended) as continuations gives it: n held-out documents, every second split after at
+    most eight tokens, the others after BOS."""
+    starts, tokens = data.docs['val']['start'], data.tokens['val']
+    sizes = np.diff(np.append(starts, len(tokens)))
+    some = np.random.default_rng(seed).permutation(len(starts))[:n]
+    heads = [1 + min(8, sizes[doc] // 2) * (i % 2) for i, doc in enumerate(some)]
+    texts = [tokens[starts[doc]:][:min(sizes[doc], head + length)].tolist() for doc, head in zip(some, heads)]
+    return ([ids[:head] for ids, head in zip(texts, heads)],
+            ([ids[head:] for ids, head in zip(texts, heads)], list(sizes[some] - heads < length)))
+
+
+def words_of(text, whole_start, whole_end):
+    """Its words in lower case, but for one that the prompt or the limit cut in two."""
+    text = text.lower() if whole_start else re.sub(r'^\w+', '', text.lower())
+    return WORD.findall(text if whole_end else re.sub(r'\w+$', '', text))
+
+
+def text_quality(model, tokenizer, data=None, n=256, length=128, temperature=0.8, seed=1):
+    """How n texts of at most `length` tokens read, without a judge; accuracy: the share that ends properly,
+    the document's end following on a sentence's.
+
+    With data (of prepare_data.open_data) every second one continues a held-out document, the others begin
+    afresh, and `held_out` has the same figures of those documents themselves. Of words in lower case:
+    distinct_n, different n-grams over all (Li 2016, 1510.03055), both sides cut to as many; repeated_4,
+    4-grams that stood in the same text before (seq-rep-4 of Welleck 2019, 1908.04319); known_words and
+    copied_8, words and 8-grams that the training text holds.
+    """
+    prompts, *real = held_out(data, n, length, seed) if data else ([[tokenizer.bos]] * n,)
+    dice = torch.Generator(device=model.wte.weight.device).manual_seed(seed)
+    sides, figures = [continuations(model, tokenizer, prompts, length, temperature, dice), *real], []
+    grams = {size: [] for size in (1, 2, 3, 8)}
+    for made, ended in sides:
+        texts = [tokenizer.decode(ids) for ids in made]
+        words = [words_of(text, len(head) == 1, end) for text, head, end in zip(texts, prompts, ended)]
+        proper = [end and text.rstrip()[-1:] in {*'.!?…"\'”’)'} for text, end in zip(texts, ended)]
+        fours = [ngrams([text], 4) for text in words]
+        repeated = 1 - sum(len({*gram}) for gram in fours) / max(1, sum(map(len, fours)))
+        figures.append(dict(ends_properly=np.mean(proper), ends=np.mean(ended), repeated_4=repeated))
+        for size in grams:
+            grams[size].append(ngrams(words, size))
+    for size in (1, 2, 3):
+        most = min(map(len, grams[size]))
+        for figure, side in zip(figures, grams[size]):
+            figure[f'distinct_{size}'] = len({*side[:most]}) / max(1, most)
+    if data:
+        known = in_training(data.tokens['train'], tokenizer,
+                            {gram for size in (1, 8) for side in grams[size] for gram in side})
+        for name, size in ('known_words', 1), ('copied_8', 8):
+            for figure, side in zip(figures, grams[size]):
+                figure[name] = np.mean([gram in known for gram in side] or [0])
+    figures = [{name: float(value) for name, value in figure.items()} for figure in figures]
+    p = figures[0]['ends_properly']
+    return dict(accuracy=p, error=math.sqrt(p * (1 - p) / len(prompts)), chance=None, items=len(prompts),
+                per_kind=figures[0], held_out=figures[1] if data else None)
+
+
+# A program is judged in a process of its own, which runs the source of the next three functions. They hold
+# off what a language model writes by accident, not an enemy, who could read files and, knowing how, pass.
+
+def kernel_confines(folder):
+    """From here on this process writes nothing outside `folder` (Landlock, Linux 5.13), has no socket and
+    makes or signals no other (seccomp, on x86-64: to try ends it). Neither asks for rights, so that both work
+    in a container. Returns which of them the kernel has. Reading stays open, and chmod, and utime."""
+    import ctypes, os, struct
+    libc, held = ctypes.CDLL(None), []
+    libc.prctl(1, 9, 0, 0, 0)                    # end with the parent
+    libc.prctl(38, 1, 0, 0, 0)                   # gain no privileges: a condition of the other two
+    version = libc.syscall(444, None, 0, 1)
+    if version > 0:                              # Landlock's rights, all but to read a file or a folder
+        rights = struct.pack('Q', 0x7FF3 if version > 2 else 0x1FF3)
+        rules, home = libc.syscall(444, rights, 8, 0), os.open(folder, os.O_PATH)
+        libc.syscall(445, rules, 1, rights + struct.pack('i', home), 0)
+        held += ['Landlock'] * (libc.syscall(446, rules, 0) == 0)
+        os.close(rules), os.close(home)
+    if os.uname().machine == 'x86_64':
+        # socket, clone, fork, vfork, execve, kill, ptrace, tkill, tgkill, process_vm_writev, execveat,
+        # pidfd_send_signal, io_uring_setup, clone3
+        calls, end = (41, 56, 57, 58, 59, 62, 101, 200, 234, 311, 322, 424, 425, 435), (6, 0, 0, 1 << 31)
+        steps = [(32, 0, 0, 4), (21, 1, 0, 0xC000003E), end, (32, 0, 0, 0), (53, 0, 1, 1 << 30), end,
+                 *(step for call in calls for step in ((21, 0, 1, call), end)), (6, 0, 0, 0x7FFF0000)]
+        code = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *step) for step in steps))
+        program = struct.pack('HP', len(steps), ctypes.addressof(code))
+        held += ['seccomp'] * (libc.prctl(22, 2, program, 0, 0) == 0)
+    return held
+
+
+def python_confines(folder):
+    """The same as far as Python's own functions go, and at most 64 files written: to try ends the process."""
+    import os, sys
+    looks = {f'os.{name}' for name in 'listdir scandir walk fwalk chdir putenv unsetenv getxattr'.split()}
+    changes = {f'os.{name}' for name in 'mkdir rmdir remove rename link symlink truncate chmod utime'.split()}
+    others = {'os', 'socket', 'subprocess', 'ctypes', 'pty', 'resource', 'sqlite3', 'syslog'}
+    writing, written, end = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC, [], os._exit
+
+    def outside(path):
+        return (isinstance(path, (str, bytes, os.PathLike))
+                and not f'{os.path.realpath(os.fsdecode(path))}/'.startswith(f'{folder}/'))
+
+    def hook(event, args):
+        if event == 'open' and args[2] & writing:
+            args = args[:1]
+            written.append(args)
+        elif event not in changes:
+            return end(1) if event.split('.')[0] in others and event not in looks else None
+        if len(written) > 64 or any(map(outside, args)):
+            end(1)
+
+    sys.addaudithook(hook)
+
+
+def attempt():
+    """What the judged process does: the task comes from stdin, how far it came goes to stdout."""
+    import json, os, resource, sys
+    folder, program, test, mark, limits = json.load(sys.stdin)
+    verdict, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0), os.dup2(nothing, 1)
+    for name, most in limits.items():
+        kind = getattr(resource, f'RLIMIT_{name}')
+        most = min(most, resource.getrlimit(kind)[1] % (1 << 64))         # -1 is no limit
+        resource.setrlimit(kind, (most, most))
+    held = kernel_confines(folder)
+    python_confines(folder)
+
+    def came_to(stage):
+        os.write(verdict, f'{mark} {stage}\n'.encode())
+
+    came_to(', '.join([*held, 'audit hook']))
+    code, names = compile(program, 'program', 'exec'), dict(__name__='program')
+    came_to('parses')
+    exec(code, names)
+    came_to('runs')
+    exec(test, names)
+    came_to('passes')
+    os._exit(0)
+
+
+def judged(program, test, seconds=5, memory=1 << 30):
+    """Stages that a program reaches, of 'parses', 'runs' (to its end) and 'passes' (its test), and what held
+    it: given an empty folder, seconds of CPU, twice as long in all, and bytes of memory; killed after."""
+    mark = secrets.token_hex(16)                 # so that only the end of a stage can look like it
+    limits = dict(CPU=seconds, AS=memory, FSIZE=1 << 24, NPROC=0, NOFILE=64, CORE=0)
+    code = ''.join(map(inspect.getsource, (kernel_confines, python_confines, attempt))) + 'attempt()'
+    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+          tempfile.TemporaryFile() as task, tempfile.TemporaryFile() as verdict):
+        task.write(json.dumps([os.path.realpath(folder), program, test, mark, limits]).encode())
+        task.seek(0)
+        environment = dict(TMPDIR=folder, LD_LIBRARY_PATH=os.environ.get('LD_LIBRARY_PATH', ''))
+        child = subprocess.Popen([sys.executable, '-ISBc', code], cwd=folder, env=environment, stdin=task,
+                                 stdout=verdict, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            child.wait(2 * seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        verdict.seek(0)
+        said = re.findall(f'{mark} (.*)', verdict.read(4096).decode(errors='replace'))
+    return said[1:], said[0] if said else 'nothing, Python did not start'
+
+
+def problem_files(folder):
+    return [path for path in sorted(Path(folder).glob('*.jsonl*')) if prepare_data.PROBLEMS.search(path.name)]
+
+
+def read_problems(path):
+    """Problems of HumanEval's form (Chen 2021, 2107.03374), whose test defines check(candidate), of a .jsonl
+    (.gz, .xz), or of a folder's whose names hold humaneval or mbpp."""
+    path, problems = Path(path), []
+    for file in problem_files(path) if path.is_dir() else [path]:
+        try:
+            with open(file, 'rb') as raw, prepare_data.open_source(raw, file.name) as f:
+                for row in (json.loads(line) for line in f if line.strip()):
+                    problems.append({key: row[key] + '' for key in FIELDS})
+        except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f'{file} holds no Python problems ({type(e).__name__}: {e}): give .jsonl lines '
+                            f'with {", ".join(FIELDS)}, as HumanEval has them') from e
+    if not problems:
+        raise UserError(f'{path} has no Python problems: put humaneval.jsonl there, or name such a file')
+    return problems
+
+
+def python_tasks(model, tokenizer, problems, n=1, temperature=0.0, max_new_tokens=256, seconds=5, seed=1):
+    """Share of the problems whose function passes its test as the model completes it, over n tries each.
+
+    problems: of read_problems. Also the shares that parse, and that run as a module; of those that parse the
+    share in which bandit finds medium or high severity (None without bandit, or when none parses); and what
+    held the programs. per_kind goes by the task_id up to its slash.
+    """
+    if sys.platform != 'linux':
+        raise UserError(f'Python tasks run what the model wrote, which is contained on Linux alone, and this '
+                        f'is {sys.platform}: leave them out')
+    dice = torch.Generator(device=model.wte.weight.device).manual_seed(seed)
+    tasks = [task for task in problems for _ in range(n)]
+    # a prompt's last newline is the model's to write: many a vocabulary has it in one token with the indent
+    heads = [task['prompt'].rstrip() for task in tasks]
+    made, _ = continuations(model, tokenizer, [[tokenizer.bos] + tokenizer.encode(head) for head in heads],
+                            max_new_tokens, temperature, dice, STATEMENT.search)
+    bodies = [STATEMENT.split(tokenizer.decode(ids), 1)[0] for ids in made]
+    programs = [f'{head}{body}\n' if body.strip() else 'no body' for head, body in zip(heads, bodies)]
+    reached, held = zip(*[judged(program, f'{task["test"]}\ncheck({task["entry_point"]})', seconds)
+                          for program, task in zip(programs, tasks)])
+    shares = np.array([[stage in each for stage in STAGES] for each in reached]).reshape(-1, n, 3).mean(1)
+    passed, kinds = shares[:, 2], {}
+    for task, share in zip(problems, passed):
+        kinds.setdefault(task['task_id'].split('/')[0], []).append(share)
+    return dict(accuracy=float(passed.mean()), error=float(passed.std() / math.sqrt(len(problems))),
+                chance=None, items=len(problems), **dict(zip(STAGES[:2], shares.mean(axis=0).tolist())),
+                flagged=flagged([program for program, each in zip(programs, reached) if each]),
+                per_kind={kind: float(np.mean(share)) for kind, share in kinds.items()},
+                held_by=dict(Counter(held)))
+
+
+def flagged(programs):
+    """The share of programs in which bandit finds medium or high severity; None without it or them."""
+    if not programs or not importlib.util.find_spec('bandit'):
+        return None
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        list(prepare_data.secure_documents(enumerate(programs), folder, Counter(), found))
+    return len(found) / len(programs)
+
+
+# ---- what --eval=all measures -----------------------------------------------------------------------------
+
+def measure_bpb(model, tokenizer, data, folder):
     """bits_per_byte of the whole validation split, its sources named."""
     result = bits_per_byte(model, data.tokens['val'], data.docs['val'])
     return result | {key: {data.meta['sources'][i]: v for i, v in result[key].items()}
                      for key in ('per_source', 'per_source_error')}
 
 
-def measure_anisotropy(model, tokenizer, data):
+def measure_anisotropy(model, tokenizer, data, folder):
     return dict(per_layer=anisotropy(model, data.tokens['val'], data.docs['val']))
 
 
-# what is no set of items: name -> (model, tokenizer, the run's data set) -> dict
-EVALS = {'bpb': measure_bpb, 'anisotropy': measure_anisotropy}
+def measure_text(model, tokenizer, data, folder):
+    return text_quality(model, tokenizer, data)
+
+
+def measure_python(model, tokenizer, data, folder):
+    return python_tasks(model, tokenizer, read_problems(folder))
+
+
+# what is no set of items: name -> (model, tokenizer, the run's data set or None, folder of files) -> dict
+EVALS = {'bpb': measure_bpb, 'anisotropy': measure_anisotropy, 'text': measure_text, 'python': measure_python}
+OF_DATA = ('bpb', 'anisotropy')                  # cannot do without the data set
 
 
 def evaluation_sets(names, folder, tokenizer, own, say=print):
@@ -339,7 +650,8 @@ def evaluation_sets(names, folder, tokenizer, own, say=print):
     files, sets = prepare_data.eval_files(folder, own), {}
     if names == 'all' and not Path(folder).is_dir():
         say(f'there is no folder {folder}: no evaluation sets from there')
-    wanted = [*files, *EVALS] if names == 'all' else names.split(',')
+    others = [name for name in EVALS if name != 'python' or problem_files(folder)]
+    wanted = [*files, *others] if names == 'all' else names.split(',')
     for name in wanted:
         path = files.get(name, Path(name))
         if name in EVALS:
@@ -746,6 +1058,13 @@ def complete(model, tokenizer, prompt, args, generator):
     return sum(map(len, texts))
 
 
+def interval(p, error, n):
+    """95 % of a share p of n items, by Wilson (1927): as if of so many that its standard error is this."""
+    n = p * (1 - p) / error ** 2 if error else n
+    middle, half = p + 1.92 / n, 1.96 * math.sqrt(p * (1 - p) / n + 0.96 / n ** 2)
+    return max(0.0, (middle - half) / (1 + 3.84 / n)), min(1.0, (middle + half) / (1 + 3.84 / n))
+
+
 def say_eval(name, result):
     """A row of --eval's table and, indented, accuracy on each part; or a line for each thing it says."""
     if 'accuracy' not in result:
@@ -753,12 +1072,16 @@ def say_eval(name, result):
             parts = value.items() if isinstance(value, dict) else [('', v) for v in np.ravel(value)]
             print(f'{name} {key}: ' + ', '.join(f'{part} {v:.6g}'.strip() for part, v in parts))
         return
-    mean, error = result['accuracy'], result['error']
-    print(f'{name:24} {mean:8.4f}   {max(0, mean - 1.96 * error):.4f} to {min(1, mean + 1.96 * error):.4f} '
-          f'{result["chance"]:8.4f} {result["items"]:8,} {result.get("ties", 0):6,}', flush=True)
-    parts = result.get('per_field') or result.get('per_kind', {})
+    low, high = interval(result['accuracy'], result['error'], result['items'])
+    chance = '-' if result['chance'] is None else f'{result["chance"]:.4f}'
+    print(f'{name:24} {result["accuracy"]:8.4f}   {low:.4f} to {high:.4f} {chance:>8} {result["items"]:8,} '
+          f'{result.get("ties", 0):6,}', flush=True)
+    parts, real = result.get('per_field') or result.get('per_kind', {}), result.get('held_out')
     for part, share in sorted(parts.items(), key=lambda item: item[1]) if 1 < len(parts) < 21 else ():
-        print(f'  {part:22} {share:8.4f}')
+        print(f'  {part:22} {share:8.4f}' + (f'   held-out text {real[part]:.4f}' if real else ''))
+    for part in (*STAGES[:2], 'flagged', 'held_by'):
+        if part in result:
+            print(f'  {part:22} {result[part]}')
     if 'frequency_bias' in result:
         print(f'  frequency_bias {result["frequency_bias"]:.4f}, on the {result["replaced"]:,} pairs that '
               f'differ in a replacement')
@@ -780,10 +1103,10 @@ def evaluate(model, tokenizer, args):
             results[name] |= dict(zip(('frequency_bias', 'replaced'), frequency_bias(cost, items, counts)))
         say_eval(name, results[name])
     for name in others:
-        if data is None:
+        if data is None and name in OF_DATA:
             print(f'{name}: not measured, the data of the run is not in {folder}')
             continue
-        results[name] = EVALS[name](model, tokenizer, data)
+        results[name] = EVALS[name](model, tokenizer, data, args.eval_data)
         say_eval(name, results[name])
     if args.json:
         try:

@@ -1456,6 +1456,13 @@ def main(argv):
         if bad:
             say(f'warning: step {step} was probed, not finite: {", ".join(bad)}')
 
+
+    def continuation(length):
+        """What follows sample_prompt, by the same dice every time; on rank 0 alone."""
+        dice = torch.Generator(device=device).manual_seed(s.seed)
+        pieces = sample.stream(model, data.tokenizer, s.sample_prompt, length, 0.8, generator=dice)
+        return ''.join(pieces) if master and length else None
+
     # ---- warm up: compile, and learn what a step and the closing evaluation will cost
     def warm_up():
         """What computes a step, compiled, and the seconds that it takes."""
@@ -1627,6 +1634,13 @@ def main(argv):
                 say('         ' + ', '.join(f'{name} {e["accuracy"]:.4f} +- {e["error"]:.4f}'
                                             for name, e in abilities.items()))
             next_eval = s.eval_interval * (progress // s.eval_interval + 1)
+            if s.sample_tokens:
+                began = time.monotonic()
+                model.eval()
+                record(step=step, progress=progress, sample=continuation(min(60, s.sample_tokens)),
+                       elapsed_s=clock.elapsed())
+                model.train()
+                times['eval'] += time.monotonic() - began
 
     # ---- report
     batches.close()
@@ -1654,9 +1668,7 @@ def main(argv):
     result, evals = evaluate(slices, stop=out_of_time), judge(counts)
     model.eval()                                # dropout is for training alone
     began = time.monotonic()
-    dice = torch.Generator(device=device).manual_seed(s.seed)
-    pieces = sample.stream(model, data.tokenizer, s.sample_prompt, s.sample_tokens, 0.8, generator=dice)
-    text = ''.join(pieces) if master and s.sample_tokens else None
+    text = continuation(s.sample_tokens)
     times['eval'] += time.monotonic() - began
     if all_reduce(np.array([float(bool(signals))]))[0]:
         raise unsaved or Stopped(f'stopped by a signal during the closing evaluation; {saved}')

@@ -1,4 +1,5 @@
 """sample.py: what it prints, and the two measures that train.py reports."""
+import contextlib
 import io
 import json
 import lzma
@@ -8,12 +9,8 @@ import re
 import shutil
 import sys
 import tarfile
-from pathlib import Path
-
-
-
-
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -532,10 +529,6 @@ def test_untrained_and_shuffled_on_blimp():
     assert abs(result['accuracy'] - 0.5) < 1.96 * result['error'] < 0.01
 
 
-    assert re.search(r'accuracy: 1.0000 .* on 4 pairs', out) and re.search(r'frequency_bias: .* on the 4 pairs', out)
-    assert len(re.search('anisotropy: (.*) after', out)[1].split()) == 2
-
-
 # ---- energy
 
 class Nvml:
@@ -877,3 +870,213 @@ def test_a_compiled_model_is_not_compiled_again_for_a_probe(corpus):
         made = made if step else len(programs)
     compiled(idx, idx.clone()).backward()
     assert len(programs) == made > 0
+
+
+# ---- judging what it writes
+
+class Writes(Says):
+    """Stands for a model that writes the same text after every prompt."""
+    config = SimpleNamespace(doc_mask=True)
+
+    def __init__(self, text, ends=True):
+        super().__init__(*text.encode(), *[BYTES.bos] * ends)
+
+
+@pytest.mark.parametrize('doc_mask', [True, False])
+def test_continuations_are_those_of_each_prompt_alone(doc_mask):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=257, bos=256, block_size=64, n_layer=2, n_head=2, n_embd=32, doc_mask=doc_mask)).eval()
+    torch.nn.init.normal_(model.lm_head.weight)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.proj.weight)
+    prompts = [[256, *text.encode()] for text in ('', 'Mia', 'Tom', 'Mia lost the kite', 'x')]
+    for limit in (20, 60):                              # 60: past the block
+        made, ended = sample.continuations(model, BYTES, prompts[:5 if limit == 20 else 1], limit, 0, None, rows=4)
+        for prompt, ids, end in zip(prompts, made, ended):
+            alone = [new.item() for new in model.generate(torch.tensor([prompt]), limit, 0)]
+            alone = alone[:alone.index(256)] if 256 in alone else alone
+            assert ids == alone and end == (len(ids) < limit)
+    assert len({tuple(ids) for ids in made}) == len(made)
+
+
+def test_continuations_end_with_the_document_or_when_done():
+    assert sample.continuations(Writes('abc'), BYTES, [[256]] * 3, 9, 0, None, rows=2) == ([[*b'abc']] * 3, [True] * 3)
+    assert sample.continuations(Writes('abc'), BYTES, [[256]], 3, 0, None) == ([[*b'abc']], [False])
+    assert sample.continuations(Writes('abc'), BYTES, [[256]], 9, 0, None, lambda text: 'b' in text) == ([[*b'ab']], [False])
+
+
+@pytest.mark.parametrize('chunk', [50, 1000, 1 << 18])
+def test_what_stands_in_the_training_text(corpus, chunk):
+    data = corpus.open()
+    tokens, starts = data.tokens['train'][:8_000], data.docs['train']['start']
+    docs = [sample.WORD.findall(BYTES.decode(ids).lower()) for ids in np.split(tokens, starts[(starts > 0) & (starts < 8_000)])]
+    there = {gram for n in (1, 8) for gram in sample.ngrams(docs[:-1], n)}
+    across = {tuple(a[-4:] + b[:4]) for a, b in zip(docs, docs[1:])} - there
+    other = {gram[:7] + ('zebra',) for gram in there if len(gram) == 8} | {gram[::-1] for gram in there if len(gram) == 8} - there
+    assert len(there) > 300 and len(across) > 50 and not any('🙂' in word for gram in there for word in gram)
+    grams = there | across | other | {('zebra',), ('\0',)}
+    assert sample.in_training(tokens, BYTES, grams, chunk) == there
+
+
+def test_text_quality_of_a_text_counted_by_hand():
+    result = sample.text_quality(Writes('The cat sat. The cat sat. The cat sat.'), BYTES, n=10)
+    assert (result['accuracy'], result['error'], result['items'], result['chance']) == (1, 0, 10, None)
+    assert result['per_kind'] == pytest.approx(dict(ends_properly=1, ends=1, repeated_4=0.5, distinct_1=3 / 90,
+                                                    distinct_2=3 / 80, distinct_3=3 / 70))
+    cut = sample.text_quality(Writes('The cat sat. The ca'), BYTES, n=4, length=19)          # the last word is none
+    assert cut['accuracy'] == cut['per_kind']['ends'] == 0 and cut['per_kind']['distinct_1'] == 3 / 16
+    assert sample.text_quality(Writes('The cat sat. The cat sat.'), BYTES, n=4, length=12)['accuracy'] == 0
+    assert sample.text_quality(Writes('and then'), BYTES, n=4)['per_kind']['ends'] == 1
+    assert sample.text_quality(Writes('and then'), BYTES, n=4)['accuracy'] == 0
+
+
+def test_text_quality_beside_the_held_out_text(corpus):
+    data = corpus.open()
+    text = BYTES.decode(data.tokens['train'][:data.docs['train']['start'][1]].tolist())
+    copy = sample.text_quality(Writes(' ' + text), BYTES, data, n=40, length=250)
+    assert copy['per_kind']['copied_8'] == copy['per_kind']['known_words'] == 1 and copy['per_kind']['ends'] == 1
+    real = copy['held_out']
+    assert real['ends'] == 1 and real['copied_8'] < 0.9 < real['known_words'] and real['distinct_2'] > 0.1
+    odd = sample.text_quality(Writes(' xq zv kj bb xq zv kj bb.'), BYTES, data, n=40, length=250)
+    assert odd['per_kind']['copied_8'] == odd['per_kind']['known_words'] == 0 and odd['held_out'].keys() == real.keys()
+    halves = sample.text_quality(Writes('xq kite by the.'), BYTES, data, n=40)       # after a prompt, xq may end a word
+    assert halves['per_kind']['known_words'] == (20 * 3 + 20 * 3) / (20 * 4 + 20 * 3)
+    whole = sample.text_quality(Writes('x'), BYTES, data, n=10, length=10_000)['held_out']
+    assert whole['ends'] == 1 and whole['ends_properly'] == 0         # these end in a smiling face
+    prompts, (rest, ended) = sample.held_out(data, 40, 110, 1)
+    assert {len(p) for p in prompts} == {1, 9} and all(p[0] == 256 for p in prompts)
+    assert max(map(len, rest)) == 110 and [len(ids) < 110 for ids in rest] == ended and 5 < sum(ended) < 35
+
+
+FINE = 'def f():\n    return 1\n'
+ESCAPES = dict(
+    fork='import os\nfor _ in range(4):\n    os.fork()',
+    starts='import subprocess\nsubprocess.run(["touch", "OUT/new"])', system='import os\nos.system("touch OUT/new")',
+    writes='open("OUT/new", "w").write("x")', removes='import os\nos.remove("OUT/there")', renames='import os\nos.rename("OUT/there", "x")',
+    links='import os\nos.symlink("OUT", "x")\nopen("x/new", "w")', up='import os\nos.mkdir("../new")', bytes_='import os\nos.open(b"OUT/new", os.O_CREAT)',
+    socket='import socket\nsocket.socket()', kills='import os\nos.kill(os.getppid(), 9)', group='import os\nos.killpg(os.getpgid(os.getppid()), 9)')
+ENDLESS = dict(loop='while True: pass', prints='while True: print("x" * 10 ** 6)', sleeps='import time\ntime.sleep(9)')
+OTHERS = dict(
+    memory='x = bytearray(1 << 29)', recursion='def g(): return g()\ng()',
+    deep='import sys\nsys.setrecursionlimit(10 ** 9)\ndef g(): return g()\ng()', leaves='import sys\nsys.exit(0)', drops='import os\nos._exit(0)',
+    files='for i in range(100): open(str(i), "w")', large='open("x", "wb").write(bytes(1 << 25))',
+    threads='import threading\nthreading.Thread(target=print).start()')
+
+
+def nothing_held(folder):
+    return []
+
+
+def left_behind(folder):
+    """Processes that were started with a temporary folder below `folder`."""
+    def belongs(pid):
+        with contextlib.suppress(OSError):
+            return f'TMPDIR={folder}'.encode() in sample.Path('/proc', pid, 'environ').read_bytes()
+    return [pid for pid in os.listdir('/proc') if pid.isdigit() and belongs(pid)]
+
+
+def contained(program, tmp_path, monkeypatch, **limits):
+    out, temp = tmp_path / 'out', tmp_path / 'temp'
+    out.mkdir(), temp.mkdir()
+    (out / 'there').write_text('x')
+    monkeypatch.setattr(sample.tempfile, 'tempdir', str(temp))
+    stages, held = sample.judged(FINE + program.replace('OUT', str(out)) + '\n', 'assert f() == 1', **limits)
+    assert [p.name for p in out.iterdir()] == ['there'] and not any(temp.iterdir()) and not left_behind(temp)
+    return stages, held
+
+
+linux = pytest.mark.skipif(sys.platform != 'linux', reason='programs are judged on Linux alone')
+
+
+@linux
+@pytest.mark.parametrize('layer', ['kernel', 'python'])
+@pytest.mark.parametrize('name', ESCAPES)
+def test_each_layer_alone_contains_an_escape(name, layer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, 'kernel_confines' if layer == 'python' else 'python_confines', nothing_held)
+    source = sample.inspect.getsource
+    monkeypatch.setattr(sample.inspect, 'getsource', lambda function: source(function).replace(
+        'def nothing_held', f'def {"kernel" if layer == "python" else "python"}_confines'))
+    stages, held = contained(ESCAPES[name], tmp_path, monkeypatch)
+    if layer == 'kernel' and ('Landlock' not in held or 'seccomp' not in held):
+        pytest.skip('the kernel has no Landlock or no seccomp')
+    assert stages == ['parses']
+
+
+@linux
+@pytest.mark.parametrize('name', [*ENDLESS, *OTHERS])
+def test_what_takes_too_much_is_contained(name, tmp_path, monkeypatch):
+    assert contained((ENDLESS | OTHERS)[name], tmp_path, monkeypatch, seconds=1, memory=1 << 28)[0] == ['parses']
+
+
+@linux
+def test_a_program_reaches_its_stages():
+    assert sample.judged(FINE, 'assert f() == 1')[0] == ['parses', 'runs', 'passes']
+    assert sample.judged(FINE, 'assert f() == 2')[0] == ['parses', 'runs']
+    assert sample.judged(FINE + 'import sys\ndef f(): sys.exit(0)\n', 'assert f() == 1')[0] == ['parses', 'runs']
+    assert sample.judged(FINE + '1 / 0\n', 'assert f() == 1')[0] == ['parses']
+    for text in ('def f(:', '(' * 100_000, 'x = "\0"', 'return 1', 'no body'):
+        assert sample.judged(text, '')[0] == []
+    own = 'import math, json, dataclasses, tempfile\nwith open("x", "w") as f: f.write("x")\ntempfile.TemporaryFile().write(b"x")\n'
+    assert sample.judged(own + FINE, 'assert f() == 1')[0] == ['parses', 'runs', 'passes']
+
+
+TASKS = [dict(task_id=f'{kind}/0', prompt='\n\ndef f(n):\n    """ n + 1 """\n', entry_point='f', test=test)
+         for kind, test in dict(Right='def check(c):\n    assert c(1) == 2', Wrong='def check(c):\n    assert c(1) == 3').items()]
+
+
+@linux
+def test_python_tasks_by_hand(monkeypatch):
+    result = sample.python_tasks(Writes('\n    return n + 1\nprint(f(3)\n'), BYTES, TASKS, n=2)
+    assert result['accuracy'] == 0.5 and result['error'] == pytest.approx(0.5 / math.sqrt(2)) and result['items'] == 2
+    assert result['per_kind'] == dict(Right=1, Wrong=0) and result['parses'] == result['runs'] == 1 and result['chance'] is None
+    assert sum(result['held_by'].values()) == 4 and all('audit hook' in held for held in result['held_by'])
+    for text in ('\n    return n +', '', '\nprint(3)', ')'):
+        none = sample.python_tasks(Writes(text), BYTES, TASKS[:1])
+        assert none['accuracy'] == none['parses'] == none['runs'] == 0 and none['flagged'] is None
+    monkeypatch.setattr(sample.importlib.util, 'find_spec', lambda name: None)
+    assert sample.flagged([FINE]) is None
+    monkeypatch.setattr(sys, 'platform', 'win32')
+    with pytest.raises(UserError, match='Linux'):
+        sample.python_tasks(Writes(''), BYTES, TASKS)
+
+
+def test_programs_that_bandit_flags():
+    pytest.importorskip('bandit')
+    assert sample.flagged([FINE, 'eval(input())\n', FINE, FINE]) == 0.25
+
+
+def test_problems_from_files_and_folders(tmp_path):
+    text = ''.join(json.dumps(task | dict(more=1)) + '\n' for task in TASKS).encode()
+    for name, content in {'own.jsonl': text, 'HumanEval.jsonl': text, 'mbpp_v1.jsonl.xz': lzma.compress(text)}.items():
+        (tmp_path / name).write_bytes(content)
+    assert sample.read_problems(tmp_path / 'own.jsonl') == TASKS and sample.read_problems(tmp_path) == TASKS * 2
+    (tmp_path / 'empty').mkdir()
+    for name, content in {'cut.jsonl': b'{"task_id', 'other.jsonl': b'{"task_id": "x"}\n', 'none.jsonl': b'', 'list.jsonl': b'[]\n',
+                          'number.jsonl': json.dumps(TASKS[0] | dict(test=1)).encode(), 'cut.jsonl.xz': lzma.compress(text)[:40]}.items():
+        (tmp_path / 'empty' / name).write_bytes(content)
+        with pytest.raises(UserError, match=f'{name} (holds|has) no'):
+            sample.read_problems(tmp_path / 'empty' / name)
+    for name in ('empty', 'gone'):
+        with pytest.raises(UserError, match=name):
+            sample.read_problems(tmp_path / name)
+
+
+HUMANEVAL = sample.Path('/work/shared/data/code/humaneval.jsonl.xz')
+
+
+@linux
+@pytest.mark.skipif(not HUMANEVAL.exists(), reason='HumanEval is not here')
+def test_reference_solutions_pass():
+    rows = [json.loads(line) for line in lzma.open(HUMANEVAL)]
+    assert len(sample.read_problems(HUMANEVAL)) == len(rows) == 164
+    for row in rows[::40]:
+        program, test = row['prompt'] + row['canonical_solution'], f'{row["test"]}\ncheck({row["entry_point"]})'
+        assert sample.judged(program, test)[0] == ['parses', 'runs', 'passes'], row['task_id']
+        assert sample.judged(row['prompt'] + '    return None\n', test)[0] == ['parses', 'runs'], row['task_id']
+
+
+def test_evaluations_on_the_command_line(ask, tmp_path):
+    result = json.loads(ask('--eval=text'))
+    assert result['items'] > 50 and result['held_out']['known_words'] > 0.5
+    with pytest.raises(UserError, match='problems'):
+        ask('--eval=python', f'--problems={tmp_path}')

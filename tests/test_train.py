@@ -1600,3 +1600,10 @@ def test_a_probed_run_resumes(main, tmp_path, monkeypatch):
     first, again = ((tmp_path / name / 'dynamics.json').read_text() for name in ('run', 'parts'))
     assert first == again and len(json.loads(first)['steps']) == 12
     assert len(weights(tmp_path / 'parts')['dynamics']['rows']) == 11              # the last probe comes after saving
+
+
+def test_samples_along_training(finished):
+    """At every evaluation on the way, by the same dice; their text is no row of steps or of validation."""
+    said = [row for row in rows(finished[0]) if 'sample' in row]
+    assert [row['step'] for row in said] in ([10], [11]) and 0.4 < said[0]['progress'] < 0.6 and said[0]['elapsed_s'] > 0
+    assert said[0].keys() == {'step', 'progress', 'elapsed_s', 'sample'} and isinstance(said[0]['sample'], str) and said[0]['sample']
