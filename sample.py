@@ -554,6 +554,7 @@ def judged(program, test, seconds=5, memory=1 << 30):
 
 
 def problem_files(folder):
+    """Those that read_problems reads in a folder."""
     return [path for path in sorted(Path(folder).glob('*.jsonl*')) if prepare_data.PROBLEMS.search(path.name)]
 
 

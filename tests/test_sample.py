@@ -1079,4 +1079,4 @@ def test_evaluations_on_the_command_line(ask, tmp_path):
     result = json.loads(ask('--eval=text'))
     assert result['items'] > 50 and result['held_out']['known_words'] > 0.5
     with pytest.raises(UserError, match='problems'):
-        ask('--eval=python', f'--problems={tmp_path}')
+        ask('--eval=python', f'--eval_data={tmp_path}')
