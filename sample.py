@@ -946,7 +946,8 @@ class Probe:
         tokens, starts, T = data.tokens['val'], data.docs['val']['start'], min(64, block_size)
         some = starts[np.linspace(0, len(starts) - 1, max(1, 512 // T)).astype(int)]
         text = np.stack([tokens[i:i + T + 1] for i in some.clip(0, max(0, len(tokens) - T - 1))])
-        self.text = torch.from_numpy(text.astype(np.int64)).to(device)
+        text = torch.from_numpy(text.astype(np.int64)).to(device)
+        self.idx, self.targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         self.state = dict(rows=[], sketches=[], due=0.0, cost=0.0, seconds=0.0)
 
     def look(self, model):
@@ -966,7 +967,7 @@ class Probe:
             weights |= {f'{i}.{name}': projection(part) for name, part in
                         (('attn.v', attn.v), ('attn.proj', attn.proj), ('mlp.down', mlp))}
         try:
-            loss = model.eval()(self.text[:, :-1], self.text[:, 1:], ahead=0.0)
+            loss = model.eval()(self.idx, self.targets, ahead=0.0)
         finally:
             model.train(training)
             for hook in hooks:
