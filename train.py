@@ -778,8 +778,9 @@ def curve_blocks(rows, tokens_per_step):
 RESULT = dict(model='model', total_params='parameters', non_embedding_params='outside embeddings',
               active_params='active for a token', tokens='training tokens', epochs='epochs', steps='steps',
               tok_per_sec='tokens a second of training', flops='model FLOPs', mfu='MFU',
-              peak_mem_gb='peak memory, GiB', total_seconds='seconds in all', budget_seconds='of a budget of',
-              dollars='dollars', finished='finished', warnings='warnings')
+              peak_mem_gb='peak memory, GiB', total_seconds='seconds in all',
+              budget_seconds='seconds of its budget', dollars='dollars', finished='finished',
+              warnings='warnings')
 
 
 def report_blocks(r, rows, dynamics):
@@ -818,8 +819,8 @@ def report_blocks(r, rows, dynamics):
     sources = {'source': None, 'bits per byte': 4}
     yield table('Bits per byte by source', sources, *r['val_bpb_per_source'].items())
     for name, probes in dynamics['measures'].items() if dynamics else ():
-        yield dict(kind='heat', title=name.replace('_', ' '), note='Along progress.', y=dynamics['names'],
-                   x=[f'{p:.2f}' for p in dynamics['progress']], values=[*zip(*probes)])
+        yield dict(kind='heat', title=name.replace('_', ' ').capitalize(), note='Along progress.',
+                   y=dynamics['names'], x=[f'{p:.2f}' for p in dynamics['progress']], values=[*zip(*probes)])
     for title, text in (('Samples along training', '\n\n'.join(
             f'progress {row["progress"]:.2f}, step {row["step"]}:\n{row["sample"]}' for row in sampled)),
                         ('Sample at the end', r['sample'])):

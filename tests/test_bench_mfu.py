@@ -433,8 +433,9 @@ def test_pages_in_a_browser(board, tmp_path):
     train.write_page(tmp_path / 'kinds.html', 'K' * 200, kinds)
     train.write_page(tmp_path / 'wrong.html', 'wrong', [dict(kind='nonsense')])
     page, click = tmp_path / 'out' / 'leaderboard.html', 'const b = [...d.querySelectorAll("th button")].find(b => b.textContent === "parameters");'
+    keys = 'const s = d.querySelector("svg[tabindex]"); for (const key of ["ArrowRight", "ArrowRight", "ArrowDown"]) s.onkeydown(new KeyboardEvent("keydown", {key}));'
     up, down, phone, every, wrong = drawn(tmp_path, (page, 1200, click + 'b.click();'), (page, 1200, click + 'b.click(); b.click();'), (page, 390, ''),
-                                          (tmp_path / 'kinds.html', 390, ''), (tmp_path / 'wrong.html', 390, ''))
+                                          (tmp_path / 'kinds.html', 390, keys), (tmp_path / 'wrong.html', 390, ''))
     for order, one in ((['small', 'a/b/seed1', 'other', 'newer', 'large'], up), (['large', 'a/b/seed1', 'other', 'newer', 'small'], down)):
         body = one[one.index('<tbody>'):one.index('</tbody>')]
         assert [re.sub('<.*?>', '', row).split('#')[1] for row in body.replace('</td>', '#').split('</tr>')[:-1]] == order
@@ -448,6 +449,7 @@ def test_pages_in_a_browser(board, tmp_path):
     assert every.count('<rect') == 6 + 60 and 'not measured' in every and re.search(r'fill="none" stroke="var\(--s0\)"', every)
     gap = re.search(r'd="(M[^"]+)" fill="none" stroke="var\(--s0\)"', every)[1]
     assert gap.count('M') == 2 and gap.count('L') == 16                              # 18 of 19 values, in two pieces
+    assert re.search(r'class="tip" role="status"[^>]*>q\nminutes: 2\nloss: 0.5<', every)      # arrow keys: the second value, of the second series
     assert 'role="alert"' in wrong and 'no kind of block is called nonsense' in wrong
 
 

@@ -1361,7 +1361,7 @@ def test_a_page_shows_what_a_run_recorded_and_all_text_stays_text(finished, tmp_
     assert page.count(b'</script>') == template.count(b'</script>') and page.count(b'<!--') == template.count(b'<!--')
     assert b'onerror' in page and b'<img' not in page and not re.search(rb'https?://(?!www\.w3\.org/2000/svg)', page)
     assert blocks['Sample at the end']['text'] == evil and evil in blocks['Samples along training']['text']
-    assert blocks['rank share']['values'] == [[1, 4], [2, None], [3, None]] and blocks['rank share']['x'] == ['0.10', '0.90']
+    assert blocks['Rank share']['values'] == [[1, 4], [2, None], [3, None]] and blocks['Rank share']['x'] == ['0.10', '0.90']
     assert blocks['Abilities']['series'] == [dict(name='blimp', points=[[0.1, 0.1], [0.9, 0.9]])]
     ends = {row['kind']: row for row in blocks['Abilities at the end']['rows']}
     assert ends['all'] == dict(ability='blimp', kind='all', accuracy=0.75, error=0.01, chance=0.5, items=100)
@@ -1381,7 +1381,7 @@ def test_long_curves_are_thinned_to_means():
 
 def test_a_run_keeps_what_it_warned_of(main, tmp_path, monkeypatch):
     broken_steps(monkeypatch, lambda n: 4 <= n < 4 + train.BAD_STEPS)
-    in_two_parts(main, monkeypatch, 10, '--max_steps=12')
+    in_two_parts(main, monkeypatch, 20, '--max_steps=12')
     kept = json.loads((tmp_path / 'parts' / 'result.json').read_text())['warnings']
     assert [line[:30] for line in kept if 'finite' in line] == ['warning: 5 steps in a row were'] and len({*kept}) == len(kept)
     assert '\n'.join(kept) in blocks_of(tmp_path / 'parts' / 'report.html')['Warnings']['text']
