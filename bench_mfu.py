@@ -10,6 +10,7 @@
     python bench_mfu.py --compare config/babylm.py config/a.py      whole runs: ideas beside their base
     python bench_mfu.py --leaderboard out                           a table and a page of all finished runs
     python bench_mfu.py --dynamics out/a out/b                      which layers of runs are done when
+    python bench_mfu.py --sweep "n_embd=128,192,256;learning_rate=1e-2,2e-2,4e-2" config/babylm.py     laws
 
 Configs and overrides are train.py's, and so is the step that is measured; --rounds=12 says how often,
 --json=FILE keeps all of it. All contestants run in one process and take turns, so that a machine that drifts
@@ -29,9 +30,13 @@ what is finished, goes on with what was stopped and tries again what failed.
 --leaderboard reads every result.json under a folder (out), and leaves leaderboard.md and leaderboard.html
 in it: --sort=total_params, or what else a result.json names, a - before it for high to low;
 --where "n_layer == 4 and total_params < 12e6".
+
+--sweep makes every point of a grid in the same way, --seeds=3 times each, into out/sweep/<configs>, and fits:
+bits per byte against parameters and tokens, the best size for a budget, the best learning rate at a width.
 """
 import ast
 import difflib
+import itertools
 import json
 import math
 import operator
@@ -682,17 +687,25 @@ COLUMNS = dict(seeds='d', val_bpb='.4f', sd='.4f', change='+.2%', in_sd='+.1f', 
 
 def planned(own, argv):
     """The runs of a comparison in turn, the base's first; UserError lists the mistakes of all."""
-    configs, runs, wrong = [a for a in argv if not a.startswith('--')], [], []
+    configs = [a for a in argv if not a.startswith('--')]
     names = ['+'.join(Path(part).stem for part in config.split('+')) for config in configs]
     train.refuse(not configs, '--compare names no config: it takes a base, then ideas')
     train.refuse(len({*names}) < len(names), f'two of {", ".join(names)} are called the same: rename one')
     root = Path(own['compare_dir'] or f'out/compare/{names[0]}')
+    ideas = {}
     for name, config in zip(names, configs):
         kept = [a for a in argv if a.startswith('--') or a in (configs[0], config)]      # in their order
-        args = [part for a in kept for part in ([a] if a.startswith('--') else a.split('+'))]
+        ideas[name] = [part for a in kept for part in ([a] if a.startswith('--') else a.split('+'))]
+    return checked(ideas, root, own['seeds'], own['idea_seeds'], SAME)
+
+
+def checked(ideas, root, seeds, idea_seeds, same):
+    """The runs of ideas {name: arguments}, the first of which is the base, that are alike in `same`."""
+    runs, wrong = [], []
+    for name, args in ideas.items():
         wrong += [f'{where}: a comparison has its own {key}'
                   for where, key, _ in train.assignments(args) if key in OURS]
-        for seed in range(1, own['seeds' if name == names[0] else 'idea_seeds'] + 1):
+        for seed in range(1, (idea_seeds if runs and name != runs[0].name else seeds) + 1):
             run = SimpleNamespace(name=name, seed=seed, folder=root / name / f'seed{seed}', fault='')
             run.args = [*args, f'--seed={seed}', f'--out_dir={run.folder}']
             try:
@@ -701,7 +714,7 @@ def planned(own, argv):
                 wrong += [line.strip() for line in str(e).splitlines()[1:]]
                 break
             runs.append(run)
-            wrong += [f'{name} has {key} {theirs!r}, the base {ours!r}: they must be equal' for key in SAME
+            wrong += [f'{name} has {key} {theirs!r}, the base {ours!r}: they must be equal' for key in same
                       if (theirs := vars(run.s)[key]) != (ours := vars(runs[0].s)[key])]
     train.refuse(wrong, '\n  '.join(['these runs cannot be compared:', *dict.fromkeys(wrong)]))
     for run in runs:
@@ -772,24 +785,29 @@ def ranked(runs):
     return sorted(rows, key=lambda row: row.get('change', 0 if row is rows[0] and row['seeds'] else math.inf))
 
 
-def keep_table(runs, root):
-    """Rank the runs; the table in Markdown, which compare.md keeps, and compare.json its rows."""
-    rows, results = ranked(runs), [run.result for run in runs if run.result]
-    columns = COLUMNS | {e: '.4f' for r in results for e in r['evals']}
+def as_table(rows, runs, columns, *notes):
+    """Markdown of ranked rows, then notes, and in what all runs should be alike and are not."""
+    results = [run.result for run in runs if run.result]
+    columns = columns | {e: '.4f' for r in results for e in r['evals']}
     table = [['rank', 'idea', *columns, 'notes']]
     for place, row in enumerate(rows, 1):
         cells = [{'joules': 'not measured'}.get(key, '-') if row.get(key) is None else f'{row[key]:{form}}'
                  for key, form in columns.items()]
         rank, notes = str(place) if row['seeds'] else '-', '; '.join(row['notes']).replace('|', '/')
         table.append([rank, row['name'], *cells, notes])
-    lines = markdown(table)
-    lines += ['', 'change: beside the base with its seeds; sd: standard deviation of val_bpb over seeds; '
-              'in_sd: the change in sd of the base.',
-              'Within noise: less than 2 of them, or not known, as one seed of the base has no sd.']
+    lines = [*markdown(table), '', *notes]
     for key in ('commit', 'hardware', 'val_share'):
         if len(kinds := {json.dumps(r[key]) for r in results}) > 1:
             lines.append(f'Not all runs have the same {key}: {", ".join(sorted(kinds))}.')
-    text = '\n'.join(lines)
+    return '\n'.join(lines)
+
+
+def keep_table(runs, root):
+    """Rank the runs; the table in Markdown, which compare.md keeps, and compare.json its rows."""
+    text = as_table(rows := ranked(runs), runs, COLUMNS,
+                    'change: beside the base with its seeds; sd: standard deviation of val_bpb over seeds; '
+                    'in_sd: the change in sd of the base.',
+                    'Within noise: less than 2 of them, or not known, as one seed of the base has no sd.')
     train.write_beside(root / 'compare.md', lambda f: f.write(text.encode() + b'\n'))
     train.write_beside(root / 'compare.json', lambda f: f.write(json.dumps(rows, indent=1).encode()))
     return text
@@ -797,9 +815,9 @@ def keep_table(runs, root):
 
 def say_runs(runs, root):
     """What there is to do, how long it takes, and what each idea changes."""
-    base, left = runs[0], sum(not run.result for run in runs)
-    hours = left * base.s.budget_minutes / 60
-    print(f'{len(runs)} runs in {root}, {left} to make, a budget of {hours:.1f} hours')
+    base, left = runs[0], [run.s.budget_minutes for run in runs if not run.result]
+    hours = sum(left) / 60
+    print(f'{len(runs)} runs in {root}, {len(left)} to make, a budget of {hours:.1f} hours')
     for run in [run for run in runs if run.seed == 1]:
         sets = [f'{k}={v!r}' for k, v in vars(run.s).items() if v != vars(base.s)[k] and k != 'out_dir']
         print(f'{run.name}: {", ".join(sets) or "the settings of the base"}')
@@ -809,10 +827,10 @@ def say_runs(runs, root):
                 print(f'  overruled: {line}')
 
 
-def compare_runs(argv):
+def compare_runs(argv, plan=planned, keep=keep_table):
     """Make the runs of --compare that are not finished, one at a time, and rank all."""
     own, rest = own_options([a for a in argv if a != '--compare'])
-    runs = planned(own, rest)
+    runs = plan(own, rest)
     root = runs[0].folder.parents[1]
     say_runs(runs, root)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -825,11 +843,246 @@ def compare_runs(argv):
             make(run)
             look(run)
             print(f'  {run.fault}' if run.fault else f'  val_bpb {run.result["val_bpb"]:.4f}', flush=True)
-            keep_table(runs, root)
+            keep(runs, root)
     except KeyboardInterrupt as e:
         again = shlex.join(['python', 'bench_mfu.py', *argv])
         raise train.Stopped(f'stopped, what was done is kept; to go on, the same again: {again}') from e
-    print(keep_table(runs, root))
+    print(keep(runs, root))
+
+
+# ---- sweeps: a grid of runs, and the laws behind them ------------------------------------------------------
+
+DRAWS, INTERVAL = 400, (0.05, 0.95)     # of a bootstrap, and the shares of its draws below either end
+HUBER = 1e-3                            # of log loss: residuals above it count in proportion, not squared
+LAW = 'E', 'A', 'alpha', 'B', 'beta'    # val_bpb = E + A / N^alpha + B / D^beta (Hoffmann 2022, 2203.15556)
+SHOWN = 'seeds val_bpb sd active_params tokens epochs train_seconds total_seconds tok_per_sec'.split()
+
+
+def swept(own, argv):
+    """The runs of --sweep's grid in turn; UserError lists the mistakes of all."""
+    at = [a.partition('=')[0] for a in argv].index('--sweep')
+    text = argv.pop(at).partition('=')[2] or (argv.pop(at) if argv[at:] else '')
+    parts = [part.partition('=') for part in re.sub(r'\s', '', text).split(';')]
+    axes = [[f'--{key}={value}' for value in values.split(',')] for key, _, values in parts]
+    ideas = {','.join(f'{key}={value}' for _, key, value in train.assignments(point)).replace('/', '_'):
+             [*argv, *point] for point in itertools.product(*axes)}
+    twice = len({part[0] for part in parts}) < len(parts) or len(ideas) < math.prod(map(len, axes))
+    train.refuse(twice or any(arg.startswith('--=') or arg.endswith('=') for arg in sum(axes, [])),
+                 f'--sweep is {text!r}, it must be like "n_embd=128,192;head_lr=1e-3,2e-3", nothing twice')
+    configs, wrong = '+'.join(Path(a).stem for a in argv if not a.startswith('--')) or 'default', []
+    root = Path(own['compare_dir'] or f'out/sweep/{configs}')
+    for run in (runs := checked(ideas, root, own['seeds'], own['seeds'], SAME[:1])):
+        try:
+            GPTConfig(vocab_size=run.s.vocab_size, **{k: vars(run.s)[k] for k in train.MODEL_KEYS})
+            train.adapt(run.s, train.choose_device(run.s), 1)
+        except (ValueError, UserError) as e:
+            wrong.append(f'{run.name}: {e}')
+    train.refuse(wrong, '\n  '.join(['the grid has points that cannot be:', *dict.fromkeys(wrong)]))
+    return runs
+
+
+def grouped(runs, about=lambda key: True):
+    """{what a point of the grid sets, of the settings that about(name) is true of: its runs}."""
+    groups = {}
+    for run in runs:
+        sets = ', '.join(part for part in run.name.split(',') if about(part.partition('=')[0]))
+        groups.setdefault(sets or 'all runs', []).append(run)
+    return groups
+
+
+def logs(runs, *keys):
+    """Logs of what the results of runs hold, and their settings: an array for each key."""
+    return [np.log([(run.result['settings'] | run.result)[key] for run in runs]) for key in keys]
+
+
+def distinct(x):
+    """How many of these logs differ, by more than the 5 % that two runs of one time do."""
+    return int((np.diff(np.sort(x), prepend=-np.inf) > 0.05).sum())
+
+
+def tuned(runs):
+    """For each size and budget the runs of what did best there, as a law is one of well-chosen settings. Only
+    how runs end counts: one on its way, its rate still high, is worse than one that ends there."""
+    best = {}
+    for mine in grouped(runs).values():
+        kind = mine[0].result['active_params'], *grouped(mine, SAME.__contains__)
+        best[kind] = min(best.get(kind, mine), mine, key=lambda mine: logs(mine, 'val_bpb')[0].mean())
+    return sum(best.values(), [])
+
+
+def redrawn(fitted, residuals, parameters, dice):
+    """Losses like those fitted, (DRAWS, points): residuals are drawn anew, not runs, as a grid without one of
+    its rows tells little; larger for the parameters that took up a part of them and, as in Student's t,
+    for how little a few of them tell."""
+    spread = np.sqrt(len(residuals) / dice.chisquare(len(residuals) - parameters, (DRAWS, 1)))
+    return fitted + spread * dice.choice(residuals, (DRAWS, len(fitted)))
+
+
+def spoken(values, least=-math.inf, most=math.inf):
+    """'1.5 (1.2 to 1.9)': the first value, and the interval of its redraws, which follow if there are any;
+    'or less' and 'or more' say what lies beyond what was tried."""
+    def number(v):
+        kept = min(max(v, least), most)
+        unit, mark = next((u for u in ((1e6, 'M'), (1e3, 'k')) if u[0] <= kept < 1e3 * u[0]), (1, ''))
+        return f'{kept / unit:.4g}{mark}' + (' or less' if v < least else ' or more' if v > most else '')
+    ends = map(number, np.quantile(values[1:], INTERVAL)) if len(values) > 1 else ['no interval']
+    return f'{number(values[0])} ({" to ".join(dict.fromkeys(ends))})'
+
+
+def dots(title, said, x, series, **more):
+    """A chart of losses for train.write_page; series of (name, x, loss, x and loss of a curve), all logs."""
+    def pairs(x, y):
+        return np.exp(np.stack([x, y], 1)).tolist()
+    series = [dict(name=name, points=pairs(x, y), path=pairs(*curve)) for name, x, y, *curve in series]
+    return dict(kind='dots', title=title, note=said, x=x, y='val_bpb', log_x=True, series=series) | more
+
+
+def law(p, n, d):
+    """Log of E + A / N^alpha + B / D^beta, (k, points), and the terms' shares in it; p (k, 5) holds log E,
+    log A, alpha, log B and beta, n and d (points,) or (k, 1) the logs of N and D."""
+    e, a, alpha, b, beta = p.T[..., None]
+    terms = np.stack([e + 0 * n, a - alpha * n, b - beta * d], -1)
+    total = np.logaddexp.reduce(terms, -1)
+    return total, np.exp(terms - total[..., None])
+
+
+def fit_law(n, d, y, p):
+    """p (k, 5) of the least Huber loss of log losses y, (points,) or (k, points), from these starts, and that
+    loss (k,): steps of Levenberg and Marquardt for all k at once, more than it takes, since Hoffmann's fit
+    had stopped too early (Besiroglu 2024, 2404.10102)."""
+    damp, eye = np.full(len(p), 0.01), np.eye(len(LAW))
+
+    def loss(p):
+        r = abs(law(p, n, d)[0] - y)
+        return np.where(r < HUBER, r * r / 2, HUBER * (r - HUBER / 2)).sum(-1)
+
+    for _ in range(200):
+        total, shares = law(p, n, d)
+        r, (e, a, b) = total - y, np.moveaxis(shares, -1, 0)
+        slopes = np.stack([e, a, -n * a, b, -d * b], -1)                         # (k, points, 5)
+        weighed = (slopes / np.maximum(1, abs(r) / HUBER)[..., None]).swapaxes(-1, -2)
+        curved = weighed @ slopes * (1 + damp[:, None, None] * eye) + 1e-12 * eye
+        tried = p - np.linalg.solve(curved, weighed @ r[..., None])[..., 0].clip(-1, 1)
+        better = loss(tried) < loss(p)
+        p = np.where(better[:, None], tried, p)
+        damp = np.where(better, damp / 3, damp * 4).clip(1e-8, 1e8)
+    return p, loss(p)
+
+
+def law_of(runs):
+    """Sentences about the law of runs, {parameter: its value and interval}, and charts. N is all parameters
+    that the finished model uses, its tables too, as Pearce 2024 (2406.12907) advises for small ones."""
+    n, d, y = logs(runs, 'active_params', 'tokens', 'val_bpb')
+    has = {'points': (len(grouped(runs)), 5), 'sizes': (distinct(n), 3),
+           'numbers of tokens': (distinct(d), 3), 'runs': (len(runs), 6)}
+    if lacks := ', '.join(f'{least - have} {what}' for what, (have, least) in has.items() if have < least):
+        return [f'No law of size and tokens: its 5 parameters take 5 points, 3 sizes and 3 numbers of tokens '
+                f'among them, and 6 runs; missing: {lacks}.'], {}, []
+    at, m = np.array([n.mean(), d.mean()]), y.mean()
+    tries = itertools.product((0.1, 0.5, 0.9), (0.1, 0.3, 1), (0.1, 0.3, 1))    # E's share, alpha, beta
+    p, loss = fit_law(n - at[0], d - at[1], y, np.array(
+        [(m + math.log(E), a := m + math.log(0.5 - E / 2), alpha, a, beta) for E, alpha, beta in tries]))
+    p = p[[loss.argmin()]]
+    fitted = law(p, n - at[0], d - at[1])[0][0]
+    again = redrawn(fitted, y - fitted, len(LAW), np.random.default_rng(0))
+    p = np.concatenate([p, fit_law(n - at[0], d - at[1], again, p.repeat(DRAWS, 0))[0]])
+    p[:, [1, 3]] += p[:, [2, 4]] * at                       # of N and D themselves, not about their means
+    values = dict(zip(LAW, np.where([1, 1, 0, 1, 0], np.exp(p.clip(-50, 50)), p).T))
+    found = {k: [float(v[0]), *np.quantile(v[1:], INTERVAL).tolist()] for k, v in values.items()}
+    said = [f'val_bpb = E + A / N^alpha + B / D^beta, N parameters and D tokens, is within '
+            f'{abs(np.expm1(y - fitted)).max():.1%} of {len(runs)} runs; in brackets nine of ten redraws: '
+            + ', '.join(f'{k} {spoken(v)}' for k, v in values.items()) + '.']
+    if loose := [k for k in ('E', 'alpha', 'beta') if found[k][2] > 3 * found[k][1]]:
+        said.append(f'These runs leave {" and ".join(loose)} open threefold: trust it only between them.')
+    if max(run.result['epochs'] for run in runs) > 4:
+        said.append('Some read their text more than 4 times: it is worth less then (Muennighoff 2023).')
+    line = np.linspace(d.min(), d.max(), 40)
+    chart = dots('Size and tokens', said[0], 'tokens', log_y=True, series=[
+        (f'{math.exp(N) / 1e6:.3g}M parameters', d[n == N], y[n == N], line, law(p, N + 0 * line, line)[0][0])
+        for N in np.unique(n)])
+    return said + best_for_time(p, n, runs), found, [chart]
+
+
+def best_for_time(p, n, runs):
+    """Sentences: the size that laws p have best for the budgets of runs, whose sizes have logs n and whose
+    speed says how many tokens a size reads in it: seconds * exp(k) * N^g."""
+    g, k = np.polyfit(n, *logs(runs, 'tok_per_sec'), 1)
+    (_, a, alpha, b, beta), said = p.T.clip([[-99], [-99], [1e-3], [-99], [1e-3]]), []
+    for seconds in sorted({run.result['budget_seconds'] for run in runs}) if g < 0 else []:
+        rate = k + math.log(seconds)
+        best = ((np.log(alpha / (-g * beta)) + a - b + beta * rate) / (alpha - g * beta)).clip(0, 50)
+        bpb = np.exp(law(p, best[:, None], (rate + g * best)[:, None])[0][:, 0].clip(-50, 50))
+        said.append(f'In {seconds / 60:g} minutes of training alone at the speed measured, best is N = '
+                    f'{spoken(np.exp(best))}, with val_bpb {spoken(bpb)}; tried were '
+                    f'{math.exp(n.min()) / 1e6:.3g}M to {math.exp(n.max()) / 1e6:.3g}M.')
+    return said
+
+
+def lowest(x, y):
+    """Where parabolas through y (..., points) over x are lowest; far away if they do not open upwards."""
+    a, b, _ = np.polyfit(x - x.mean(), y.T, 2)
+    return (x.mean() - b / (2 * np.maximum(a, 1e-9))).clip(x.min() - 20, x.max() + 20)
+
+
+def valleys(what, groups):
+    """Where log loss is lowest, by a parabola over x for each of groups {name: (x, y)}, logs: sentences,
+    {name: x and its redraws} of those within what was tried, and charts."""
+    said = [f'No best {what} for {name}: a parabola takes 3 values; missing: {3 - distinct(x)}.'
+            for name, (x, _) in groups.items() if distinct(x) < 3]
+    groups = {name: xy for name, xy in groups.items() if distinct(xy[0]) > 2}
+    curves = {name: np.polyfit(x, y, 2) for name, (x, y) in groups.items()}
+    rests = np.concatenate([[], *(y - np.polyval(curves[name], x) for name, (x, y) in groups.items())])
+    dice, taken, found, series = np.random.default_rng(0), 3 * len(groups), {}, []
+    for name, (x, y) in groups.items():
+        best, line = [lowest(x, y)], np.linspace(x.min(), x.max(), 40)
+        if len(rests) > taken:
+            best += lowest(x, redrawn(np.polyval(curves[name], x), rests, taken, dice)).tolist()
+        said.append(f'Best {what} for {name}: {spoken(np.exp(best), *np.exp([x.min(), x.max()]))}.')
+        if x.min() <= best[0] <= x.max():
+            found[name] = best
+        series.append((name, x, y, line, np.polyval(curves[name], line)))
+    return said, found, [dots(f'The best {what}', ' '.join(said), what, series)] * bool(series)
+
+
+def moves(what, found):
+    """Sentences: how the best rates {name: log and redraws} move with n_embd, where the names tell that."""
+    said, ways = [], {}
+    for name, best in found.items():
+        if (width := re.search(r'\bn_embd=(\d+)', name)) and len(best) > 1:
+            ways.setdefault(name.replace(width[0], 'each n_embd'), {})[math.log(int(width[1]))] = best
+    for name, at in ways.items():
+        x = np.array([*at]) - np.mean([*at])
+        slope = x @ np.array([*at.values()]) / max(x @ x, 1e-9)
+        known = len(at) > 1 and np.ptp(np.quantile(slope[1:], INTERVAL)) < 4
+        said.append(f'The best {what} for {name} ' + (f'goes as n_embd to the power {spoken(slope)}; '
+                    '0: it carries over.' if known else 'moves in a way that these runs leave open.'))
+    return said
+
+
+def keep_sweep(runs, root):
+    """Rank the runs and fit what they allow; the text, which sweep.md keeps beside .json and .html."""
+    keys, done = re.findall(r'(\w+)=', runs[0].name), [run for run in runs if run.result]
+    rows = [row | dict(notes=[fault for fault in row['notes'] if 'seed ' in fault]) for row in ranked(runs)]
+    rows.sort(key=lambda row: row.get('val_bpb', math.inf))         # no point of a grid is the base
+    said, found, charts = law_of(tuned(done))
+    for what in ['active_params', *(key for key in keys if key.endswith(('_lr', 'learning_rate')))]:
+        size = what == 'active_params'
+        groups = grouped(*((tuned(done), SAME.__contains__) if size else (done, what.__ne__)))
+        groups = {name: logs(mine, what, 'val_bpb') for name, mine in groups.items()}
+        more, best, chart = valleys(what, groups)
+        said += more + ([] if size else moves(what, best))
+        charts += chart
+        found[what] = {name: math.exp(values[0]) for name, values in best.items()}
+    text = '\n'.join([as_table(rows, runs, {key: COLUMNS[key] for key in SHOWN}), '', *said])
+    digits = {key: int(COLUMNS[key].partition('.')[2][:1] or 0) for key in SHOWN}
+    table = dict(kind='table', title='Runs', rows=rows, columns=[
+        dict(key='name'), *(dict(key=key, digits=n) for key, n in digits.items())])
+    train.write_beside(root / 'sweep.md', lambda f: f.write(text.encode() + b'\n'))
+    train.write_beside(root / 'sweep.json', lambda f: f.write(
+        json.dumps(dict(rows=rows, said=said, **found), indent=1).encode()))
+    train.write_page(root / 'sweep.html', f'A sweep of {", ".join(keys)}',
+                     [dict(kind='text', title='What the runs say', text='\n'.join(said)), *charts, table])
+    return text
 
 
 # ---- leaderboard -------------------------------------------------------------------------------------------
@@ -1162,6 +1415,8 @@ def main(argv):
         return compare_runs(argv)
     if '--leaderboard' in argv:
         return leaderboard(argv)
+    if '--sweep' in [a.partition('=')[0] for a in argv]:
+        return compare_runs(argv, swept, keep_sweep)
     only_compile = '--kernels=compile-only' in argv
     own, rest = own_options([a for a in argv if a != '--kernels=compile-only'])
     s = train.read_settings(rest)
