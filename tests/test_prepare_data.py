@@ -1672,7 +1672,7 @@ def test_tokenized_evaluation_sets_are_kept_until_something_changes(tmp_path, mo
     (cache / 'p.npz').write_bytes((cache / 'p.npz').read_bytes()[:100])                  # damaged
     pd.eval_set(file, tokenizer, cache)
     file.write_text(json.dumps(ROWS[1][0]) + '\n')                                        # changed
-    assert len(pd.eval_set(file, tokenizer, cache)['ids']) == 6 and len(calls) == 3
+    assert len(pd.eval_set(file, tokenizer, cache)['ids']) == 8 and len(calls) == 3
     other = pd.ByteTokenizer(b'another')
     assert pd.eval_set(file, other, cache) and pd.eval_set(file, other) and len(calls) == 5
     assert pd.eval_files(tmp_path) == {'p': file} and pd.eval_files(tmp_path / 'none') == {}
