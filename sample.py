@@ -734,8 +734,8 @@ def cpu_joules(rapl):
             last[zone] = now
         return joules
     try:
-        zones = [zone for zone in Path(rapl).glob('intel-rapl:*')
-                 if zone.name.count(':') == 1 and (zone / 'name').read_text().startswith('package')]
+        zones = [zone for zone in Path(rapl).glob('intel-rapl:*')       # not core, dram, psys
+                 if (zone / 'name').read_text().startswith('package')]
         read()
     except (OSError, ValueError):               # since 2020 for root alone, CVE-2020-8694
         zones = []
