@@ -1188,7 +1188,7 @@ class Tracker(threading.Thread):
 
 # ---- the run -----------------------------------------------------------------------------------------------
 
-LEAVING = 0.7       # seconds from the last line printed to the prompt back, the report's page included
+LEAVING = 0.8       # seconds from the last line printed to the prompt back, the report's page included
 UNPRINTED = ('evals', 'settings', 'config', 'hardware', 'versions', 'data', 'sample',       # or told below
              'warnings', 'energy')
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
