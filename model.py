@@ -66,6 +66,11 @@ class GPTConfig:
     layer_drop: float = 0.0     # chance that a row of the batch skips what the last layer adds; less below
     predict_ahead: int = 0      # further tokens that training predicts too (Gloeckle 2024, 2404.19737)
     head_scale: float = 1.0     # of the last hidden states, before the head; growth lowers a tied head's
+    domains: str = ''           # names, by commas, of those with a part of the MLP each; '' is none
+    domain_share: float = 0.25  # of mlp_hidden that is a domain's own
+    experts: int = 0            # routed MLPs beside the one that all tokens pass; 0 is none
+    experts_top: int = 3        # how many of them a token passes; together they then are as wide as one MLP
+    expert_hidden: int = 0      # width of a routed one; 0 means mlp_hidden
 
     def __post_init__(self):
         for name in ('n_head', 'n_embd'):
@@ -74,13 +79,15 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         hidden = 4 * self.n_embd if self.mlp == 'relu2' else -(-self.n_embd // 12) * 32
-        self.mlp_hidden = self.mlp_hidden or hidden
+        self.mlp_hidden = self.mlp_hidden or hidden // (1 + self.experts_top if self.experts else 1)
+        self.expert_hidden = self.expert_hidden or self.mlp_hidden
         self.rotary_dim = self.rotary_dim or self.head_dim
         self.attn_scale_tokens = self.attn_scale_tokens or self.attn_tokens
         self.mlp_scale_tokens = self.mlp_scale_tokens or self.mlp_tokens
-        ones = 'vocab_size block_size n_layer n_kv_head head_dim mlp_hidden rope_base rotary_dim'.split()
+        ones = ('vocab_size block_size n_layer n_kv_head head_dim mlp_hidden rope_base rotary_dim '
+                'experts_top expert_hidden').split()
         zeros = ('attn_tokens mlp_tokens attn_scale_tokens mlp_scale_tokens predict_ahead kv_latent '
-                 'q_latent').split()
+                 'q_latent experts').split()
         for name, least in [(name, 1) for name in ones] + [(name, 0) for name in zeros]:
             if getattr(self, name) < least:
                 raise ValueError(f'{name} is {getattr(self, name)}, it must be at least {least}')
@@ -106,13 +113,29 @@ class GPTConfig:
                                or self.n_kv_head != self.n_head):
             raise ValueError(f'kv_latent {self.kv_latent} needs rotary_dim below head_dim {self.head_dim} '
                              f'(it is {self.rotary_dim}), no n_kv_head and no value_embeds')
+        if sum(map(bool, (self.mlp_tokens, self.domains, self.experts))) > 1:
+            raise ValueError('mlp_tokens, domains and experts all change the MLP: choose one')
+        if self.experts and self.experts_top > self.experts:
+            raise ValueError(f'experts_top is {self.experts_top}, and there are {self.experts} experts')
+        if self.domains and not 0 < self.own_hidden < self.mlp_hidden:
+            raise ValueError(f'domain_share is {self.domain_share}, it must leave some of mlp_hidden '
+                             f'{self.mlp_hidden} to each domain and some to all')
+
+    @property
+    def n_domains(self):
+        return len(self.domains.split(',')) if self.domains else 0
+
+    @property
+    def own_hidden(self):
+        return round(self.domain_share * self.mlp_hidden)
 
     def params(self):
         """Parameter counts: dict of total, embedding (token tables and an untied head), non_embedding, and
-        active: without the heads that training alone uses."""
-        total, tables, _ = count(dataclasses.astuple(self))
-        helpers = self.n_embd * (self.n_embd * self.predict_ahead + self.classes)
-        return dict(total=total, embedding=tables, non_embedding=total - tables, active=total - helpers)
+        active: without the heads that training alone uses, and without other domains' parts and the experts
+        that a token does not pass."""
+        total, tables, _, idle = count(dataclasses.astuple(self))
+        idle += self.n_embd * (self.n_embd * self.predict_ahead + self.classes)
+        return dict(total=total, embedding=tables, non_embedding=total - tables, active=total - idle)
 
     def flops_per_token(self, attended=None):
         """Model FLOPs of one training token, forward and backward: 6 a weight, 12 D a head and attended pair.
@@ -132,6 +155,9 @@ class GPTConfig:
         p = self.params()
         mlp = f'{self.mlp_tokens} feed-forward tokens' if self.mlp_tokens else f'{self.mlp} {self.mlp_hidden}'
         mlp = f'{self.attn_tokens} attention tokens, {mlp}' if self.attn_tokens else mlp
+        mlp += f', {self.own_hidden} of them in each of {self.n_domains} domains' if self.domains else ''
+        routed = f', {self.experts_top} of {self.experts} experts of {self.expert_hidden}'
+        mlp += routed if self.experts else ''
         return (f'{self.n_layer} layers, {self.n_embd} wide, {self.n_head} heads of {self.head_dim} '
                 f'({self.n_kv_head} for keys and values), {mlp}, '
                 f'vocabulary {self.vocab_size}: {p["total"]:,} parameters '
@@ -141,12 +167,15 @@ class GPTConfig:
 
 @functools.cache
 def count(fields):
-    """Parameters of a model with these fields of GPTConfig: all, tables and head, matrices but the head."""
+    """Parameters of a model with these fields of GPTConfig: all, tables and head, matrices that a token meets
+    but for the head, matrices that it does not meet."""
     with torch.device('meta'):
         model = GPT(GPTConfig(*fields))
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} | {model.lm_head.weight}
     matrices = [m.weight for m in model.modules() if isinstance(m, Linear) and m is not model.lm_head]
-    return tuple(sum(p.numel() for p in some) for some in (model.parameters(), tables, matrices))
+    idle = sum(m.weight[m.active:].numel() for m in model.modules() if isinstance(m, Several))
+    total, tables, met = (sum(p.numel() for p in some) for some in (model.parameters(), tables, matrices))
+    return total, tables, met - idle, idle
 
 
 class Linear(nn.Linear):
@@ -155,8 +184,16 @@ class Linear(nn.Linear):
     def __init__(self, fan_in, fan_out):
         super().__init__(fan_in, fan_out, bias=False)
 
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x, weight=None):
+        return F.linear(x, (self.weight if weight is None else weight).to(x.dtype))
+
+
+class Several(Linear):
+    """The weights of n linear maps, (n, fan_out, fan_in), of which a token meets `active`."""
+
+    def __init__(self, n, fan_in, fan_out, active):
+        super().__init__(fan_in, fan_out)
+        self.weight, self.active = nn.Parameter(torch.empty(n, fan_out, fan_in)), active
 
 
 class Attention(nn.Module):
@@ -297,25 +334,114 @@ class LatentAttention(Attention):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, hidden=None):
         super().__init__()
-        self.gated = config.mlp == 'swiglu'
-        self.up = Linear(config.n_embd, config.mlp_hidden * (2 if self.gated else 1))
-        self.down = Linear(config.mlp_hidden, config.n_embd)
+        self.gated, hidden = config.mlp == 'swiglu', hidden or config.mlp_hidden
+        self.up = Linear(config.n_embd, hidden * (2 if self.gated else 1))
+        self.down = Linear(hidden, config.n_embd)
 
     def forward(self, x):
+        return self.through(x, self.up.weight, self.down.weight)
+
+    def through(self, x, up, down):
         if 'mlp' in IN_USE:
-            up, down = self.up.weight.to(x.dtype), self.down.weight.to(x.dtype)
-            return mlp_forward(x.flatten(0, 1), up, down, self.gated)[0].view_as(x)
-        x = self.up(x)
+            up, down = up.to(x.dtype), down.to(x.dtype)
+            return mlp_forward(x.flatten(0, -2), up, down, self.gated)[0].view_as(x)
+        x = self.up(x, up)
         if self.gated:
             gate, x = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * x)
-        return self.down(F.relu(x).square())
+            return self.down(F.silu(gate) * x, down)
+        return self.down(F.relu(x).square(), down)
 
     def init_weights(self):
         self.up.weight.normal_(std=self.up.in_features ** -0.5)
         self.down.weight.zero_()
+
+
+# ---- experts: of domains, and routed
+
+class DomainMLP(MLP):
+    """An MLP whose last hidden units are each domain's own (DEMix, Gururangan 2021, 2108.05036).
+
+    A batch is of one domain, domain () says which: its weights are looked up, and the rest is the plain MLP.
+    Where the domain is None the parts' mean stands for all.
+    """
+
+    def __init__(self, config):
+        n, C, own = config.n_domains, config.n_embd, config.own_hidden
+        super().__init__(config, config.mlp_hidden - own)
+        self.halves = 2 if self.gated else 1
+        self.own_up, self.own_down = Several(n, C, own * self.halves, 1), Several(n, own, C, 1)
+
+    def forward(self, x, domain):
+        # domain.view(1): torch.compile reads an index_select by a tensor () otherwise than PyTorch does
+        own_up, own_down = (w.mean(0) if domain is None else w.index_select(0, domain.view(1))[0]
+                            for w in (self.own_up.weight, self.own_down.weight))
+        up = [w.unflatten(0, (self.halves, -1)) for w in (self.up.weight, own_up)]     # gates go with gates
+        up, down = torch.cat(up, dim=1).flatten(0, 1), torch.cat([self.down.weight, own_down], dim=1)
+        return self.through(x, up, down)
+
+    def init_weights(self):
+        super().init_weights()
+        self.own_up.weight.normal_(std=self.up.in_features ** -0.5)
+        self.own_down.weight.zero_()
+
+
+class Experts(MLP):
+    """An MLP for all tokens, and the experts_top of some more whose vectors e_i a token x is most akin to.
+
+    y = F(x) + sum_i g_i F_i(x), g_i = s_i / sum of the chosen s, s_i = sigmoid(x e_i); chosen are the
+    largest s_i + bias_i, and the optimizer steps the bias against the sign of what the expert gets too much
+    (DeepSeek-V3, 2412.19437, without its auxiliary loss). No token is dropped.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        n, C, h, self.top = config.experts, config.n_embd, config.expert_hidden, config.experts_top
+        self.router, self.bias = Linear(C, n), nn.Parameter(torch.empty(n))
+        self.ups = Several(n, C, h * (2 if self.gated else 1), self.top)
+        self.downs = Several(n, h, C, self.top)
+
+    def forward(self, x):
+        return super().forward(x) + self.routed(x.flatten(0, 1)).view_as(x)
+
+    @torch.compiler.disable                     # how many tokens an expert gets is known only as it runs
+    def routed(self, x):
+        """(N, C) from x (N, C): rows in the order of their experts, one product for each, and back."""
+        scores, n = self.router(x).float().sigmoid(), len(self.bias)
+        chosen = (scores + self.bias).topk(self.top).indices                       # (N, k)
+        gates = scores.gather(1, chosen)
+        gates = (gates / gates.sum(1, keepdim=True)).to(x.dtype)
+        order, load = chosen.flatten().argsort(stable=True), chosen.flatten().bincount(minlength=n)
+        rows = x[:, None].expand(-1, self.top, -1).flatten(0, 1).index_select(0, order).split(load.tolist())
+        out = torch.cat([self.through(*triple) for triple in zip(rows, self.ups.weight, self.downs.weight)
+                         if len(triple[0])])
+        out = out.index_select(0, order.argsort()).view(-1, self.top, x.shape[1])  # (N, k, C)
+        return Balance.apply((gates[..., None] * out).sum(1), self.bias, load)
+
+    def init_weights(self):
+        super().init_weights()
+        for linear in (self.router, self.ups):
+            linear.weight.normal_(std=self.up.in_features ** -0.5)
+        self.downs.weight.zero_()
+        self.bias.zero_()
+
+
+class Balance(torch.autograd.Function):
+    """y as it is; the gradient of bias is how far each expert's share of the load is above the mean. Its sign
+    is what counts, so it is made too small to show in the gradients' norm."""
+
+    @staticmethod
+    def forward(ctx, y, bias, load):
+        ctx.save_for_backward(1e-6 * (load / load.sum() - 1 / len(load)))
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *ctx.saved_tensors, None
+
+
+# ---- and tokens in place of matrices
 
 
 class Pattention(nn.Module):
@@ -387,7 +513,8 @@ class Block(nn.Module):
         C = config.n_embd
         kind = TokenAttention if config.attn_tokens else LatentAttention if config.kv_latent else Attention
         self.attn = kind(config, layer)
-        self.mlp = MLP(config) if not config.mlp_tokens else Pattention(
+        plain = DomainMLP if config.domains else Experts if config.experts else MLP
+        self.mlp = plain(config) if not config.mlp_tokens else Pattention(
             C, C, config.mlp_tokens, config.mlp_scale_tokens, config.token_norm)
         self.mix = nn.Parameter(torch.empty(2))  # weights of the residual stream and of the token embedding
         if config.dropout or config.layer_drop:    # hooks: a forward pass without them has nothing of it
@@ -395,10 +522,10 @@ class Block(nn.Module):
             for branch in (self.attn, self.mlp):
                 branch.register_forward_hook(functools.partial(thin_out, config.dropout, by_row))
 
-    def forward(self, x, x0, *context):
+    def forward(self, x, x0, domain, *context):
         x = self.mix[0].to(x.dtype) * x + self.mix[1].to(x.dtype) * x0
         x, h = add_norm(x, self.attn(rms_norm(x), *context))
-        return x + self.mlp(h)
+        return x + self.mlp(h, *domain)
 
 
 class GPT(nn.Module):
@@ -415,6 +542,7 @@ class GPT(nn.Module):
         | k                         | as q          | a token looks for its like (Trockman 2023, 2305.09828) |
         | attention out             | 0.3 v^T       | and copies what it finds there (README, "measured")    |
         | latents: to and from them | N(1 / sqrt n) | n the width they come from; q, out: as the k, v made   |
+        | router of experts         | N(1 / sqrt C) | as MLP up; its bias 0                                  |
         | MLP down                  | 0             | MLPs begin as the identity (Zhang 2019, 1901.09321)    |
         | mix of a block            | 1, 0          | a plain residual stream                                |
         | token_shift, a channel    | 0 ... 1       | some channels know the token, some the one before      |
@@ -437,6 +565,7 @@ class GPT(nn.Module):
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
         self.compute_dtype = torch.float32       # what the blocks compute in; parameters stay fp32
+        self.told = None                         # the domain () of all text that is read without one
         self.init_weights()
 
     @torch.no_grad()
@@ -455,8 +584,9 @@ class GPT(nn.Module):
         for further in self.ahead:
             further.weight.zero_()
 
-    def trunk(self, idx, cache=None, two_way=False):
+    def trunk(self, idx, cache=None, two_way=False, domain=None):
         """Final hidden states (B, T, C), in compute_dtype, of idx (B, T); two_way looks ahead as well."""
+        domain = (self.told if domain is None else domain,) if self.config.domains else ()
         past = cache.length if cache is not None else 0
         T = idx.shape[1]
         if past + T > self.config.block_size:
@@ -475,7 +605,7 @@ class GPT(nn.Module):
             x = rms_norm(x + self.shift.to(x.dtype) * before)
         x0 = x
         for block in self.blocks:
-            x = block(x, x0, idx, cos, sin, first, last, cache)
+            x = block(x, x0, domain, idx, cos, sin, first, last, cache)
         if cache is not None:
             cache.length += T
         return rms_norm(x) * self.config.head_scale if self.config.head_scale != 1 else rms_norm(x)
@@ -497,15 +627,18 @@ class GPT(nn.Module):
             cache.follows[:, past:past + idx.shape[1]] = idx != self.config.bos
         return torch.maximum(start, position - self.config.window + 1) if self.config.window else start
 
-    def forward(self, idx, targets, reduction='mean', soft=(), classes=(), ahead=1.0, teach=(),
+    def forward(self, idx, targets, domain=None, reduction='mean', soft=(), classes=(), ahead=1.0, teach=(),
                 two_way=False):
         """Cross-entropy in nats: mean over targets >= 0, or with 'none' one a token, 0 where target < 0.
 
-        soft: see soft_targets. classes: the class of every id (V,), and the share () of its guess. ahead: how
-        much further tokens' losses count, if the model predicts any. teach: the share and the temperature of
-        the divergence from a teacher, and that as Distillation takes it.
+        domain (): which one the batch is of, if the model has any; with 'none' `mixed` can do without. soft:
+        see soft_targets. classes: the class of every id (V,), and the share () of its guess. ahead: how much
+        further tokens' losses count, if the model predicts any. teach: the share and the temperature of the
+        divergence from a teacher, and that as Distillation takes it.
         """
-        x = self.trunk(idx, two_way=two_way)
+        if reduction == 'none' and self.config.domains and domain is None and self.told is None:
+            return self.mixed(idx, targets)
+        x = self.trunk(idx, two_way=two_way, domain=domain)
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                                     self.config.logit_softcap, reduction, self.config.z_loss, soft)
         if reduction == 'none':
@@ -527,6 +660,28 @@ class GPT(nn.Module):
                                                        targets.flatten(), self.config.logit_softcap)
         return loss
 
+    def by_domain(self, idx, targets):
+        """Nats of every token by every domain, (domains, B, T)."""
+        domains = torch.arange(self.config.n_domains, device=idx.device)
+        return torch.stack([self(idx, targets, domain, 'none') for domain in domains])
+
+    def mixed(self, idx, targets):
+        """Nats (B, T) of rows, a text each, of which no domain is told: what a row has shown so far says it.
+
+        p(x_t | x_<t) = sum_d p(d | x_<t) p(x_t | x_<t, d), which is sum_d p(x_<=t | d) / sum_d p(x_<t | d)
+        where all are equally likely at first. What a target < 0 hides counts there, as it stands in idx.
+        """
+        shown = torch.where(targets < 0, F.pad(idx[:, 1:], (0, 1)), targets)
+        nats = self.by_domain(idx, shown).double().cumsum(2)
+        upto = math.log(len(nats)) - (-nats).logsumexp(0)
+        return (upto - F.pad(upto[:, :-1], (1, 0))).masked_fill(targets < 0, 0).float()
+
+    def likeliest(self, idx):
+        """The domain told, or that of which idx (B, T) is likeliest; None if nothing says which."""
+        if self.told is not None or not self.config.domains or idx.shape[1] < 2:
+            return self.told
+        return self.by_domain(idx[:, :-1], idx[:, 1:]).sum((1, 2)).argmin()
+
     def logits(self, x):
         """Logits (..., V) in fp32 of hidden states (..., C)."""
         return softcap(self.lm_head(x).float(), self.config.logit_softcap)
@@ -539,11 +694,11 @@ class GPT(nn.Module):
         """
         block_size = self.config.block_size
         idx = idx[:, -block_size:]
-        cache, new = KVCache(self, len(idx)), idx
+        cache, new, domain = KVCache(self, len(idx)), idx, self.likeliest(idx)
         for _ in range(max_new_tokens):
             if cache.length + new.shape[1] > block_size:
                 cache, new = KVCache(self, len(idx)), idx[:, -(block_size // 2):]
-            logits = self.logits(self.trunk(new, cache)[:, -1])
+            logits = self.logits(self.trunk(new, cache, domain=domain)[:, -1])
             new = sample_token(logits, temperature, top_k, top_p, generator)[:, None]
             idx = torch.cat([idx, new], dim=1)[:, -block_size:]
             yield new[:, 0]
@@ -602,7 +757,12 @@ def grown_config(config, changes, random_tokens=False, stack=False):
     Widths grow by whole multiples, and n_embd takes the number of heads and mlp_hidden along unless they are
     named; a head keeps its width, and a key head that serves all queries stays the only one. Tokens of
     Pattention are appended, their scores scaled as before; with random_tokens as if they had all been there.
+    A change of `domains` comes alone: a dense model splits, one that has some gets others beside or instead.
     """
+    if set(changes) == {'domains'}:
+        return dataclasses.replace(config, **changes)
+    if (config.domains or config.experts) and (wide := [name for name in changes if name in WIDTHS]):
+        raise ValueError(f'{wide[0]} cannot grow in a model that has domains or experts')
     if unknown := [name for name in changes if name not in GROWS]:
         raise ValueError(f'{unknown[0]} cannot grow: choose {", ".join(GROWS)}')
     if wrong := [name for name, size in changes.items() if type(size) is not int]:
@@ -648,7 +808,9 @@ def grown_layers(old, new, stack):
 
 def spread(x, shape, how=''):
     """x repeated whole, like tiles, to `shape`; or two matrices in one, one above the other ('gated'), or
-    zeros after it ('append')."""
+    zeros after it ('append'); or what the function `how` makes of it."""
+    if callable(how):
+        return how(x)
     if how == 'gated':
         return torch.cat([spread(half, (shape[0] // 2, shape[1])) for half in x.chunk(2)])
     if how == 'append':
@@ -656,16 +818,36 @@ def spread(x, shape, how=''):
     return x.repeat([new // old for new, old in zip(shape, x.shape)]) if x.ndim else x.clone()
 
 
+def parted(old, new, parts):
+    """{parameter of an MLP: (what it comes from, how, copies)} if the domains change.
+
+    The last hidden units of a plain MLP are copied to every domain, so that each computes what it did; of
+    domains that there are the i-th new one gets the part of the parts[i]-th.
+    """
+    if old.domains == new.domains:
+        return {}
+    if old.domains:
+        return {name: (name, lambda x: x[parts], 1) for name in ('own_up.weight', 'own_down.weight')}
+    n, shared, halves = new.n_domains, new.mlp_hidden - new.own_hidden, 2 if new.mlp == 'swiglu' else 1
+
+    def up(which):
+        return lambda x: x.unflatten(0, (halves, -1))[:, which].flatten(0, 1)
+    return {'up.weight': ('up.weight', up(slice(shared)), 1),
+            'down.weight': ('down.weight', lambda x: x[:, :shared], 1),
+            'own_up.weight': ('up.weight', lambda x: up(slice(shared, None))(x).expand(n, -1, -1), n),
+            'own_down.weight': ('down.weight', lambda x: x[:, shared:].expand(n, -1, -1), n)}
+
+
 @torch.no_grad()
-def grow(old, config, snr_db=10.0, stack=False, random_tokens=False, seed=0):
+def grow(old, config, snr_db=10.0, stack=False, random_tokens=False, seed=0, parts=()):
     """A model of `config`, from grown_config, that computes what `old` does (but for stack, random_tokens).
 
     HyperCloning (Samragh 2024, 2409.12903): every activation becomes copies of the old one, so a matrix is
     repeated, and divided by how often its input is. Noise, + on one of a pair of input copies and - on the
     other, cancels as long as the copies are equal, and lets them learn different things; snr_db is the
     weights' power over it in decibels, math.inf for none. Appended tokens have keys of 0 and change nothing
-    either, or random ones. Returns the model and {parameter: (old parameter, copies that share its gradient,
-    how it was spread)}, without the parameters of fresh layers.
+    either, or random ones. For domains and parts see `parted`. Returns the model and {parameter: (old
+    parameter, copies that share its gradient, how it was spread)}, without the parameters of fresh layers.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -674,12 +856,19 @@ def grow(old, config, snr_db=10.0, stack=False, random_tokens=False, seed=0):
     layers, source = grown_layers(old.config, config, stack), dict(old.named_parameters())
     dice, came_from = torch.Generator().manual_seed(seed), {}
     appended = any(getattr(config, name) > getattr(old.config, name) for name in TOKENS)
+    moved = parted(old.config, config, parts)
     for name, p in new.named_parameters():
         in_block, path, owner = name.startswith('blocks.'), name.rpartition('.')[0], name.rsplit('.', 2)[0]
         module, owner = new.get_submodule(path), new.get_submodule(owner) if in_block else None
         if in_block:
             _, layer, rest = name.split('.', 2)
             name = f'blocks.{layers[int(layer)]}.{rest}'
+        if in_block and (end := name.partition('.mlp.')[2]) in moved:
+            end_there, how, copies = moved[end]
+            q = source[name.replace(end, end_there)]
+            p.copy_(how(q))
+            came_from[p] = q, copies, how
+            continue
         if name not in source:
             if name.endswith(('attn.proj.weight', 'attn.proj.values.weight')):
                 p.zero_()
@@ -982,7 +1171,7 @@ class Probe:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            small = dataclasses.replace(config, n_layer=1, value_embeds=0, classes=0)
+            small = dataclasses.replace(config, n_layer=1, value_embeds=0, classes=0, domains='', experts=0)
             self.model = GPT(small).to(device).eval()
             self.model.compute_dtype = dtype
             for p in self.model.parameters():

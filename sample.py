@@ -135,7 +135,7 @@ def deal(docs, slices=SLICES):
 
 
 @torch.no_grad()
-def document_nats(model, documents, max_tokens=8192):
+def document_nats(model, documents, max_tokens=8192, **domain):
     """{key: nats} from pairs of a key and a document's ids, BOS first, read in windows of block_size."""
     nats, rows, device = {}, [], next(model.parameters()).device
     for key, ids in documents:
@@ -143,41 +143,66 @@ def document_nats(model, documents, max_tokens=8192):
         rows += [(key, x, y) for x, y in windows(ids, model.config.block_size)]
     for keys, idx, targets in batches(rows, max_tokens, model.config.block_size):
         idx, targets = torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device)
-        loss = model(idx, targets, reduction='none')
+        loss = model(idx, targets, reduction='none', **domain)
         for key, value in zip(keys, loss.double().sum(dim=1).tolist()):
             nats[key] += value
     return nats
 
 
+def nats_by_domain(model, documents, max_tokens=8192):
+    """{key: (domains,) nats} of documents as above, by each of a model's domains."""
+    documents, device = list(documents), next(model.parameters()).device
+    each = [document_nats(model, documents, max_tokens, domain=domain)
+            for domain in torch.arange(model.config.n_domains, device=device)]
+    return {key: np.array([nats[key] for nats in each]) for key, _ in documents}
+
+
+def mixture(nats):
+    """Nats of a document from those by each domain: p(x) = mean over d of p(x | d), which is what the causal
+    posterior p(x_t | x_<t) = sum_d p(d | x_<t) p(x_t | x_<t, d) multiplies to, token by token, where all
+    domains are equally likely at first."""
+    return float(math.log(len(nats)) - np.logaddexp.reduce(-nats))
+
+
+def domain_of(config, data):
+    """The domain of every source in a model of this config; -1 where it has none."""
+    of = {source: i for i, name in enumerate(config.domains.split(',')) for source in name.split('+')}
+    return [of.get(source, -1) for source in data.meta['sources']]
+
+
 def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None, rank=0, world=1,
-                  reduce=lambda sums: sums):
+                  reduce=lambda sums: sums, domains=None):
     """Bits per raw UTF-8 byte of a split, over its first `slices` of 1,024 stratified parts (by default all).
 
     tokens, docs: a split of prepare_data.open_data. model(idx, targets, reduction='none') gives nats a token.
     stop(), if given, is asked at every sixteenth of the way, and must answer alike on every rank; reduce adds
     an array over ranks. Each document is read from its BOS in windows of block_size; neither BOS nor the end
-    of the document is counted. Returns bpb, two standard errors: `error`, how far it may be from that of the
-    whole split (0 for the whole), and `text_error`, the split's documents being a sample of such text; loss,
-    share of bytes, tokens, and per source index bpb and text_error (where there are documents for one).
+    of the document is counted. domains: for a model that has any that of every source, -1 for none; all but
+    bpb_told are then of documents that nothing is told of (`mixture`). Returns bpb, two standard errors:
+    `error`, how far it may be from that of the whole split (0 for the whole), and `text_error`, the split's
+    documents being a sample of such text; loss, share of bytes, tokens, and per source index bpb and
+    text_error (where there are documents for one).
     """
     group = -(-slices // 16) if stop else slices
     part, n_sources = deal(docs), int(docs['source'].max()) + 1
     ends = np.append(docs['start'][1:], len(tokens))
-    sums = np.zeros((n_sources, 7))       # documents, bytes, bits, bytes^2, bits^2, bytes bits, tokens
+    sums = np.zeros((n_sources, 8))       # documents, bytes, bits, bytes^2, bits^2, bytes bits, tokens, told
     for first in range(0, slices, group):
         if first and stop():
             break
         mine = np.flatnonzero((part >= first) & (part < min(first + group, slices)))[rank::world]
-        nats = document_nats(model, ((doc, tokens[docs['start'][doc]:ends[doc]]) for doc in mine.tolist()),
-                             max_tokens)
+        texts = ((doc, tokens[docs['start'][doc]:ends[doc]]) for doc in mine.tolist())
+        nats = (nats_by_domain if domains else document_nats)(model, texts, max_tokens)
         add = np.zeros_like(sums)
         for doc, value in nats.items():
-            n, bits = float(docs['bytes'][doc]), value / math.log(2)
+            each, domain = np.atleast_1d(value), domains[docs['source'][doc]] if domains else 0
+            n, bits = float(docs['bytes'][doc]), mixture(each) / math.log(2)
+            told = each[domain] / math.log(2) if domain >= 0 else bits
             n_tokens = ends[doc] - docs['start'][doc] - 1
-            add[docs['source'][doc]] += [1, n, bits, n * n, bits * bits, n * bits, n_tokens]
+            add[docs['source'][doc]] += [1, n, bits, n * n, bits * bits, n * bits, n_tokens, told]
         sums += reduce(add)
     weight = np.bincount(docs['source'], weights=docs['bytes'], minlength=n_sources)
-    count, n, bits, nn, bb, nb, n_tokens = sums.T
+    count, n, bits, nn, bb, nb, n_tokens, told = sums.T
     seen = n > 0
     per_source = np.divide(bits, n, out=np.zeros_like(bits), where=seen)
     # variance of a ratio estimate, stratified by source, with the correction for a finite population
@@ -191,7 +216,8 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
                 loss=float(bits.sum() * math.log(2) / n_tokens.sum()),
                 share=float(n.sum() / docs['bytes'].sum()), tokens=int(n_tokens.sum()),
                 per_source={int(i): float(per_source[i]) for i in np.flatnonzero(seen)},
-                per_source_error={int(i): float(text_error[i]) for i in np.flatnonzero(count > 1)})
+                per_source_error={int(i): float(text_error[i]) for i in np.flatnonzero(count > 1)},
+                **(dict(bpb_told=float((weight * told / np.maximum(n, 1)).sum())) if domains else {}))
 
 
 # ---- evaluations -------------------------------------------------------------------------------------------
@@ -620,7 +646,8 @@ def flagged(programs):
 
 def measure_bpb(model, tokenizer, data, folder):
     """bits_per_byte of the whole validation split, its sources named."""
-    result = bits_per_byte(model, data.tokens['val'], data.docs['val'])
+    domains = domain_of(model.config, data) if model.config.domains else None
+    result = bits_per_byte(model, data.tokens['val'], data.docs['val'], domains=domains)
     return result | {key: {data.meta['sources'][i]: v for i, v in result[key].items()}
                      for key in ('per_source', 'per_source_error')}
 
@@ -1143,6 +1170,7 @@ def main(argv):
     parser.add_argument('--eval_items', type=int, default=0, help='only so many items of each set; 0 is all')
     parser.add_argument('--no_bos', action='store_true', help='score texts without the BOS of training')
     parser.add_argument('--json', help='a file that keeps what --eval measured')
+    parser.add_argument('--domain', help='the one that all text is of; else the prompt tells')
     args = parser.parse_intermixed_args(argv)      # the prompt may follow options
     for name, low, high in (('samples', 1, 4096), ('max_new_tokens', 1, 10 ** 9), ('temperature', 0, 100),
                             ('top_k', 0, 10 ** 9), ('eval_items', 0, 10 ** 9)):
@@ -1154,6 +1182,11 @@ def main(argv):
         raise UserError(f'--country is {args.country!r}, it must be one of {", ".join(GRID)}, or the '
                         f'grams of CO2e a kWh')
     model, tokenizer = load(args.run, args.device)
+    if args.domain:
+        names = model.config.domains.split(',') if model.config.domains else []
+        if args.domain not in names:
+            raise UserError(f'--domain is {args.domain!r}, {args.run} has {", ".join(names) or "no domains"}')
+        model.told = torch.tensor(names.index(args.domain), device=args.device)
     if args.eval:
         return evaluate(model, tokenizer, args)
     generator = torch.Generator(device=args.device).manual_seed(args.seed)

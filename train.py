@@ -57,8 +57,8 @@ import torch.nn.functional as F
 
 import prepare_data
 import sample
-from model import (GPT, GPTConfig, Linear, choose_kernels, grow, grown_config, kernels_named, similarity_norm,
-                   spread)
+from model import (GPT, Experts, GPTConfig, Linear, choose_kernels, grow, grown_config, kernels_named,
+                   similarity_norm, spread)
 from prepare_data import UserError
 
 
@@ -129,6 +129,10 @@ class Settings:
     teacher_weight: float = 0.5       # share of the loss that comes from the teacher
     teacher_temperature: float = 2.0  # divides both models' logits: higher is flatter
     masked: float = 0.0               # share of the rows that fill in masked tokens, seeing both ways
+    domains: str = ''                 # 'sources', or names of sources; 'childes+qed,wiki' puts two in one
+    domains_from: float = 0.6         # progress at which the MLPs split into the domains' parts; 0 is at once
+    frozen: str = ''                  # domains that stay as they are, as does all that is shared
+    balance_lr: float = 0.01          # of experts' biases: a step against what each has too much of the load
     ema: float = 0.0                  # > 0: evaluate weights averaged over about this share of progress
     eval_interval: float = 0.25       # in progress: validation on a part of the closing share; 0 is off
     evals: str = ''                   # sets of eval_data: 'all', or names or files; '': the data's own pairs
@@ -152,7 +156,7 @@ CHOICES = dict(budget_counts=('all', 'training'), device=('auto', 'cuda', 'cpu')
                tracker=('tensorboard', 'wandb', 'mlflow', ''),
                pacing=('linear', 'quad', 'root', 'exp', 'log', 'step'))
 LIMITS = dict(beta1=(0, 0.9999), beta2=(0, 0.999999), momentum=(0, 0.9999), warmup_frac=(0, 1),
-              head_scale=(1e-6, math.inf),
+              head_scale=(1e-6, math.inf), domains_from=(0, 0.999), domain_share=(0.001, 0.999),
               cooldown_frac=(0, 1), final_lr_frac=(0, 1), pacing_floor=(0, 1), pacing_start=(0, 1),
               pacing_end=(0, 1), vocabulary_floor=(0.01, 1), class_loss=(0, 1), class_until=(0.001, 1),
               smoothing=(0, 1), smoothing_temperature=(0.001, math.inf), dropout=(0, 0.95),
@@ -160,7 +164,7 @@ LIMITS = dict(beta1=(0, 0.9999), beta2=(0, 0.999999), momentum=(0, 0.9999), warm
               teacher_temperature=(0.01, math.inf), budget_minutes=(0.01, math.inf),
               tokens_per_step=(1, math.inf), micro_batch_size=(1, math.inf),
               log_interval=(1, math.inf))      # where they are not just 0 and above
-FROM_DATA = ('vocab_size', 'bos', 'classes')
+FROM_DATA = ('vocab_size', 'bos', 'classes', 'domains')
 MODEL_KEYS = {f.name: f for f in dataclasses.fields(GPTConfig) if f.name not in FROM_DATA}
 KEYS = {f.name: f for f in dataclasses.fields(Settings)} | MODEL_KEYS
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -322,8 +326,15 @@ class Stream:
         doc = np.searchsorted(places, position, side='right') - 1
         return self.tokens[starts[doc] + position - places[doc]].astype(np.int64)
 
+    def first_rows(self, rows, T):
+        return self.read(0, rows * T).reshape(rows, T)
+
     def pace(self, step, progress):
         """Only a curriculum has something to do here."""
+
+    def domain(self, number):
+        """What the model is told of micro-batch `number`, counted over all ranks: here nothing."""
+        return ()
 
 
 def admitted(progress, s, floor):
@@ -393,6 +404,44 @@ class Curriculum(Stream):
         return self.gather(self.starts[self.drawn], self.places, np.arange(first, first + count))
 
 
+class DomainStream(Stream):
+    """A stream for each domain: a micro-batch is of the one that is furthest behind its share of the text, so
+    that every step has all that are large enough. Where a domain's stream stands follows from the number of
+    the micro-batch alone; the turns repeat after so many."""
+
+    TURNS = 4096
+
+    def __init__(self, streams):
+        self.streams, self.shares, n = streams, [], len(streams)
+        size = self.epoch(0)[1]
+        share = np.maximum(np.diff(size, prepend=0) / size[-1], 2 / self.TURNS)    # none is left out
+        owed, self.had = np.zeros(n), np.zeros((self.TURNS + 1, n), np.int64)
+        for turn in range(self.TURNS):
+            owed += share / share.sum()
+            self.had[turn + 1] = self.had[turn] + (np.arange(n) == owed.argmax())
+            owed[owed.argmax()] -= 1
+
+    def epoch(self, number):
+        return None, np.cumsum([stream.epoch(number)[1][-1] for stream in self.streams.values()])
+
+    def turn(self, number):
+        """Whose micro-batch this is, and how many it had before."""
+        cycle, turn = divmod(number, self.TURNS)
+        at = int((self.had[turn + 1] - self.had[turn]).argmax())
+        return at, int(cycle * self.had[-1, at] + self.had[turn, at])
+
+    def domain(self, number):
+        return torch.tensor([*self.streams][self.turn(number)[0]]),
+
+    def first_rows(self, rows, T):
+        return np.stack([self.read(row * T, T + 1)[:-1] for row in range(rows)])
+
+    def read(self, first, count):
+        """The micro-batch of count - 1 tokens that begins at token `first`, and the token after."""
+        at, before = self.turn(first // (count - 1))
+        return [*self.streams.values()][at].read(before * (count - 1), count)
+
+
 class Prefetcher:
     """A thread makes the coming steps' micro-batches; next(step) returns them and the seconds it waited."""
 
@@ -405,10 +454,12 @@ class Prefetcher:
         self.thread.start()
 
     def micro_batch(self, row):
-        """idx, targets (B, T): the stream in rows of T, a row's last target the next one's first token."""
+        """idx, targets (B, T): the stream in rows of T, a row's last target the next one's first token; and
+        their domain (), where there are any."""
         buffer = torch.from_numpy(self.stream.read(row * self.T, self.B * self.T + 1))
-        pair = buffer[:-1].view(self.B, self.T), buffer[1:].view(self.B, self.T)
-        return tuple(t.pin_memory() for t in pair) if self.device == 'cuda' else pair
+        batch = buffer[:-1].view(self.B, self.T), buffer[1:].view(self.B, self.T)
+        batch += self.stream.domain(row // self.B)
+        return tuple(t.pin_memory() for t in batch) if self.device == 'cuda' else batch
 
     def run(self, step):
         try:
@@ -462,6 +513,7 @@ class Muon(torch.optim.Optimizer):
     decides how much a layer's output moves; so the learning rate carries over from one width to another. Only
     for matrices that multiply activations: AdamW takes an embedding, whose rows are looked up one by one.
     All matrices of one shape are one group, their momentum one stacked tensor, orthogonalised in one batch.
+    Of domains' parts and experts those that met no token in a step stay as they are.
     """
 
     def __init__(self, params, momentum, dtype):
@@ -480,11 +532,13 @@ class Muon(torch.optim.Optimizer):
             state = self.state[params[0]]
             if 'momentum' not in state:
                 state['momentum'] = torch.zeros_like(grad)
-            average = state['momentum'].lerp_(grad, 1 - momentum)
+            met = grad.flatten(2).any(2)[..., None, None].to(grad.dtype) if grad.ndim > 3 else 1.0
+            average = state['momentum'].lerp_(grad, (1 - momentum) * met)
             update = orthogonalize(grad.lerp(average, momentum).to(self.dtype)).to(grad.dtype)   # Nesterov
             rows, cols = grad.shape[-2:]
-            update *= lr * max(1, rows / cols) ** 0.5        # unit inputs change the output by a unit
-            torch._foreach_mul_(params, 1 - lr * group['weight_decay'])
+            update *= lr * max(1, rows / cols) ** 0.5 * met  # unit inputs change the output by a unit
+            kept = 1 - lr * group['weight_decay'] * met
+            torch._foreach_mul_(params, list(kept.unbind()) if grad.ndim > 3 else kept)
             torch._foreach_sub_(params, list(update.unbind()))
 
 
@@ -508,23 +562,29 @@ def make_optimizers(model, s, dtype):
     layers = [*model.blocks.modules(), *model.ahead]
     matrices = [m.weight for m in layers if isinstance(m, Linear)]
     tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not head]
-    scalars = [p for p in model.parameters() if p.ndim < 2]
+    biases = [m.bias for m in layers if isinstance(m, Experts)]
+    scalars = [p for p in model.parameters() if p.ndim < 2 and not any(p is bias for bias in biases)]
     heads = [head] if model.class_head is None else [head, model.class_head.weight]
     groups = [dict(params=heads, base_lr=head_lr),
-              dict(params=tables, base_lr=s.embedding_lr), dict(params=scalars, base_lr=s.scalar_lr)]
+              dict(params=tables, base_lr=s.embedding_lr), dict(params=scalars, base_lr=s.scalar_lr),
+              dict(params=biases, base_lr=s.balance_lr, betas=(0.0, 0.0), eps=1e-30)]   # a step by the sign
     optimizers = [Muon(matrices, s.momentum, dtype)] if s.optimizer == 'muon' else []
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group.update(base_lr=s.learning_rate, base_decay=s.weight_decay)
     if not optimizers:
-        groups.append(dict(params=matrices, base_lr=0.05 * s.learning_rate * slim,
-                           base_decay=s.weight_decay / slim))
+        groups += [dict(params=[p for p in matrices if p.ndim == n], base_lr=0.05 * s.learning_rate * slim,
+                        base_decay=s.weight_decay / slim) for n in (2, 3)]
     groups = [dict(base_decay=0.0) | g for g in groups if g['params']]
-    return optimizers + [torch.optim.AdamW(groups, lr=0.0, betas=(s.beta1, s.beta2), eps=1e-10,
-                                           weight_decay=0.0, fused=True)]
+    optimizers.append(torch.optim.AdamW(groups, lr=0.0, betas=(s.beta1, s.beta2), eps=1e-10,
+                                        weight_decay=0.0, fused=True))
+    for group in (g for optimizer in optimizers for g in optimizer.param_groups if s.frozen):
+        # frozen domains get no text, so what can learn are the others' parts
+        group.update(base_lr=group['base_lr'] * (group['params'][0].ndim == 3), base_decay=0.0)
+    return optimizers
 
 
-def growth_stages(s, config):
-    """[(progress, the config from then on)], of the setting growth."""
+def growth_stages(s, config, domains=()):
+    """[(progress, the config from then on)], of the settings growth and domains_from."""
     stages, last = [], 0.0
     for stage in s.growth:
         try:
@@ -536,13 +596,17 @@ def growth_stages(s, config):
         except (TypeError, ValueError, AttributeError) as e:
             raise UserError(f'growth has {stage!r} ({e}): write it like [(0.3, dict(n_embd=512))]') from e
         stages.append((at, config))
+    if domains and not config.domains:
+        refuse(last >= s.domains_from, f'domains_from is {s.domains_from:g}, and the model grows until '
+                                       f'{last:g}: it can split only after that')
+        stages.append((s.domains_from, split(config, domains)))
     return stages
 
 
-def grown(model, optimizers, config, s, number):
+def grown(model, optimizers, config, s, number, parts=()):
     """The model grown to a config, as the run's `number`th growth, and its optimizers, with all they knew."""
     bigger, came_from = grow(model, config, s.growth_snr_db, s.growth_depth == 'stack',
-                             s.growth_tokens == 'random', s.seed + number)
+                             s.growth_tokens == 'random', s.seed + number, parts)
     fresh, known = make_optimizers(bigger, s, bigger.compute_dtype), {}
     for optimizer in optimizers:
         known |= optimizer.each() if isinstance(optimizer, Muon) else optimizer.state
@@ -853,16 +917,18 @@ def choose_device(s):
 
 
 def model_config(s, data):
+    domains = domain_names(s, data) if not s.domains_from else []
     try:
         kernels_named(s.kernels)
         shape = {k: getattr(s, k) for k in MODEL_KEYS}
         classes = prepare_data.word_class_table(data).shape[1] if s.class_loss else 0
-        return GPTConfig(vocab_size=data.meta['vocab_size'], bos=data.meta['bos'], classes=classes, **shape)
+        return GPTConfig(vocab_size=data.meta['vocab_size'], bos=data.meta['bos'], classes=classes,
+                         domains=','.join(domains), **shape)
     except ValueError as e:
         raise UserError(f'the model cannot be built: {e}') from e
 
 
-def config_from(theirs, s, ours, given):
+def config_from(theirs, s, ours, given, domains):
     """The shape of the run to start from, grown to what is given here; the settings follow."""
     theirs = GPTConfig(**theirs)
     changes = {k: getattr(ours, k) for k in MODEL_KEYS
@@ -871,13 +937,23 @@ def config_from(theirs, s, ours, given):
     try:
         config = grown_config(theirs, changes, s.growth_tokens == 'random', s.growth_depth == 'stack')
         config = dataclasses.replace(config, classes=ours.classes, **others)
+        if theirs.domains:
+            s.domains_from = 0.0                # it has them already
+        if domains and not s.domains_from:
+            config = split(config, domains)
     except ValueError as e:
         raise UserError(f'{s.init_from} is of another model, and {e}: give its shape, or none') from e
     vars(s).update({k: getattr(config, k) for k in MODEL_KEYS})
+    has = theirs.domains.split(',') if theirs.domains else []
+    refuse(has and not domains, f'{s.init_from} has the domains {theirs.domains}: name those to go on with, '
+                                f'--domains={theirs.domains}')
+    strange = [name for name in s.frozen.split(',') if s.frozen and name not in has]
+    refuse(strange, f'frozen names {strange[0] if strange else ""!r}, and {s.init_from} has '
+                    f'{theirs.domains or "no domains"}: leave it away')
     return config
 
 
-def adapt(s, device, world):
+def adapt(s, device, world, domains=0):
     """dtype, whether to compile, the micro-batch, and a sentence about each that is not what was asked."""
     said, dtype = [], s.dtype
     if dtype == 'auto':                         # a CPU without the instructions emulates bf16: slow
@@ -889,10 +965,12 @@ def adapt(s, device, world):
            f'tokens_per_step is {s.tokens_per_step}, it must be a multiple of block_size {s.block_size} '
            f'times {world} rank{"s" * (world > 1)}: try {(rows + 1) * s.block_size * world}')
     limit = s.micro_batch_size if device == 'cuda' else min(s.micro_batch_size, max(1, 8192 // s.block_size))
-    micro = max(b for b in range(1, min(limit, rows) + 1) if rows % b == 0)
+    few = max(1, rows * world // domains) if domains else limit     # so that a step has room for all domains
+    micro = max(b for b in range(1, min(limit, rows, few) + 1) if rows % b == 0)
     if micro != s.micro_batch_size:
         why = 'a CPU is fastest on some 8,192 tokens at a time'
         why = f'a rank reads {rows} sequences a step' if limit >= rows else why
+        why = f'{domains} domains share the {rows * world} sequences of a step' if few < limit else why
         said.append(f'micro_batch_size {micro} instead of {s.micro_batch_size}: {why}')
     compile = s.compile == 'on' and not s.dry_run
     if s.dry_run and s.compile != 'off':
@@ -967,16 +1045,74 @@ def open_or_build(s, rank):
 def make_stream(s, data):
     """The training stream of a run."""
     weights = prepare_data.source_weights(s.weights, data)
+    if domains := domain_names(s, data):
+        return domain_stream(s, data, weights, domains)
     if not s.curriculum:
         return Stream(data.tokens['train'], data.docs['train'], s.seed, weights, s.reshuffle)
     difficulty = prepare_data.measure(data, 'train', s.curriculum)
     return Curriculum(data.tokens['train'], data.docs['train'], difficulty, s, weights)
 
 
+# ---- domains -----------------------------------------------------------------------------------------------
+
+def domain_names(s, data):
+    """The names of the run's domains, of the setting; UserError if the data does not have them."""
+    refuse(s.frozen and (s.init_from == 'scratch' or not s.domains),
+           f'frozen is {s.frozen!r}: it needs an --init_from that has domains, and all names of this run in '
+           f'--domains')
+    if not s.domains:
+        return []
+    sources = [*data.meta['splits']['train']['sources']]
+    names = sources if s.domains == 'sources' else s.domains.split(',')
+    learn = [name for name in names if name not in s.frozen.split(',')]
+    named = [source for name in learn for source in name.split('+')]
+    unknown = [source for source in named if source not in sources]
+    refuse(unknown, f'domains names {unknown[0] if unknown else ""!r}, the sources of {data.folder} are '
+                    f'{", ".join(sources)}')
+    refuse(len({*named}) < len(named) or len({*names}) < len(names),
+           f'domains is {s.domains!r}, and names one of them twice')
+    refuse(not learn, f'frozen is {s.frozen!r}, and leaves no domain to learn: name a new one in domains too')
+    return names
+
+
+def split(config, domains):
+    try:
+        return grown_config(config, dict(domains=','.join(domains)))
+    except ValueError as e:
+        raise UserError(f'the model cannot have domains: {e}') from e
+
+
+def domain_stream(s, data, weights, domains):
+    """The stream of a run that has domains: one for each that learns."""
+    refuse(s.curriculum, 'a curriculum reads all sources as one, domains each on its own: leave one away')
+    docs, sources, streams = data.docs['train'], data.meta['sources'], {}
+    weights = weights or [1.0] * len(sources)
+    for number, name in enumerate(domains):
+        if name not in s.frozen.split(','):
+            mine = [w * (source in name.split('+')) for w, source in zip(weights, sources)]
+            refuse(not any(mine), f'weights leave nothing of domain {name!r} to read: leave it away')
+            streams[number] = Stream(data.tokens['train'], docs, s.seed, mine)
+    return DomainStream(streams)
+
+
+def nearest_parts(model, config, data):
+    """For each domain of `config` the number of the model's part to begin with: its own, or for a new one
+    that which some of its documents surprise least."""
+    has, tokens, docs = model.config.domains.split(','), data.tokens['train'], data.docs['train']
+    ends, of = np.append(docs['start'][1:], len(tokens)), np.array(sample.domain_of(config, data))[docs['source']]
+
+    def nearest(number):
+        some = np.random.default_rng(0).permutation(np.flatnonzero(of == number))[:64]
+        texts = ((doc, tokens[docs['start'][doc]:ends[doc]][:1024]) for doc in some)
+        return int(sum(sample.nats_by_domain(model, texts).values()).argmin())
+    names = config.domains.split(',')
+    return [has.index(name) if name in has else nearest(i) for i, name in enumerate(names)]
+
+
 # ---- objective ---------------------------------------------------------------------------------------------
 
 def make_objective(s, data, config, device, rank):
-    """objective(model, step, progress): the function of (idx, targets) whose mean a step makes smaller.
+    """objective(model, step, progress): the function of a micro-batch whose mean a step makes smaller.
 
     Chosen once: the plain one is the model's own loss and costs nothing. An idea that changes the loss adds
     an entry to `extra`: an argument of GPT.forward, and a function of (idx, progress) that makes it. What
@@ -1007,9 +1143,10 @@ def make_objective(s, data, config, device, rank):
         if noisy:      # each step's own numbers, another rank's others: a resumed run draws the same again
             torch.manual_seed(int(np.random.default_rng([s.seed, step, rank]).integers(2 ** 62)))
 
-        def loss_of(idx, targets):
+        def loss_of(idx, targets, *domain):
             arguments = {k: f(idx, progress) for k, f in extra.items()}
-            return model(*(known(idx, targets, progress) if known else (idx, targets)), **arguments)
+            pair = known(idx, targets, progress) if known else (idx, targets)
+            return model(*pair, *domain, **arguments)
         return loss_of
     return half_masked(objective, s, data, config, device) if s.masked else objective
 
@@ -1018,7 +1155,7 @@ def half_masked(causal, s, data, config, device):
     """The objective `causal` for most rows. The first share of them reads both ways and predicts hidden
     tokens, each from the position before it, as the other rows do; 30 % are hidden at first, 15 % in the end
     (Charpentier 2024, 2410.24159)."""
-    micro = adapt(s, device, int(os.environ.get('WORLD_SIZE', 1)))[2]
+    micro = adapt(s, device, int(os.environ.get('WORLD_SIZE', 1)), len(domain_names(s, data)))[2]
     n, mask = round(s.masked * micro), getattr(data.tokenizer, 'unk', None)
     refuse(mask is None, f'masked needs a token to mask with, and tokenizer {s.tokenizer} has none: take bpe')
     refuse(s.vocabulary_floor < 1, 'masked and vocabulary_floor need the same spare token: leave one away')
@@ -1029,14 +1166,14 @@ def half_masked(causal, s, data, config, device):
     def objective(model, step, progress):
         loss_of = causal(model, step, progress)
 
-        def loss(idx, targets):
+        def loss(idx, targets, *domain):
             rows = idx[:n]
             hidden = (torch.rand(rows.shape, device=device) < 0.3 - 0.15 * progress) & (rows != config.bos)
             next_hidden = hidden.roll(-1, 1)
             next_hidden[:, -1] = False
             guessed = targets[:n].masked_fill(~next_hidden, -1)
-            filled_in = model(rows.masked_fill(hidden, mask), guessed, two_way=True)
-            return n / micro * filled_in + (1 - n / micro) * loss_of(idx[n:], targets[n:])
+            filled_in = model(rows.masked_fill(hidden, mask), guessed, *domain, two_way=True)
+            return n / micro * filled_in + (1 - n / micro) * loss_of(idx[n:], targets[n:], *domain)
         return loss
     return objective
 
@@ -1208,16 +1345,15 @@ class Diverged(Exception):
 
 
 def train_step(loss_of, model, optimizers, micro_batches, progress, s, world=1, stop=lambda: False):
-    """One optimizer step down the mean of loss_of(idx, targets): that loss, gradient norm before clipping,
+    """One optimizer step down the mean of loss_of(*micro-batch): that loss, gradient norm before clipping,
     learning-rate multiplier, and if any rank must stop; None if a lone rank must, before its last micro-step.
     Not finite: the weights stay as they are."""
     device = model.wte.weight.device
     loss = torch.zeros((), device=device)
-    for idx, targets in micro_batches:
+    for batch in micro_batches:
         if world == 1 and stop():               # a CPU's step can outlast the grace before a machine goes
             return None
-        idx, targets = idx.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        micro_loss = loss_of(idx, targets) / len(micro_batches)
+        micro_loss = loss_of(*(t.to(device, non_blocking=True) for t in batch)) / len(micro_batches)
         micro_loss.backward()
         loss += micro_loss.detach()
     flag = average_over_ranks(model, loss, stop(), world)
@@ -1296,17 +1432,18 @@ def main(argv):
     sets = open_evals(s, data, say)
 
     # ---- model
-    given = {name for _, name, _ in assignments(argv)}
+    given, domains = {name for _, name, _ in assignments(argv)}, domain_names(s, data)
     origin = checkpoint['origin'] if s.init_from == 'resume' else s.init_from
     if s.init_from == 'resume':
-        vars(s).update({k: checkpoint['settings'].get(k, f.default) for k, f in MODEL_KEYS.items()
+        vars(s).update({k: checkpoint['settings'].get(k, KEYS[k].default)
+                        for k in [*MODEL_KEYS, 'domains_from']
                         if k not in given or checkpoint['origin'] != 'scratch'})
     config = model_config(s, data)
     if s.init_from not in ('scratch', 'resume'):
-        config = config_from(checkpoint['config'], s, config, given)
-    stages = growth_stages(s, config)
+        config = config_from(checkpoint['config'], s, config, given, domains)
+    stages = growth_stages(s, config, domains)
     largest = stages[-1][1] if stages else config
-    dtype_name, compiling, micro, adapted = adapt(s, device, world)
+    dtype_name, compiling, micro, adapted = adapt(s, device, world, len(domains))
     check_room(s, largest, micro, device, out_dir)
     n_grown = checkpoint['grown'] if s.init_from == 'resume' else 0
     config, stages = [config, *(c for _, c in stages)][n_grown], stages[n_grown:]
@@ -1332,7 +1469,9 @@ def main(argv):
         refuse(differ and s.init_from == 'resume', f'the checkpoint is of another model: {"; ".join(differ)}')
         averaged = s.init_from != 'resume' and checkpoint.get('average')
         before.load_state_dict((averaged or checkpoint)['model'])
-        source = grown(before, (), config, s, 0)[0] if differ else before
+        branch = before.config.domains and before.config.domains != config.domains
+        parts = nearest_parts(before, config, data) if branch else ()
+        source = grown(before, (), config, s, 0, parts)[0] if differ else before
         model.load_state_dict(source.state_dict())
     average = new_average(model, 0.0) if s.ema else None
     dynamics = sample.Probe(data, s.block_size, device) if s.dynamics and master else None
@@ -1365,7 +1504,7 @@ def main(argv):
     if s.init_from == 'resume':
         stream.shares = list(checkpoint['shares'])
     epoch_tokens = int(stream.epoch(0)[1][-1])
-    early = torch.from_numpy(stream.read(0, min(64, rows) * s.block_size)).view(-1, s.block_size).to(device)
+    early = torch.from_numpy(stream.first_rows(min(64, rows), s.block_size)).to(device)
     flops = config.flops_per_token(model.attended(early))      # of some rows: documents end before these do
     changed = {k: v for k, v in vars(s).items() if v != KEYS[k].default}
     say(f'halfhour: {s.dataset}, {s.budget_minutes:g} minutes on {name}' + f', {world} ranks' * (world > 1))
@@ -1375,6 +1514,9 @@ def main(argv):
     for line in adapted:
         say(f'adapted: {line}')
     say(f'data: {data.folder}, {train_tokens:,} training tokens, {val_tokens:,} for validation')
+    if domains:
+        shares = (f'{domains[d]} {n / stream.TURNS:.1%}' for d, n in zip(stream.streams, stream.had[-1]))
+        say(f'domains: {", ".join(shares)} of what is read')
     say(f'model: {config.describe()}')
     say(f'step: {s.tokens_per_step:,} tokens = {accum} micro-steps of {micro} x {s.block_size} '
         f'on {world} rank(s), {dtype_name}, torch.compile {"on" if compiling else "off"}, {s.optimizer}')
@@ -1428,7 +1570,8 @@ def main(argv):
         began, doing = time.monotonic(), energy.turn('eval')
         model.eval()
         result = sample.bits_per_byte(model, data.tokens['val'], data.docs['val'], slices,
-                                      65536 if device == 'cuda' else 8192, stop, rank, world, all_reduce)
+                                      65536 if device == 'cuda' else 8192, stop, rank, world, all_reduce,
+                                      sample.domain_of(model.config, data) if model.config.domains else None)
         model.train()
         result['seconds_per_slice'] = (time.monotonic() - began) / (result['share'] * sample.SLICES)
         for key in ('per_source', 'per_source_error'):
@@ -1469,15 +1612,19 @@ def main(argv):
         """What computes a step, compiled, and the seconds that it takes."""
         step_model = torch.compile(model, dynamic=False) if compiling else model
         idx = torch.full((micro, s.block_size), config.bos, device=device)
+        domain = [d.to(device) for d in stream.domain(0)]
         loss_of = objective(step_model, step, clock.progress)
-        loss_of(idx, idx.clone()).backward()    # a clone: one tensor twice would compile another program
-        seconds = accum * agreed(seconds_of(lambda: loss_of(idx, idx.clone()).backward(), 1))
+        # a clone: one tensor twice would compile another program
+        loss_of(idx, idx.clone(), *domain).backward()
+        seconds = accum * agreed(seconds_of(lambda: loss_of(idx, idx.clone(), *domain).backward(), 1))
         model.zero_grad()
         return step_model, seconds
 
     def growth_to_come():
-        """How many times the FLOPs of a token now the largest model's will be."""
-        return largest.flops_per_token() / config.flops_per_token()
+        """How many times the FLOPs of a token that is evaluated now the largest model's will be: each domain
+        reads it."""
+        then, now = (c.flops_per_token() * max(1, c.n_domains) for c in (largest, config))
+        return then / now
 
     times['startup'] += clock.age()
     batches = Prefetcher(stream, step, rows, micro, s.block_size, rank, world, device)
@@ -1684,7 +1831,7 @@ def main(argv):
         val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
         val_bpb_text_error=result['text_error'], val_loss=result['loss'],
         val_bpb_per_source=result['per_source'], val_bpb_per_source_text_error=result['per_source_error'],
-        evals=evals, steps=step,
+        **({'val_bpb_told': result['bpb_told']} if config.domains else {}), evals=evals, steps=step,
         tokens=tokens, epochs=tokens / epoch_tokens, **{f'{kind}_params': n for kind, n in sizes.items()},
         flops=flops_done, flops_per_token=flops,
         tok_per_sec=tokens / trained, mfu=speed / (peak * world) if peak else None, tflops=speed / 1e12,

@@ -604,3 +604,165 @@ def test_growth_takes_whole_numbers_and_whole_stacks():
 
 def test_the_probe_of_kernels_has_one_head():
     assert m.Probe(GPTConfig(**SMALL, classes=5), 'cpu', torch.float32).model.class_head is None
+
+
+# ---- experts: of domains, and routed
+
+@torch.no_grad()
+def outputs(model, idx, domain=None):
+    return model.lm_head(model.trunk(idx, domain=None if domain is None else torch.tensor(domain)))
+
+
+@pytest.mark.parametrize('options', [dict(), dict(mlp='swiglu', mlp_hidden=42), dict(domain_share=0.6, tie_embeddings=True)])
+def test_a_split_model_computes_the_same_in_every_domain(options):
+    old, idx = double(make(**options)), tokens(2, 40, (0, 13))
+    new, came_from = m.grow(old, m.grown_config(old.config, dict(domains='a,b,c')))
+    before = outputs(old, idx)
+    for domain in (0, 1, 2, None):
+        assert (outputs(new, idx, domain) - before).abs().max() < 1e-10 and before.std() > 0.1
+    copies = {name: came_from[p][1] for name, p in new.named_parameters()}               # none is missing
+    assert {name.rpartition('.mlp.')[2] for name, n in copies.items() if n == 3} == {'own_up.weight', 'own_down.weight'}
+    ours, theirs = new.config.params(), old.config.params()
+    own = new.config.own_hidden
+    more = 3 * 2 * 32 * own * (3 if 'mlp' in options else 2)
+    assert ours['total'] == sum(p.numel() for p in new.parameters()) == theirs['total'] + more
+    assert ours['active'] == theirs['active'] and new.config.flops_per_token() == old.config.flops_per_token()
+
+
+def with_domains(names='a,b,c', **options):
+    """A model whose domains' parts differ."""
+    return double(make(domains=names, **options))
+
+
+def test_a_part_is_of_its_domain_alone():
+    model, idx = with_domains(), tokens(2, 40, (0, 13))
+    model(idx, idx.roll(-1, 1), torch.tensor(1)).backward()
+    assert not [name for name, p in model.named_parameters() if not p.grad.any()]
+    for name, p in model.named_parameters():
+        assert '.own_' not in name or not p.grad[[0, 2]].any()
+    before = [outputs(model, idx, domain) for domain in range(3)]
+    with torch.no_grad():
+        model.blocks[0].mlp.own_up.weight[1] *= 2
+    assert [torch.equal(outputs(model, idx, d), was) for d, was in enumerate(before)] == [True, False, True]
+
+
+def test_domains_are_kept_dropped_and_branched():
+    old, idx = with_domains(), tokens(2, 40)
+    new, came_from = m.grow(old, m.grown_config(old.config, dict(domains='c,x,a')), parts=[2, 1, 0])
+    for ours, theirs in enumerate([2, 1, 0]):
+        assert torch.equal(outputs(new, idx, ours), outputs(old, idx, theirs))
+    assert len(came_from) == len(list(new.parameters())) and new.config.domains == 'c,x,a'
+    fewer = m.grow(old, m.grown_config(old.config, dict(domains='b')), parts=[1])[0]
+    assert torch.equal(outputs(fewer, idx, 0), outputs(old, idx, 1))
+
+
+@torch.no_grad()
+def test_the_domain_is_inferred_token_by_token():
+    """The mixture by Bayes' rule, a token at a time; its sum is that of the whole text; who is told need not infer."""
+    model, idx = with_domains(), tokens(2, 30)
+    targets = torch.cat([idx[:, 1:], torch.tensor([[5], [7]])], 1)
+    probs = torch.stack([model.lm_head(model.trunk(idx, domain=torch.tensor(d))).softmax(-1).gather(2, targets[..., None])[..., 0]
+                         for d in range(3)])                                             # (domains, B, T)
+    expected, belief = torch.zeros(2, 30), torch.full((3, 2), 1 / 3, dtype=torch.double)
+    for t in range(30):
+        expected[:, t] = -(belief * probs[:, :, t]).sum(0).log()
+        belief = belief * probs[:, :, t] / (belief * probs[:, :, t]).sum(0)
+    got = model(idx, targets, reduction='none')
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert belief.max() > 0.6 and got.dtype == torch.float32
+    whole = (3 * torch.ones(2)).log() - torch.logsumexp(probs.log().sum(2), 0)
+    torch.testing.assert_close(got.double().sum(1), whole, rtol=1e-5, atol=1e-4)
+    hidden = targets.clone()
+    hidden[:, :20] = -1                                                                  # a context says which it is too
+    torch.testing.assert_close(model(idx, hidden, reduction='none'), got * (hidden >= 0))
+    model.told = torch.tensor(2)
+    torch.testing.assert_close(model(idx, targets, reduction='none').double(), -probs[2].log(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_generate_takes_the_domain_that_the_prompt_speaks_for():
+    model = with_domains()
+    for text in tokens(4, 25, seed=3):
+        idx = text[None]
+        nats = [model(idx[:, :-1], idx[:, 1:], torch.tensor(d)).item() for d in range(3)]
+        best, new = min(range(3), key=nats.__getitem__), list(model.generate(idx, 5, temperature=0))
+        whole = torch.cat([idx, torch.stack(new, 1)], 1)
+        assert model.likeliest(idx) == best
+        assert torch.equal(outputs(model, whole, best)[:, 24:-1].argmax(-1), whole[:, 25:])      # and the cache is told too
+    model.told = torch.tensor((best + 1) % 3)
+    assert not torch.equal(torch.stack(list(model.generate(idx, 5, temperature=0)), 1), whole[:, 25:])
+
+
+def routed_slowly(layer, x):
+    """y of the docstring, a token at a time, an expert at a time."""
+    out = []
+    for token in x:
+        s = (layer.router.weight @ token).sigmoid()
+        chosen = (s + layer.bias).argsort(descending=True)[:layer.top].tolist()
+        y = 0
+        for i in chosen:
+            h = layer.ups.weight[i] @ token
+            h = F.silu(h.chunk(2)[0]) * h.chunk(2)[1] if layer.gated else h.relu() ** 2
+            y = y + s[i] / s[chosen].sum() * (layer.downs.weight[i] @ h)
+        out.append(y)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize('options', [dict(experts=5, experts_top=2), dict(experts=4, experts_top=4, expert_hidden=9, mlp='swiglu'),
+                                     dict(experts=30, experts_top=1, mlp_hidden=24)])
+def test_experts_are_the_sum_over_those_chosen(options):
+    model = make(**options)
+    layer, x = model.blocks[1].mlp.double(), torch.randn(2, 11, 32, dtype=torch.double, requires_grad=True)
+    plain = m.MLP.forward(layer, x)
+    expected = plain + routed_slowly(layer, x.flatten(0, 1)).view_as(x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-7)                  # affinities are fp32
+    some = [p for p in layer.parameters() if p is not layer.bias] + [x]
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), some) for y in (layer(x), expected))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    sizes = model.config.params()
+    idle = 3 * (options['experts'] - options['experts_top']) * layer.ups.weight[0].numel() + \
+        3 * (options['experts'] - options['experts_top']) * layer.downs.weight[0].numel()
+    assert sizes['total'] == sum(p.numel() for p in model.parameters()) == sizes['active'] + idle
+    model = make(**options)
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model.trunk(tokens(2, 64)))
+    assert 3 * counter.get_total_flops() == 2 * 64 * model.config.flops_per_token(attended=64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('options', [dict(experts=5, experts_top=2), dict(domains='a,b')])
+def test_experts_cannot_look_ahead_and_the_cache_gives_what_the_full_forward_gives(options):
+    model, idx = make(**options), tokens(2, 40, (0, 13))
+    before = logits(model, idx)
+    for at in (39, 20):
+        other = idx.clone()
+        other[:, at] = (other[:, at] + 5) % 90 + 1
+        torch.testing.assert_close(logits(model, other)[:, :at], before[:, :at], rtol=0, atol=1e-5)
+        assert not torch.allclose(logits(model, other)[:, at], before[:, at])
+    cache = m.KVCache(model, 2)
+    pieces = [model.logits(model.trunk(piece, cache)) for piece in idx.split([17, 1, 1, 21], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), before, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_a_bias_is_the_load_above_the_mean():
+    layer, x = make(experts=6, experts_top=2).blocks[0].mlp, torch.randn(3, 50, 32)
+    for _ in range(2):
+        (1e6 * layer(x).sum()).backward()                                                 # whatever the loss
+    chosen = (layer.router(x.flatten(0, 1)).sigmoid() + layer.bias).topk(2).indices
+    load = chosen.flatten().bincount(minlength=6) / 300
+    torch.testing.assert_close(layer.bias.grad, 2e-6 * (load - 1 / 6))
+    assert load.std() > 0.02
+
+
+def test_experts_and_domains_that_cannot_be():
+    for wrong, said in ((dict(experts=-1), 'experts is -1'), (dict(experts=2, experts_top=3), 'experts_top is 3'), (dict(experts=2, experts_top=0), 'experts_top'),
+                        (dict(experts=4, domains='a'), 'choose one'), (dict(domains='a', mlp_tokens=8), 'choose one'),
+                        (dict(domains='a', domain_share=0.001), 'domain_share is 0.001'), (dict(domains='a', domain_share=1.0), 'domain_share')):
+        with pytest.raises(ValueError, match=said):
+            GPTConfig(**SMALL | wrong)
+    for options in (dict(experts=4), dict(domains='a,b')):
+        with pytest.raises(ValueError, match='n_embd cannot grow in a model that has'):
+            m.grown_config(GPTConfig(**SMALL | options), dict(n_embd=64))
+        old, idx = double(make(**options)), tokens(2, 40)                                 # but its depth can
+        new = m.grow(old, m.grown_config(old.config, dict(n_layer=5)))[0]
+        assert (outputs(new, idx) - outputs(old, idx)).abs().max() < 1e-10

@@ -1607,3 +1607,208 @@ def test_samples_along_training(finished):
     said = [row for row in rows(finished[0]) if 'sample' in row]
     assert [row['step'] for row in said] in ([10], [11]) and 0.4 < said[0]['progress'] < 0.6 and said[0]['elapsed_s'] > 0
     assert said[0].keys() == {'step', 'progress', 'elapsed_s', 'sample'} and isinstance(said[0]['sample'], str) and said[0]['sample']
+
+
+# ---- experts: of domains, and routed
+
+def domain_stream(n_docs=120):
+    """Documents of four sources in turn, in domains of one, of two and of one source; every token is another number."""
+    tokens, docs, lengths = toy(n_docs)
+    docs['source'] = np.arange(n_docs) % 4
+    mine = [[1.0, 0, 0, 0], [0, 1.0, 0.5, 0], [0, 0, 0, 1.0]]
+    streams = {d: train.Stream(tokens, docs, 3, w) for d, w in enumerate(mine)}
+    return train.DomainStream(streams), np.repeat(docs['source'], lengths), lengths
+
+
+def test_a_micro_batch_is_of_one_domain_and_each_has_its_share():
+    stream, source_of, lengths = domain_stream()
+    sizes = np.diff(stream.epoch(0)[1], prepend=0)
+    assert sizes.sum() == pytest.approx(lengths[0::4].sum() + lengths[1::4].sum() + lengths[2::4].sum() / 2 + lengths[3::4].sum(), rel=0.1)
+    turns, read = [], {0: [], 1: [], 2: []}
+    for number in range(5000):                                          # more than a cycle of turns
+        domain, = stream.domain(number)
+        turns.append(domain.item())
+        if number < 90:
+            batch = stream.read(number * 12, 13)
+            assert {(0,), (1, 2), (3,)} > {tuple(c for c in (0, 1, 2, 3) if c in (((0,), (1, 2), (3,))[turns[-1]]))}
+            assert set(source_of[batch]) <= {0: {0}, 1: {1, 2}, 2: {3}}[turns[-1]]
+            read[turns[-1]].append(batch)
+    for domain, batches in read.items():
+        whole = np.concatenate([batch[:-1] for batch in batches])       # its stream, nothing lost in between
+        assert np.array_equal(whole, stream.streams[domain].read(0, len(whole)))
+    share = np.bincount(turns) / 5000
+    assert share == pytest.approx(sizes / sizes.sum(), abs=2e-3)
+    assert all({0, 1, 2} == set(turns[i:i + 6]) for i in range(0, 4996, 6))              # each in every step of six
+    again = domain_stream()[0]
+    assert all(np.array_equal(again.read(n * 12, 13), stream.read(n * 12, 13)) for n in (4999, 4095, 4096, 7))
+
+
+def test_two_ranks_share_out_the_turns():
+    def made(rank, world):
+        batches = train.Prefetcher(domain_stream()[0], 2, 12, 2, 5, rank, world, 'cpu')
+        out = batches.next(2)[0]
+        batches.close()
+        return out
+    one, two = made(0, 1), [made(rank, 2) for rank in (0, 1)]
+    both = [batch for pair in zip(*two) for batch in pair]
+    assert len(one) == 6 and len({batch[2].item() for batch in one}) == 3
+    for a, b in zip(one, both, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and a[2].ndim == 0
+
+
+def test_muon_leaves_parts_that_met_no_token():
+    torch.manual_seed(0)
+    start_at = [torch.randn(3, 16, 48), torch.randn(3, 16, 48)]
+    grads = [[torch.randn(3, 16, 48), torch.randn(3, 16, 48)] for _ in range(3)]
+    for step in grads:
+        step[0][2] = 0
+    grads[1][1][0] = 0
+    p = [torch.nn.Parameter(x.clone()) for x in start_at]
+    optimizer = muon_step(p, grads)
+    assert torch.equal(p[0][2], start_at[0][2]) and not optimizer.each()[p[0]]['momentum'][2].any()
+    for i, part in ((0, 0), (0, 1), (1, 1)):                            # the others as if they stood alone
+        alone = torch.nn.Parameter(start_at[i][part].clone())
+        muon_step([alone], [[step[i][part]] for step in grads])
+        torch.testing.assert_close(p[i].data[part], alone.data, rtol=1e-4, atol=1e-6)
+    alone = torch.nn.Parameter(start_at[1][0].clone())                  # and one that met some only twice, as in two steps
+    muon_step([alone], [[grads[0][1][0]], [grads[2][1][0]]])
+    torch.testing.assert_close(p[1].data[0], alone.data, rtol=1e-4, atol=1e-6)
+
+
+def test_averages_follow_a_split():
+    """One domain is the dense model in two parts: AdamW, which goes number by number, learns on as it did."""
+    s = train.read_settings(['--optimizer=adamw', '--grad_clip=0', '--weight_decay=0.5'])
+    model, optimizers = small_model(s, mlp='swiglu', mlp_hidden=40)
+    trained(model, s, optimizers, 5)
+    config = train.split(model.config, ['all'])
+    parted, carried = train.grown(model, optimizers, config, s, 1)
+    expected = trained(model, s, optimizers, 6, seed=6)
+    assert trained(parted, s, carried, 6, seed=6) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_router_that_prefers_one_expert_is_balanced():
+    def uneven(balance_lr):
+        s = train.read_settings([f'--balance_lr={balance_lr}'])
+        model, _ = small_model(s, experts=8, experts_top=2)
+        layer, x = model.blocks[0].mlp, torch.randn(2, 100, 32, dtype=torch.float64)
+        with torch.no_grad():
+            layer.router.weight[0] = 0.5 * layer.router.weight.norm(dim=1).mean() * torch.ones(32)
+            x += 0.5                                                    # all tokens look its way
+        optimizer = train.make_optimizers(model, s, torch.float64)[-1]
+        train.set_rates([optimizer], 0.3, s)
+        for _ in range(100):
+            model.zero_grad()
+            layer(x).sum().backward()
+            deviation = layer.bias.grad / 1e-6
+            layer.router.weight.grad = None
+            optimizer.step()
+        return deviation.abs().max().item()
+    assert uneven(0.0) > 0.1 and uneven(0.01) < 0.03
+
+
+BY_DOMAIN = ['--domains=sources', '--domains_from=0.5', '--max_steps=8', '--tokens_per_step=512', '--micro_batch_size=4']
+
+
+def test_a_run_splits_into_domains_and_resumes_over_the_split(main, tmp_path, monkeypatch, capfd, corpus):
+    out = main(*BY_DOMAIN)
+    assert 'domains: notes 37.' in out and 'grown to 2 layers' in out and '64 of them in each of 2 domains' in out
+    in_two_parts(main, monkeypatch, 3, *BY_DOMAIN)                      # it is asked twice a step
+    assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and len(losses(tmp_path / 'run')) == 8
+    ours, theirs = (weights(tmp_path / name)['model'] for name in ('run', 'parts'))
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    part = ours['blocks.0.mlp.own_up.weight']
+    assert part.shape == (2, 64, 64) and not torch.allclose(part[0], part[1])
+    model, tokenizer = sample.load(tmp_path / 'run')
+    data, result = corpus.open(), json.loads((tmp_path / 'run' / 'result.json').read_text())
+    nats = np.zeros(2)
+    for domain, name in enumerate(data.meta['sources']):                # told, and mixed, document by document
+        docs, ends = data.docs['val'], np.append(data.docs['val']['start'][1:], len(data.tokens['val']))
+        mine = [(doc, data.tokens['val'][docs['start'][doc]:ends[doc]]) for doc in np.flatnonzero(docs['source'] == domain)]
+        each = [sample.document_nats(model, mine, domain=torch.tensor(d)) for d in range(2)]
+        nats += [sum(math.log(2) - np.logaddexp(-each[0][doc], -each[1][doc]) for doc, _ in mine), sum(each[domain].values())]
+    bpb = nats / math.log(2) / data.docs['val']['bytes'].sum()
+    assert [result['val_bpb'], result['val_bpb_told']] == pytest.approx(bpb.tolist(), rel=1e-6) and bpb[0] != bpb[1]
+    sample.main([str(tmp_path / 'run'), 'Mia', '--domain=tales', '--max_new_tokens=4', '--device=cpu'])
+    assert capfd.readouterr().out.startswith('Mia')
+    with pytest.raises(UserError, match="--domain is 'stories', .* has notes, tales"):
+        sample.main([str(tmp_path / 'run'), '--domain=stories', '--device=cpu'])
+
+
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+def test_what_is_frozen_stays_to_the_bit(optimizer):
+    s = train.read_settings([f'--optimizer={optimizer}', '--init_from=run', '--domains=a,b', '--frozen=a'])
+    model, optimizers = small_model(s, domains='a,b', mlp='swiglu')
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(3):
+        idx = torch.randint(1, 50, (4, 17))
+        train.train_step(model, model, optimizers, [(idx[:, :-1], idx[:, 1:], torch.tensor(1))] * 2, 0.3, s)
+    for name, p in model.named_parameters():
+        own = '.own_' in name
+        assert torch.equal(p[0] if own else p, before[name][0] if own else before[name]) and not (own and torch.equal(p[1], before[name][1]))
+
+
+def test_a_domain_is_added_to_a_frozen_model_and_taken_away(main, tmp_path, monkeypatch):
+    main('--domains=tales', '--domains_from=0')
+    added = ['--init_from=run', '--domains=notes,tales', '--frozen=tales', '--max_steps=6', '--tokens_per_step=1024']
+    out = main(*added, '--out_dir=added')
+    assert 'domains: notes 100.0% of what is read' in out
+    old, new = (weights(tmp_path / name)['model'] for name in ('run', 'added'))
+    for name in new:
+        if '.own_' in name:
+            assert torch.equal(new[name][1], old[name][0]) and not torch.equal(new[name][0], old[name][0])
+        else:
+            assert torch.equal(new[name], old[name])
+    assert losses(tmp_path / 'added')[0] < 5 and losses(tmp_path / 'added')[-1] < losses(tmp_path / 'added')[0]
+    in_two_parts(main, monkeypatch, 5, *added)
+    assert losses(tmp_path / 'parts') == losses(tmp_path / 'added')
+    main('--init_from=added', '--domains=tales', '--learning_rate=0', '--max_steps=1', '--out_dir=left')
+    left, result = weights(tmp_path / 'left'), json.loads((tmp_path / 'left' / 'result.json').read_text())
+    assert torch.equal(left['model']['blocks.1.mlp.own_down.weight'], old['blocks.1.mlp.own_down.weight'])
+    assert result['config']['domains'] == 'tales' and result['settings']['domains_from'] == 0
+    for settings, said in (([], 'has the domains notes,tales: name those'), (['--domains=notes,tales', '--frozen=other,notes'], "frozen names 'other'"),
+                           (['--domains=notes', '--frozen=notes'], 'leaves no domain to learn'), (['--domains=notes', '--n_embd=128'], 'n_embd cannot grow')):
+        with pytest.raises(UserError, match=said):
+            main('--init_from=added', '--out_dir=third', *settings)
+        assert not (tmp_path / 'third').exists()
+
+
+def test_a_new_domain_branches_from_the_part_that_knows_its_text_best():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=32, domains='a,b,c'))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2) if p.ndim > 1 else p.fill_(0.7)
+    tokens, docs, _ = toy(30)
+    docs['source'] = np.arange(30) % 2
+    data = SimpleNamespace(tokens=dict(train=tokens % 50), docs=dict(train=docs), meta=dict(sources=['x', 'y']))
+    config = train.split(model.config, ['c', 'y', 'a'])
+    ends = np.append(docs['start'][1:], len(tokens))
+    texts = [(i, tokens[docs['start'][i]:ends[i]] % 50) for i in range(1, 30, 2)]
+    nats = [sum(sample.document_nats(model, texts, domain=torch.tensor(d)).values()) for d in range(3)]
+    assert train.nearest_parts(model, config, data) == [2, int(np.argmin(nats)), 0]
+
+
+@pytest.mark.parametrize('settings, said', [
+    (['--domains=stories'], "domains names 'stories', the sources of .* are notes, tales"), (['--domains=notes,tales+'], "domains names ''"),
+    (['--domains=notes,tales+notes'], 'twice'), (['--domains=sources', '--curriculum=bigram'], 'leave one away'), (['--frozen=notes'], 'needs an --init_from'),
+    (['--domains=sources', '--weights=notes:0'], "nothing of domain 'notes'"), (['--domains=sources', '--mlp_tokens=8'], 'choose one'),
+    (['--domains=sources', '--domains_from=0', '--experts=4'], 'choose one'), (['--domains=sources', '--domain_share=0.001'], 'domain_share'),
+    (['--domains=sources', '--growth=[(0.7, dict(n_embd=128))]'], 'grows until 0.7'),
+    (['--domains=sources', '--domains_from=0', '--growth=[(0.7, dict(n_embd=128))]'], 'n_embd cannot grow'), (['--experts=2'], 'experts_top is 3')])
+def test_domains_and_experts_that_cannot_be(main, tmp_path, settings, said):
+    with pytest.raises(UserError, match=said) as e:
+        main(*settings)
+    assert not (tmp_path / 'run').exists() and '\n' not in str(e.value)
+
+
+def test_a_run_with_experts_resumes(main, tmp_path, monkeypatch, corpus):
+    settings = ['--experts=4', '--experts_top=2', '--expert_hidden=32', '--max_steps=6', '--layer_drop=0.2']
+    main(*settings)
+    in_two_parts(main, monkeypatch, 3, *settings)
+    ours, theirs = (weights(tmp_path / name)['model'] for name in ('run', 'parts'))
+    assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    s = train.read_settings(settings)
+    steps = sum(train.schedule(step / 6, s) for step in range(6)) * 0.01
+    assert 0 < ours['blocks.1.mlp.bias'].abs().max() <= steps * 1.001
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert result['total_params'] - result['active_params'] == 2 * 2 * 2 * 64 * 32
