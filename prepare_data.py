@@ -1716,6 +1716,7 @@ def source_weights(text, data):
 # ----------------------------------------------------------------------------------------------------
 # Evaluation sets: items of a context and options, of which the first is right, tokenized once
 
+BLIMP = 'https://github.com/alexwarstadt/blimp/archive/refs/heads/master.tar.gz'
 PHENOMENA = {'s-selection': 'argument_structure'}   # in BLiMP's paper; apart in its files: 12 fields, not 13
 FORMS = ('sentence_good and sentence_bad; context, good and bad; input_prefix and options; sentence1, '
          'sentence2 and label; sentence with a line an option, and label; prompt and answer')
@@ -1815,7 +1816,7 @@ def tokenize_items(items, tokenizer):
         apart = np.flatnonzero((np.array([text[:least] for text in texts]) != texts[0][:least]).any(axis=0))
         seam.append(1 + (apart[0] if len(apart) else least))
     rows = [np.append(np.uint32(tokenizer.bos), row) for row in rows]
-    return dict(ids=np.concatenate(rows, dtype=np.uint32), start=np.cumsum([0, *map(len, rows)]), item=owner,
+    return dict(ids=np.concatenate(rows).astype(np.uint32), start=np.cumsum([0, *map(len, rows)]), item=owner,
                 seam=np.array(seam), kind=kind[order], kinds=np.array([*kinds]),
                 fields=np.array([*kinds.values()]))
 
@@ -1850,8 +1851,18 @@ def eval_set(path, tokenizer, cache=None):
     return made
 
 
+def fetch_evals(folder):
+    """BLiMP, into a folder of evaluation sets that is yet to be made."""
+    if not Path(folder).exists():
+        with tempfile.TemporaryDirectory() as beside:
+            download(BLIMP, Path(beside) / 'blimp.tar.gz')
+            Path(folder).mkdir(parents=True)
+            shutil.move(Path(beside) / 'blimp.tar.gz', folder)
+
+
 def prepare_evals(evals, dataset, **options):
     """Tokenizes a folder's evaluation sets for a prepared data set, and says what they hold."""
+    fetch_evals(evals)
     o = settle(dataset, **options)
     own = data_folder(dataset, o.tokenizer, o.vocab_size, o.data_dir)
     if not own.exists():

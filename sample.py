@@ -275,13 +275,17 @@ def accuracy(cost, items):
     """Share of items whose first option is likelier than every other; a tie is wrong. The mean over kinds.
 
     cost: of option_costs. Returns accuracy, its standard error (each kind's as if two more items had been one
-    right, one wrong: never 0), chance (0 for a last word), items, ties, accuracy per kind and per field.
+    right, one wrong: never 0), chance (0 for a last word), shortest (what an untrained model tends to: to
+    take the option of the fewest tokens), items, ties, accuracy per kind and per field.
     """
     first = np.searchsorted(items['item'][:len(cost)], np.arange(items['item'][len(cost) - 1] + 1))
     n_options, others = np.diff(first, append=len(cost)), cost.copy()
     others[first] = np.inf
     rival = np.where(n_options > 1, np.minimum.reduceat(others, first), 1)     # a last word: none as likely
     right, ties = cost[first] < rival, (cost[first] == rival) & (n_options > 1)
+    length = np.diff(items['start'])[:len(cost)]
+    least = length == np.repeat(np.minimum.reduceat(length, first), n_options)
+    short = np.where(n_options > 1, least[first] / np.add.reduceat(least, first, dtype=float), 0)
     kind, names = items['kind'][:len(first)], items['kinds'].tolist()
     n = np.bincount(kind, minlength=len(names))
     seen, hits = n > 0, np.bincount(kind, right, len(names))
@@ -291,6 +295,7 @@ def accuracy(cost, items):
               for f in sorted({*items['fields'][seen].tolist()} - {''})}
     return dict(accuracy=float(share[seen].mean()), error=float(error),
                 chance=float(np.where(n_options > 1, 1 / n_options, 0).mean()), items=len(first),
+                shortest=float((np.bincount(kind, short, len(names)) / np.maximum(n, 1))[seen].mean()),
                 ties=int(ties.sum()), per_kind={names[i]: float(share[i]) for i in np.flatnonzero(seen)},
                 per_field=fields)
 
@@ -1089,7 +1094,8 @@ def complete(model, tokenizer, prompt, args, generator):
 
 def interval(p, error, n):
     """95 % of a share p of n items, by Wilson (1927): as if of so many that its standard error is this."""
-    n = p * (1 - p) / error ** 2 if error else n
+    smooth = (p * n + 1) / (n + 2)
+    n = smooth * (1 - smooth) / error ** 2 if error else n
     middle, half = p + 1.92 / n, 1.96 * math.sqrt(p * (1 - p) / n + 0.96 / n ** 2)
     return max(0.0, (middle - half) / (1 + 3.84 / n)), min(1.0, (middle + half) / (1 + 3.84 / n))
 
@@ -1103,8 +1109,9 @@ def say_eval(name, result):
         return
     low, high = interval(result['accuracy'], result['error'], result['items'])
     chance = '-' if result['chance'] is None else f'{result["chance"]:.4f}'
-    print(f'{name:24} {result["accuracy"]:8.4f}   {low:.4f} to {high:.4f} {chance:>8} {result["items"]:8,} '
-          f'{result.get("ties", 0):6,}', flush=True)
+    shortest = f'{result["shortest"]:.4f}' if 'shortest' in result else '-'
+    print(f'{name:24} {result["accuracy"]:8.4f}   {low:.4f} to {high:.4f} {chance:>8} {shortest:>10} '
+          f'{result["items"]:8,} {result.get("ties", 0):6,}', flush=True)
     parts, real = result.get('per_field') or result.get('per_kind', {}), result.get('held_out')
     for part, share in sorted(parts.items(), key=lambda item: item[1]) if 1 < len(parts) < 21 else ():
         print(f'  {part:22} {share:8.4f}' + (f'   held-out text {real[part]:.4f}' if real else ''))
@@ -1124,7 +1131,7 @@ def evaluate(model, tokenizer, args):
     if data:
         counts = np.bincount(data.tokens['train'][:2 ** 26], minlength=tokenizer.vocab_size)
     if sets:
-        print(f'{"task":24} accuracy    95 % interval     chance    items   ties')
+        print(f'{"task":24} accuracy    95 % interval     chance   shortest    items   ties')
     for name, items in sets.items():
         cost = option_costs(model, items, args.eval_items or None, not args.no_bos)
         results[name] = accuracy(cost, items)

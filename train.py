@@ -1037,6 +1037,11 @@ def open_or_build(s, rank):
         if s.init_from not in ('scratch', 'resume'):           # weights go with the vocabulary they learned
             command += ['--tokenizer_from', s.init_from]
         refuse(subprocess.run(command).returncode, f'{s.dataset} could not be prepared, see above')
+    if s.evals and rank == 0 and 'files' in prepare_data.DATASETS.get(s.dataset, {}):
+        try:
+            prepare_data.fetch_evals(s.eval_data)
+        except UserError as e:                  # the run is worth more
+            print(f'warning: no BLiMP: {e}', flush=True)
     if dist.is_initialized():
         dist.barrier()
     return prepare_data.open_data(folder, s.dataset)
@@ -1099,7 +1104,8 @@ def nearest_parts(model, config, data):
     """For each domain of `config` the number of the model's part to begin with: its own, or for a new one
     that which some of its documents surprise least."""
     has, tokens, docs = model.config.domains.split(','), data.tokens['train'], data.docs['train']
-    ends, of = np.append(docs['start'][1:], len(tokens)), np.array(sample.domain_of(config, data))[docs['source']]
+    ends = np.append(docs['start'][1:], len(tokens))
+    of = np.array(sample.domain_of(config, data))[docs['source']]
 
     def nearest(number):
         some = np.random.default_rng(0).permutation(np.flatnonzero(of == number))[:64]
@@ -1453,6 +1459,7 @@ def main(argv):
     model.compute_dtype = getattr(torch, dtype_name)
     optimizers = make_optimizers(model, s, model.compute_dtype)
     accum = s.tokens_per_step // (micro * s.block_size * world)
+    at_once = 65536 if device == 'cuda' else 8192       # tokens that an evaluation reads
 
     # ---- resume
     step, skipped, tokens, flops_done = 0, 0, 0, 0.0
@@ -1544,6 +1551,18 @@ def main(argv):
             if tracker:
                 tracker.put(finite)
 
+    @contextlib.contextmanager
+    def evaluating():
+        """The model as it is measured, without dropout; the time and the energy are evaluation's."""
+        began, doing = time.monotonic(), energy.turn('eval')
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train()
+            energy.turn(doing)
+            times['eval'] += time.monotonic() - began
+
     def save():
         """All that the next batch needs, moved into place whole; the last one is kept. Returns an error."""
         began, doing = time.monotonic(), energy.turn('idle')
@@ -1567,17 +1586,13 @@ def main(argv):
         times['save'] += time.monotonic() - began
 
     def evaluate(slices, stop=None, keep=True):
-        began, doing = time.monotonic(), energy.turn('eval')
-        model.eval()
-        result = sample.bits_per_byte(model, data.tokens['val'], data.docs['val'], slices,
-                                      65536 if device == 'cuda' else 8192, stop, rank, world, all_reduce,
-                                      sample.domain_of(model.config, data) if model.config.domains else None)
-        model.train()
+        began, known = time.monotonic(), sample.domain_of(config, data) if config.domains else None
+        with evaluating():
+            result = sample.bits_per_byte(model, data.tokens['val'], data.docs['val'], slices, at_once, stop,
+                                          rank, world, all_reduce, known)
         result['seconds_per_slice'] = (time.monotonic() - began) / (result['share'] * sample.SLICES)
         for key in ('per_source', 'per_source_error'):
             result[key] = {data.meta['sources'][i]: v for i, v in result[key].items()}
-        times['eval'] += time.monotonic() - began
-        energy.turn(doing)
         if keep:
             record(step=step, progress=clock.progress, val_bpb=result['bpb'], val_loss=result['loss'],
                    share=result['share'], elapsed_s=clock.elapsed())
@@ -1585,27 +1600,22 @@ def main(argv):
 
     def judge(counts):
         """What the model does on so many items of every evaluation set: on rank 0, the others wait for it."""
-        began = time.monotonic()
-        model.eval()
-        results = {name: sample.judge(model, sets[name], n, max_tokens=65536 if device == 'cuda' else 8192)
-                   for name, n in counts.items() if master}
-        model.train()
-        times['eval'] += time.monotonic() - began
-        return results
+        with evaluating():
+            return {name: sample.judge(model, sets[name], n, max_tokens=at_once)
+                    for name, n in counts.items() if master}
 
+    def continuation(length):
+        """What follows sample_prompt, by the same dice every time; on rank 0 alone."""
+        with evaluating():
+            dice = torch.Generator(device=device).manual_seed(s.seed)
+            pieces = sample.stream(model, data.tokenizer, s.sample_prompt, length, 0.8, generator=dice)
+            return ''.join(pieces) if master and length else None
 
     def probe_layers():
         bad = dynamics.take(model, step, clock.progress, math.inf if clock.max_steps else clock.budget)
         times['dynamics'] = dynamics.state['seconds']
         if bad:
             say(f'warning: step {step} was probed, not finite: {", ".join(bad)}')
-
-
-    def continuation(length):
-        """What follows sample_prompt, by the same dice every time; on rank 0 alone."""
-        dice = torch.Generator(device=device).manual_seed(s.seed)
-        pieces = sample.stream(model, data.tokenizer, s.sample_prompt, length, 0.8, generator=dice)
-        return ''.join(pieces) if master and length else None
 
     # ---- warm up: compile, and learn what a step and the closing evaluation will cost
     def warm_up():
@@ -1782,13 +1792,8 @@ def main(argv):
                 say('         ' + ', '.join(f'{name} {e["accuracy"]:.4f} +- {e["error"]:.4f}'
                                             for name, e in abilities.items()))
             next_eval = s.eval_interval * (progress // s.eval_interval + 1)
-            if s.sample_tokens:
-                began = time.monotonic()
-                model.eval()
-                record(step=step, progress=progress, sample=continuation(min(60, s.sample_tokens)),
-                       elapsed_s=clock.elapsed())
-                model.train()
-                times['eval'] += time.monotonic() - began
+            if text := continuation(min(60, s.sample_tokens)):
+                record(step=step, progress=progress, sample=text, elapsed_s=clock.elapsed())
 
     # ---- report
     batches.close()
@@ -1798,10 +1803,9 @@ def main(argv):
     if stopping:
         raise unsaved or Stopped(f'stopped by a signal after step {step}; {saved}')
     deadline = clock.budget + min(0.01 * clock.budget, 5.0) - afterwards
-    energy.turn('eval')
+    energy.turn('idle')
     if tracker and not unsaved:
         tracker.put(out_dir / 'ckpt.pt')        # it travels during the evaluation
-
     if dynamics:
         probe_layers()
         learned = dynamics.finish()
@@ -1813,11 +1817,7 @@ def main(argv):
         late = s.budget_counts == 'all' and clock.elapsed() + slice_seconds * slices / 16 > deadline
         return bool(all_reduce(np.array([late * master, bool(signals)], dtype=float)).any())
 
-    result, evals = evaluate(slices, stop=out_of_time), judge(counts)
-    model.eval()                                # dropout is for training alone
-    began = time.monotonic()
-    text = continuation(s.sample_tokens)
-    times['eval'] += time.monotonic() - began
+    result, evals, text = evaluate(slices, stop=out_of_time), judge(counts), continuation(s.sample_tokens)
     if all_reduce(np.array([float(bool(signals))]))[0]:
         raise unsaved or Stopped(f'stopped by a signal during the closing evaluation; {saved}')
     paid = sample.energy_report(earlier + all_reduce(energy.read()), energy.how, s.country)
@@ -1843,7 +1843,7 @@ def main(argv):
         hardware=dict(device=device, name=name, ranks=world, dtype=dtype_name),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         protocol=sample.PROTOCOL, data=dict(folder=str(data.folder), fingerprint=fingerprint,
-                                                val_bytes=data.meta['splits']['val']['bytes']),
+                                            val_bytes=data.meta['splits']['val']['bytes']),
         commit=git_commit(), settings=vars(s), config=dataclasses.asdict(config), sample=text,
         finished=datetime.datetime.now().isoformat('T', 'seconds'))
     say_report(report, say)

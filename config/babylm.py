@@ -12,3 +12,4 @@ block_size = 512
 tie_embeddings = True
 tokens_per_step = 131072
 micro_batch_size = 128
+evals = 'all'                       # what is in data/eval; BLiMP is fetched to it if there is no such folder

@@ -1693,3 +1693,17 @@ def test_evaluation_sets_from_the_command_line(tmp_path, capsys):
     assert capsys.readouterr().out == ('p: 1 items, 1 kinds, 4 tokens\n'
                                        'p: left out 1 line without an item, the first is p.jsonl line 2\n')
     assert pd.main(args + ['--evals', str(tmp_path / 'data')]) == 2 and 'no evaluation sets' in capsys.readouterr().err
+
+
+def test_evaluation_sets_are_fetched_once(tmp_path, monkeypatch):
+    (tmp_path / 'blimp.tar.gz').write_bytes(b'an archive')
+    monkeypatch.setattr(pd, 'BLIMP', (tmp_path / 'blimp.tar.gz').as_uri())
+    pd.fetch_evals(tmp_path / 'sets')
+    assert (tmp_path / 'sets' / 'blimp.tar.gz').read_bytes() == b'an archive'
+    (tmp_path / 'own').mkdir()
+    monkeypatch.setattr(pd, 'BLIMP', (tmp_path / 'gone').as_uri())
+    monkeypatch.setattr(pd, 'PATIENCE', 0)
+    pd.fetch_evals(tmp_path / 'own')                                            # a folder is left as it is
+    with pytest.raises(UserError, match='could not be downloaded'):
+        pd.fetch_evals(tmp_path / 'new')
+    assert not (tmp_path / 'new').exists() and not [*(tmp_path / 'own').iterdir()]

@@ -20,7 +20,7 @@ import torch
 import model as model_file
 import prepare_data
 import sample
-from conftest import script
+from conftest import ROOT, script
 from model import GPT, GPTConfig
 from prepare_data import UserError
 
@@ -382,7 +382,7 @@ def test_pairs_on_the_command_line(finished, tmp_path):
                                               for a in ('tree', 'lake') for b in ('xqzw', 'kjvv')))
     code, out, err = script('sample.py', finished[0], '--eval', f'{tmp_path}/p.jsonl,anisotropy', '--device=cpu', cwd=tmp_path)
     assert code == 0, err
-    assert re.search(r'^p +1.0000 .* 0.5000 +4 +0$', out, re.M) and re.search(r'frequency_bias .* on the 4 pairs', out)
+    assert re.search(r'^p +1.0000 .* 0.5000 +0.5000 +4 +0$', out, re.M) and re.search(r'frequency_bias .* on the 4 pairs', out)
     assert len(re.search('anisotropy per_layer: (.*)', out)[1].split(', ')) == 2
 
 
@@ -491,6 +491,19 @@ def test_the_text_error_is_that_of_another_sample_of_such_text():
     assert sample.bits_per_byte(Costs(table), tokens, docs)['per_source_error'] == {}         # one document says nothing of others
 
 
+def test_what_taking_the_shortest_option_gets():
+    items = [dict(kind=kind, context='Mia ', options=options) for kind, options in (
+        ('a', ['ran', 'walked']), ('a', ['walked', 'ran']), ('b', ['sat', 'ran']), ('c', ['saw', 'ran', 'and', 'stayed']))]
+    result = sample.judge(Costs(torch.ones(257)), prepare_data.tokenize_items(items, BYTES))
+    assert result['shortest'] == pytest.approx((0.5 + 0.5 + 1 / 3) / 3) and result['chance'] == pytest.approx((3 * 0.5 + 0.25) / 4)
+
+
+def test_intervals_of_shares():
+    assert sample.interval(0.0, 0.0, 164) == (0.0, pytest.approx(0.0229, abs=2e-4))       # a textbook's, by Wilson
+    assert sample.interval(0.5, 0.05, 10) == pytest.approx((0.404, 0.596), abs=1e-3)      # by the standard error, not the 10
+    assert sample.interval(1.0, 0.0, 10) == (pytest.approx(0.7225, abs=1e-3), 1.0)
+
+
 def test_eval_on_the_command_line(finished, corpus, tmp_path):
     sets = tmp_path / 'sets'
     sets.mkdir()
@@ -503,7 +516,7 @@ def test_eval_on_the_command_line(finished, corpus, tmp_path):
     code, out, err = script('sample.py', *common, '--eval=all', '--json=told.json', '--eval_items=30', cwd=tmp_path)
     assert code == 0, err
     told = json.loads((tmp_path / 'told.json').read_text())
-    assert [*told] == ['choices', 'pairs', 'words', *sample.EVALS] and told['choices']['items'] == 30
+    assert [*told] == ['choices', 'pairs', 'words', 'bpb', 'anisotropy', 'text'] and told['choices']['items'] == 30
     assert told['bpb']['per_source'].keys() == told['bpb']['per_source_error'].keys() == {'tales', 'notes'}
     assert f'{told["pairs"]["accuracy"]:.4f}' in out and 'left out: ' in out and 'other.jsonl holds no items' in out
     assert sorted(p.name for p in (corpus.folder / 'eval').iterdir()) == ['choices.npz', 'pairs.npz', 'words.npz']
@@ -515,7 +528,7 @@ def test_eval_on_the_command_line(finished, corpus, tmp_path):
         sample.load(tmp_path / 'bare')
 
 
-BLIMP = Path('/work/shared/data/eval/blimp.tar.xz')
+BLIMP = ROOT.parent / 'shared' / 'data' / 'eval' / 'blimp.tar.xz'
 
 
 @pytest.mark.slow
@@ -1077,7 +1090,7 @@ def test_problems_from_files_and_folders(tmp_path):
             sample.read_problems(tmp_path / name)
 
 
-HUMANEVAL = sample.Path('/work/shared/data/code/humaneval.jsonl.xz')
+HUMANEVAL = ROOT.parent / 'shared' / 'data' / 'code' / 'humaneval.jsonl.xz'
 
 
 @linux
@@ -1092,7 +1105,8 @@ def test_reference_solutions_pass():
 
 
 def test_evaluations_on_the_command_line(ask, tmp_path):
-    result = json.loads(ask('--eval=text'))
-    assert result['items'] > 50 and result['held_out']['known_words'] > 0.5
+    out = ask('--eval=text', f'--json={tmp_path}/told.json')
+    result = json.loads((tmp_path / 'told.json').read_text())['text']
+    assert re.search(r'known_words +0.\d+   held-out text 1.0000', out) and result['items'] > 50 and result['held_out']['known_words'] > 0.5
     with pytest.raises(UserError, match='problems'):
         ask('--eval=python', f'--eval_data={tmp_path}')
