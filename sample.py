@@ -649,7 +649,7 @@ def flagged(programs):
 
 # ---- what --eval=all measures -----------------------------------------------------------------------------
 
-def measure_bpb(model, tokenizer, data, folder):
+def measure_bpb(model, tokenizer, data, folder, n):
     """bits_per_byte of the whole validation split, its sources named."""
     domains = domain_of(model.config, data) if model.config.domains else None
     result = bits_per_byte(model, data.tokens['val'], data.docs['val'], domains=domains)
@@ -657,19 +657,20 @@ def measure_bpb(model, tokenizer, data, folder):
                      for key in ('per_source', 'per_source_error')}
 
 
-def measure_anisotropy(model, tokenizer, data, folder):
+def measure_anisotropy(model, tokenizer, data, folder, n):
     return dict(per_layer=anisotropy(model, data.tokens['val'], data.docs['val']))
 
 
-def measure_text(model, tokenizer, data, folder):
-    return text_quality(model, tokenizer, data)
+def measure_text(model, tokenizer, data, folder, n):
+    return text_quality(model, tokenizer, data, n or 256)
 
 
-def measure_python(model, tokenizer, data, folder):
-    return python_tasks(model, tokenizer, read_problems(folder))
+def measure_python(model, tokenizer, data, folder, n):
+    problems = read_problems(folder)
+    return python_tasks(model, tokenizer, problems[::-(-len(problems) // n)] if n else problems)
 
 
-# what is no set of items: name -> (model, tokenizer, the run's data set or None, folder of files) -> dict
+# what is no set of items: name -> (model, tokenizer, data set or None, folder of files, items or 0) -> dict
 EVALS = {'bpb': measure_bpb, 'anisotropy': measure_anisotropy, 'text': measure_text, 'python': measure_python}
 OF_DATA = ('bpb', 'anisotropy')                  # cannot do without the data set
 
@@ -1142,7 +1143,7 @@ def evaluate(model, tokenizer, args):
         if data is None and name in OF_DATA:
             print(f'{name}: not measured, the data of the run is not in {folder}')
             continue
-        results[name] = EVALS[name](model, tokenizer, data, args.eval_data)
+        results[name] = EVALS[name](model, tokenizer, data, args.eval_data, args.eval_items)
         say_eval(name, results[name])
     if args.json:
         try:
@@ -1174,7 +1175,7 @@ def main(argv):
     parser.add_argument('--eval', help="what to measure, with commas between: 'all', names of "
                         f'{", ".join(EVALS)} and of files in --eval_data, or files')
     parser.add_argument('--eval_data', default='data/eval', help='the folder of evaluation sets (data/eval)')
-    parser.add_argument('--eval_items', type=int, default=0, help='only so many items of each set; 0 is all')
+    parser.add_argument('--eval_items', type=int, default=0, help='only so many items, texts or problems of each; 0: all')
     parser.add_argument('--no_bos', action='store_true', help='score texts without the BOS of training')
     parser.add_argument('--json', help='a file that keeps what --eval measured')
     parser.add_argument('--domain', help='the one that all text is of; else the prompt tells')
