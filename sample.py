@@ -1175,7 +1175,8 @@ def main(argv):
     parser.add_argument('--eval', help="what to measure, with commas between: 'all', names of "
                         f'{", ".join(EVALS)} and of files in --eval_data, or files')
     parser.add_argument('--eval_data', default='data/eval', help='the folder of evaluation sets (data/eval)')
-    parser.add_argument('--eval_items', type=int, default=0, help='only so many items, texts or problems of each; 0: all')
+    parser.add_argument('--eval_items', type=int, default=0,
+                        help='only so many items, texts or problems of each; 0 is all')
     parser.add_argument('--no_bos', action='store_true', help='score texts without the BOS of training')
     parser.add_argument('--json', help='a file that keeps what --eval measured')
     parser.add_argument('--domain', help='the one that all text is of; else the prompt tells')
