@@ -769,7 +769,7 @@ def ranked(runs):
         if not results:
             continue
         for key in [*COLUMNS, *results[0]['evals']]:
-            if results[0].get(key) is not None:
+            if all(r.get(key) is not None for r in results):
                 row[key] = statistics.fmean(r[key] for r in results)
         if len(results) > 1:
             row['sd'] = statistics.stdev(r['val_bpb'] for r in results)
@@ -793,8 +793,8 @@ def as_table(rows, runs, columns, *notes):
     for place, row in enumerate(rows, 1):
         cells = [{'joules': 'not measured'}.get(key, '-') if row.get(key) is None else f'{row[key]:{form}}'
                  for key, form in columns.items()]
-        rank, notes = str(place) if row['seeds'] else '-', '; '.join(row['notes']).replace('|', '/')
-        table.append([rank, row['name'], *cells, notes])
+        rank, remarks = str(place) if row['seeds'] else '-', '; '.join(row['notes']).replace('|', '/')
+        table.append([rank, row['name'], *cells, remarks])
     lines = [*markdown(table), '', *notes]
     for key in ('commit', 'hardware', 'val_share'):
         if len(kinds := {json.dumps(r[key]) for r in results}) > 1:
@@ -1067,7 +1067,8 @@ def keep_sweep(runs, root):
     said, found, charts = law_of(tuned(done))
     for what in ['active_params', *(key for key in keys if key.endswith(('_lr', 'learning_rate')))]:
         size = what == 'active_params'
-        groups = grouped(*((tuned(done), SAME.__contains__) if size else (done, what.__ne__)))
+        some = tuned(done) if size else [r for r in done if r.result['settings'][what] > 0]     # 0 has no log
+        groups = grouped(some, SAME.__contains__ if size else what.__ne__)
         groups = {name: logs(mine, what, 'val_bpb') for name, mine in groups.items()}
         more, best, chart = valleys(what, groups)
         said += more + ([] if size else moves(what, best))

@@ -680,7 +680,8 @@ class GPT(nn.Module):
         """The domain told, or that of which idx (B, T) is likeliest; None if nothing says which."""
         if self.told is not None or not self.config.domains or idx.shape[1] < 2:
             return self.told
-        return self.by_domain(idx[:, :-1], idx[:, 1:]).sum((1, 2)).argmin()
+        targets = idx[:, 1:].masked_fill(idx[:, 1:] == self.config.bos, -1)        # padding says nothing
+        return self.by_domain(idx[:, :-1], targets).sum((1, 2)).argmin()
 
     def logits(self, x):
         """Logits (..., V) in fp32 of hidden states (..., C)."""

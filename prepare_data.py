@@ -1769,13 +1769,14 @@ def read_items(path):
     try:
         if '.tar' in path.suffixes:
             with tarfile.open(path) as tar:
-                files = [(m.name, tar.extractfile(m).read()) for m in tar if m.name.endswith('.jsonl')]
+                files = [(m.name, tar.extractfile(m).read()) for m in tar
+                         if m.isfile() and m.name.endswith('.jsonl')]
         elif path.is_dir():
             files = [(p.name, p.read_bytes()) for p in sorted(path.glob('*.jsonl'))]
         else:
             with open(path, 'rb') as raw:
                 files = [(path.name, open_source(raw, path.name).read())]
-    except (OSError, tarfile.TarError, lzma.LZMAError, EOFError) as e:
+    except (OSError, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as e:
         raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}): give .jsonl, a folder or a tar of '
                         f'them') from e
     for name, text in files:
@@ -1783,7 +1784,7 @@ def read_items(path):
             try:
                 if line.strip():
                     items.append(eval_item(json.loads(line), Path(name).name.split('.')[0]))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
                 bad.append(f'{name} line {number:,}')
     if not items:
         raise UserError(f'{path} holds no items of an evaluation: give .jsonl lines with {FORMS}')
@@ -1803,8 +1804,8 @@ def tokenize_items(items, tokenizer):
     place, dice = np.zeros(len(items)), np.random.default_rng(0)
     for i in range(len(kinds)):
         mine = np.flatnonzero(kind == i)
-        couples = dice.permutation(len(mine) // 2 + 1)[np.arange(len(mine)) // 2]
-        place[mine[np.argsort(couples, kind='stable')]] = np.arange(len(mine)) // 2 * 2 / len(mine)
+        couples = dice.permutation(-(-len(mine) // 2))[np.arange(len(mine)) // 2]
+        place[mine] = (2 * couples + dice.random()) / len(mine)      # kinds in another order in every round
     order = np.argsort(place, kind='stable')
     items = [items[i] for i in order]
     rows = tokenizer.encode_batch([item['context'] + o for item in items for o in item['options']])
@@ -1824,12 +1825,17 @@ def tokenize_items(items, tokenizer):
 def eval_set(path, tokenizer, cache=None):
     """tokenize_items of an evaluation file, and left_out, the places of lines that are no item. With a folder
     to cache them in, they are read from there the next time, unless the file or the tokenizer changed."""
-    path, digest = Path(path), hashlib.sha256(f'items 1 {path.name}'.encode() + tokenizer.blob)
+    path = Path(path)
+    digest = hashlib.sha256(f'items 2 {path.name}'.encode() + tokenizer.blob)
     if not path.exists():
         raise UserError(f'{path} does not exist: name an evaluation file, a folder or a tar of them')
-    for file in [path] if path.is_file() else sorted(path.glob('*.jsonl')):
-        digest.update(file.name.encode() + file.read_bytes())
-    kept = Path(cache) / f'{path.name.split(".")[0]}.npz' if cache else None
+    try:
+        for file in [path] if path.is_file() else sorted(path.glob('*.jsonl')):
+            digest.update(file.name.encode() + file.read_bytes())
+    except OSError as e:
+        raise UserError(f'{path} cannot be read ({e}): give .jsonl, a folder or a tar of them') from e
+    lasts = path.is_file() or path.is_dir()                      # a pipe gives something else the next time
+    kept = Path(cache) / f'{path.name.split(".")[0]}.npz' if cache and lasts else None
     try:
         with np.load(kept) as arrays:                            # no pickles: allow_pickle is off by default
             if str(arrays['digest']) == digest.hexdigest():
@@ -1854,6 +1860,7 @@ def eval_set(path, tokenizer, cache=None):
 def fetch_evals(folder):
     """BLiMP, into a folder of evaluation sets that is yet to be made."""
     if not Path(folder).exists():
+        print(f'{folder} is missing: BLiMP is fetched to it', flush=True)
         with tempfile.TemporaryDirectory() as beside:
             download(BLIMP, Path(beside) / 'blimp.tar.gz')
             Path(folder).mkdir(parents=True)
@@ -1862,11 +1869,11 @@ def fetch_evals(folder):
 
 def prepare_evals(evals, dataset, **options):
     """Tokenizes a folder's evaluation sets for a prepared data set, and says what they hold."""
-    fetch_evals(evals)
     o = settle(dataset, **options)
     own = data_folder(dataset, o.tokenizer, o.vocab_size, o.data_dir)
     if not own.exists():
         raise UserError(f'{own} is not prepared yet: say the same without --evals first')
+    fetch_evals(evals)
     if not (found := eval_files(evals, own)):
         raise UserError(f'{evals} holds no evaluation sets: put .jsonl files, folders or tars of them there')
     for name, path in found.items():
@@ -2339,7 +2346,8 @@ def main(args=None):
         parser.add_argument(f'--{f.name}', help=f.metadata['help'] + default, **kind)
     parser.add_argument('--inspect', action='store_true', help='a page about the data set as it was prepared')
     parser.add_argument('--compare_tokenizers', metavar='SIZES', help='a table, as for 2048,8192')
-    parser.add_argument('--evals', metavar='FOLDER', help='tokenize its evaluation sets for the data set')
+    parser.add_argument('--evals', metavar='FOLDER', help='tokenize its evaluation sets for the '
+                        'data set; one that does not exist is made, and BLiMP downloaded to it')
     parser.add_argument('--width', type=int, default=320, help='of the model in that table (320)')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # an exception, so the temporary folder goes
     try:

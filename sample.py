@@ -32,11 +32,13 @@ import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import prepare_data
 from model import GPT, GPTConfig, IN_USE, KVCache, Linear
@@ -239,8 +241,14 @@ def exactly(model):
 
 def as_likely(model, idx, targets):
     """(B, T): how many other tokens are at least as likely as the target; 0 where target < 0."""
-    count, z = torch.zeros_like(targets), model.logits(model.trunk(idx)[targets >= 0])
-    count[targets >= 0] = (z >= z.gather(1, targets[targets >= 0][:, None])).sum(dim=1) - 1
+    count, asked, x = torch.zeros_like(targets), targets >= 0, None
+    if model.config.domains and model.told is None:     # each row by its context's likeliest
+        context = F.pad(idx[:, 1:], (0, 1), value=-1).masked_fill(asked, -1)
+        of = model.by_domain(idx, context).sum(2).argmin(0)
+        x = torch.stack([model.trunk(row[None], domain=domain)[0] for row, domain in zip(idx, of)])
+    z = model.logits((model.trunk(idx, domain=model.told) if x is None else x)[asked])
+    below = z < z.gather(1, targets[asked][:, None])    # nothing is, where the model gives no numbers
+    count[asked] = (~below).sum(dim=1) - 1
     return count
 
 
@@ -259,15 +267,15 @@ def option_costs(model, items, n=None, bos=True, max_tokens=8192):
         ids = items['ids'][items['start'][i]:items['start'][i + 1]].astype(np.int64)
         x, y = ids[:-1], ids[1:].copy()
         y[:seam - 1] = -1
-        keep = slice(max(0 if bos else 1, len(x) - block_size), None)
-        if len(x[keep]):
-            rows.append((i, x[keep], y[keep]))
+        x, y = (ids[0 if bos else 1:] for ids in (x, y))
+        for end in range(len(x), max(0, seam - 2 + bos), -block_size):       # windows, the last one whole
+            rows.append((i, x[max(0, end - block_size):end], y[max(0, end - block_size):end]))
     cost = np.zeros(n_options)
     with exactly(model):
         for keys, idx, targets in batches(rows, max_tokens, block_size, step=1):
             idx, targets = torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device)
             one = as_likely(model, idx, targets) if alone else model(idx, targets, reduction='none')
-            cost[keys] = one.double().sum(dim=1).cpu().numpy()
+            np.add.at(cost, keys, one.double().sum(dim=1).cpu().numpy())
     return cost
 
 
@@ -289,20 +297,32 @@ def accuracy(cost, items):
     kind, names = items['kind'][:len(first)], items['kinds'].tolist()
     n = np.bincount(kind, minlength=len(names))
     seen, hits = n > 0, np.bincount(kind, right, len(names))
+
+    def over_kinds(values):
+        return float((np.bincount(kind, values, len(names)) / np.maximum(n, 1))[seen].mean())
     share, smooth = hits / np.maximum(n, 1), (hits + 1) / (n + 2)
     error = np.sqrt((smooth * (1 - smooth) / np.maximum(n, 1))[seen].sum()) / seen.sum()
     fields = {f: float(share[seen & (items['fields'] == f)].mean())
               for f in sorted({*items['fields'][seen].tolist()} - {''})}
     return dict(accuracy=float(share[seen].mean()), error=float(error),
-                chance=float(np.where(n_options > 1, 1 / n_options, 0).mean()), items=len(first),
-                shortest=float((np.bincount(kind, short, len(names)) / np.maximum(n, 1))[seen].mean()),
+                chance=over_kinds(np.where(n_options > 1, 1 / n_options, 0)), shortest=over_kinds(short),
+                items=len(first),
                 ties=int(ties.sum()), per_kind={names[i]: float(share[i]) for i in np.flatnonzero(seen)},
                 per_field=fields)
 
 
-def judge(model, items, n=None, bos=True, max_tokens=8192):
-    """accuracy of a model on the first n items of an evaluation set, or on all: see option_costs."""
-    return accuracy(option_costs(model, items, n, bos, max_tokens), items)
+def judge(model, items, n=None, bos=True, max_tokens=8192, counts=None):
+    """accuracy of a model on the first n items of an evaluation set, or on all: see option_costs. With counts
+    (V,) of the training text, of pairs the frequency bias too."""
+    cost = option_costs(model, items, n, bos, max_tokens)
+    bias = counts is not None and len(items['item']) == 2 * len(items['seam'])
+    return accuracy(cost, items) | (frequency_bias(cost, items, counts) if bias else {})
+
+
+def frequencies(tokens, vocab_size):
+    """How often each id stands in a split."""
+    return sum(np.bincount(tokens[i:i + 2 ** 24], minlength=vocab_size)
+               for i in range(0, len(tokens), 2 ** 24))
 
 
 def frequency_bias(cost, items, counts):
@@ -310,7 +330,7 @@ def frequency_bias(cost, items, counts):
 
     Of the pairs that differ in a replacement: thirds by mean log-count of the tokens that only the good one
     has less that of the tokens that only the bad one has (Diehl Martinez 2024, 2410.11462). cost: of
-    option_costs; counts (V,): of the training text. Returns the bias and how many pairs differ so.
+    option_costs; counts (V,): of the training text. Returns it and `replaced`, how many pairs differ so.
     """
     log, rows, start = np.log(counts + 1.0), [], items['start']
     for i in range(0, len(cost), 2):
@@ -320,9 +340,10 @@ def frequency_bias(cost, items, counts):
             rows.append((log[mine].mean() - log[other].mean(), cost[i] < cost[i + 1]))
     delta, right = np.array(rows, float).reshape(-1, 2).T
     if not len(delta):
-        return 0.0, 0
+        return dict(frequency_bias=0.0, replaced=0)
     low, high = np.quantile(delta, [1 / 3, 2 / 3])
-    return float(right[delta >= high].mean() - right[delta <= low].mean()), len(delta)
+    return dict(frequency_bias=float(right[delta >= high].mean() - right[delta <= low].mean()),
+                replaced=len(delta))
 
 
 @torch.no_grad()
@@ -341,7 +362,8 @@ def anisotropy(model, tokens, docs, n_pairs=1000, length=64):
         row[:len(text)] = text
     a, b = dice.integers(len(some), size=(2, n_pairs))
     b = np.where(a == b, (b + 1) % len(some), b)
-    at = [np.minimum(dice.integers(1, length, n_pairs), (ends - starts)[some[rows]] - 1) for rows in (a, b)]
+    sizes = np.minimum(ends - starts, length)[some]
+    at = [(1 + dice.random(n_pairs) * (sizes[rows] - 1)).astype(int).clip(max=length - 1) for rows in (a, b)]
     states, hooks = [], [block.register_forward_hook(lambda _, __, out: states.append(out))
                          for block in model.blocks]
     try:
@@ -369,6 +391,7 @@ def continuations(model, tokenizer, prompts, max_new_tokens, temperature, genera
     which documents keep out of sight; without doc_mask only prompts of one length share a batch.
     """
     made, ended, device = [[] for _ in prompts], [False] * len(prompts), model.wte.weight.device
+    rows = 1 if model.config.domains and model.told is None else rows       # each prompt has its own domain
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while order:
         width = len(prompts[order[0]])
@@ -439,6 +462,12 @@ def words_of(text, whole_start, whole_end):
     return WORD.findall(text if whole_end else re.sub(r'\w+$', '', text))
 
 
+def share_error(p, n):
+    """Standard error of a share p of n, as if two more had been one right, one wrong: never 0."""
+    smooth = (p * n + 1) / (n + 2)
+    return math.sqrt(smooth * (1 - smooth) / n)
+
+
 def text_quality(model, tokenizer, data=None, n=256, length=128, temperature=0.8, seed=1):
     """How n texts of at most `length` tokens read, without a judge; accuracy: the share that ends properly,
     the document's end following on a sentence's.
@@ -473,8 +502,8 @@ def text_quality(model, tokenizer, data=None, n=256, length=128, temperature=0.8
             for figure, side in zip(figures, grams[size]):
                 figure[name] = np.mean([gram in known for gram in side] or [0])
     figures = [{name: float(value) for name, value in figure.items()} for figure in figures]
-    p = figures[0]['ends_properly']
-    return dict(accuracy=p, error=math.sqrt(p * (1 - p) / len(prompts)), chance=None, items=len(prompts),
+    p, n = figures[0]['ends_properly'], len(prompts)
+    return dict(accuracy=p, error=share_error(p, n), chance=None, items=n,
                 per_kind=figures[0], held_out=figures[1] if data else None)
 
 
@@ -598,7 +627,7 @@ def read_problems(path):
             with open(file, 'rb') as raw, prepare_data.open_source(raw, file.name) as f:
                 for row in (json.loads(line) for line in f if line.strip()):
                     problems.append({key: row[key] + '' for key in FIELDS})
-        except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError) as e:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError, KeyError, TypeError) as e:
             raise UserError(f'{file} holds no Python problems ({type(e).__name__}: {e}): give .jsonl lines '
                             f'with {", ".join(FIELDS)}, as HumanEval has them') from e
     if not problems:
@@ -630,8 +659,9 @@ def python_tasks(model, tokenizer, problems, n=1, temperature=0.0, max_new_token
     passed, kinds = shares[:, 2], {}
     for task, share in zip(problems, passed):
         kinds.setdefault(task['task_id'].split('/')[0], []).append(share)
-    return dict(accuracy=float(passed.mean()), error=float(passed.std() / math.sqrt(len(problems))),
-                chance=None, items=len(problems), **dict(zip(STAGES[:2], shares.mean(axis=0).tolist())),
+    error = passed.std() / math.sqrt(len(problems)) if n > 1 else share_error(passed.mean(), len(problems))
+    return dict(accuracy=float(passed.mean()), error=float(error), chance=None, items=len(problems),
+                **dict(zip(STAGES[:2], shares.mean(axis=0).tolist())),
                 flagged=flagged([program for program, each in zip(programs, reached) if each]),
                 per_kind={kind: float(np.mean(share)) for kind, share in kinds.items()},
                 held_by=dict(Counter(held)))
@@ -651,7 +681,7 @@ def flagged(programs):
 
 def measure_bpb(model, tokenizer, data, folder, n):
     """bits_per_byte of the whole validation split, its sources named."""
-    domains = domain_of(model.config, data) if model.config.domains else None
+    domains = domain_of(model.config, data) if model.config.domains and model.told is None else None
     result = bits_per_byte(model, data.tokens['val'], data.docs['val'], domains=domains)
     return result | {key: {data.meta['sources'][i]: v for i, v in result[key].items()}
                      for key in ('per_source', 'per_source_error')}
@@ -682,10 +712,12 @@ def evaluation_sets(names, folder, tokenizer, own, say=print):
     tokenized is kept; or None.
     """
     files, sets = prepare_data.eval_files(folder, own), {}
+    if taken := files.keys() & EVALS.keys():
+        raise UserError(f'{files[taken.pop()]} has the name of another evaluation: rename it')
     if names == 'all' and not Path(folder).is_dir():
         say(f'there is no folder {folder}: no evaluation sets from there')
     others = [name for name in EVALS if name != 'python' or problem_files(folder)]
-    wanted = [*files, *others] if names == 'all' else names.split(',')
+    wanted = [*files, *others] if names == 'all' else [*dict.fromkeys(names.split(','))]
     for name in wanted:
         path = files.get(name, Path(name))
         if name in EVALS:
@@ -970,7 +1002,8 @@ def circuits(attn, value, out):
 
 class Probe:
     """Learning dynamics of a run: the value, output and MLP-down projection of each layer and the OV circuit
-    of each head, measured again and again at the same 256 positions of validation text.
+    of each head, measured again and again at the same places of validation text, about 256. Of an MLP
+    with experts or domains it is the part that all share.
 
     state: what a resumed run needs: the numbers so far, and of each probe 32 KB of sketch a name.
     """
@@ -1126,24 +1159,33 @@ def say_eval(name, result):
 
 def evaluate(model, tokenizer, args):
     """Print what --eval names as it is measured; --json keeps all of it, each paradigm too."""
-    folder, results, counts = Path(read_checkpoint(args.run)['data']), {}, None
+    state, results, counts = read_checkpoint(args.run), {}, None
+    folder = Path(state['data'])
     data = prepare_data.open_data(folder) if (folder / 'meta.json').exists() else None
+    if data and data.meta['tokenizer_sha256'] != state['tokenizer']:
+        print(f'{folder} has been prepared again with another vocabulary: it is not used')
+        data = None
+    elif data and data.meta['fingerprint'] != state['fingerprint']:
+        print(f'{folder} has been prepared again since: this is not the text that the run was measured on')
     others, sets = evaluation_sets(args.eval, args.eval_data, tokenizer, data and folder)
     if data:
-        counts = np.bincount(data.tokens['train'][:2 ** 26], minlength=tokenizer.vocab_size)
-    if sets:
+        counts = frequencies(data.tokens['train'], tokenizer.vocab_size)
+    if sets or {'text', 'python'} & {*others}:
         print(f'{"task":24} accuracy    95 % interval     chance   shortest    items   ties')
     for name, items in sets.items():
-        cost = option_costs(model, items, args.eval_items or None, not args.no_bos)
-        results[name] = accuracy(cost, items)
-        if data and len(items['item']) == 2 * len(items['seam']):
-            results[name] |= dict(zip(('frequency_bias', 'replaced'), frequency_bias(cost, items, counts)))
+        results[name] = judge(model, items, args.eval_items or None, not args.no_bos, counts=counts)
         say_eval(name, results[name])
     for name in others:
         if data is None and name in OF_DATA:
             print(f'{name}: not measured, the data of the run is not in {folder}')
             continue
-        results[name] = EVALS[name](model, tokenizer, data, args.eval_data, args.eval_items)
+        try:
+            results[name] = EVALS[name](model, tokenizer, data, args.eval_data, args.eval_items)
+        except UserError as e:
+            if args.eval != 'all':
+                raise
+            print(f'left out: {e}')                # what was measured is worth more
+            continue
         say_eval(name, results[name])
     if args.json:
         try:
@@ -1176,7 +1218,7 @@ def main(argv):
                         f'{", ".join(EVALS)} and of files in --eval_data, or files')
     parser.add_argument('--eval_data', default='data/eval', help='the folder of evaluation sets (data/eval)')
     parser.add_argument('--eval_items', type=int, default=0,
-                        help='only so many items, texts or problems of each; 0 is all')
+                        help='only so many items of sets, texts or problems; 0 is all')
     parser.add_argument('--no_bos', action='store_true', help='score texts without the BOS of training')
     parser.add_argument('--json', help='a file that keeps what --eval measured')
     parser.add_argument('--domain', help='the one that all text is of; else the prompt tells')

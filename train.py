@@ -135,7 +135,7 @@ class Settings:
     balance_lr: float = 0.01          # of experts' biases: a step against what each has too much of the load
     ema: float = 0.0                  # > 0: evaluate weights averaged over about this share of progress
     eval_interval: float = 0.25       # in progress: validation on a part of the closing share; 0 is off
-    evals: str = ''                   # sets of eval_data: 'all', or names or files; '': the data's own pairs
+    evals: str = ''                   # as of sample.py --eval: 'all', names, files; '': the data's own pairs
     eval_data: str = 'data/eval'      # the folder of evaluation sets, BLiMP for one, that sample.py reads too
     log_interval: int = 10            # steps
     save_minutes: float = 5.0         # between checkpoints; 0 saves after every step
@@ -591,6 +591,8 @@ def growth_stages(s, config, domains=()):
             at, changes = stage
             if not last < at < 1:
                 raise ValueError(f'progress {at} does not lie between {last} and 1')
+            if 'domains' in changes:
+                raise ValueError('domains come by the settings domains and domains_from')
             config = grown_config(config, changes, s.growth_tokens == 'random', s.growth_depth == 'stack')
             last = at
         except (TypeError, ValueError, AttributeError) as e:
@@ -1037,7 +1039,7 @@ def open_or_build(s, rank):
         if s.init_from not in ('scratch', 'resume'):           # weights go with the vocabulary they learned
             command += ['--tokenizer_from', s.init_from]
         refuse(subprocess.run(command).returncode, f'{s.dataset} could not be prepared, see above')
-    if s.evals and rank == 0 and 'files' in prepare_data.DATASETS.get(s.dataset, {}):
+    if s.evals == 'all' and rank == 0 and 'files' in prepare_data.DATASETS.get(s.dataset, {}):
         try:
             prepare_data.fetch_evals(s.eval_data)
         except UserError as e:                  # the run is worth more
@@ -1096,7 +1098,7 @@ def domain_stream(s, data, weights, domains):
         if name not in s.frozen.split(','):
             mine = [w * (source in name.split('+')) for w, source in zip(weights, sources)]
             refuse(not any(mine), f'weights leave nothing of domain {name!r} to read: leave it away')
-            streams[number] = Stream(data.tokens['train'], docs, s.seed, mine)
+            streams[number] = Stream(data.tokens['train'], docs, s.seed, mine, s.reshuffle)
     return DomainStream(streams)
 
 
@@ -1219,6 +1221,7 @@ def make_teacher(s, data, device):
     c, teacher.compute_dtype = teacher.config, getattr(torch, adapt(s, device, 1)[0])
     refuse(tokenizer.blob != data.tokenizer.blob,
            f'teacher {s.teacher} has another vocabulary than {data.folder}: choose one with the same')
+    refuse(c.domains, f'teacher {s.teacher} has domains, and nothing tells it which: choose a plain one')
     refuse(c.block_size < s.block_size,
            f'teacher {s.teacher} reads {c.block_size} tokens at most: lower block_size (now {s.block_size})')
     kernel = device == 'cuda' and 'attention' in kernels_named(s.kernels)
@@ -1435,7 +1438,7 @@ def main(argv):
     refuse(train_tokens < s.tokens_per_step // 16 or train_tokens <= s.block_size,
            f'the training split of {data.folder} holds {train_tokens:,} tokens, less than one block of '
            f'{s.block_size} or a sixteenth of a step of {s.tokens_per_step:,}: bring more text or lower them')
-    sets = open_evals(s, data, say)
+    sets, others = open_evals(s, data, say)
 
     # ---- model
     given, domains = {name for _, name, _ in assignments(argv)}, domain_names(s, data)
@@ -1486,8 +1489,9 @@ def main(argv):
         refuse(checkpoint['fingerprint'] != fingerprint,
                f'{data.folder} is not the data that {out_dir} began with: restore it, or start afresh')
         theirs, ours = checkpoint['settings'], vars(s)
-        differ = [f'{k} (was {theirs.get(k)!r}, now {ours[k]!r})'
-                  for k in ours if k not in FREE and theirs.get(k) != ours[k]]
+        theirs = {k: theirs.get(k, KEYS[k].default) for k in ours}           # it may be of before k was
+        differ = [f'{k} (was {theirs[k]!r}, now {ours[k]!r})'
+                  for k in ours if k not in FREE and theirs[k] != ours[k]]
         refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
         for optimizer, state in zip(optimizers, checkpoint['optimizers']):
             optimizer.load_state_dict(state)
@@ -1501,8 +1505,9 @@ def main(argv):
         told += checkpoint.get('warnings', [])
         # what a killed run did after its last checkpoint was paid for too
         spent = max([checkpoint['elapsed']] + [row['elapsed_s'] for row in read_rows(log)])
-        clock = Clock(s, spent, checkpoint['times']['train'], checkpoint['progress'])
-        earlier = np.array(checkpoint['joules']) * spent / checkpoint['elapsed']
+        clock = Clock(s, spent, checkpoint['times']['train'] + checkpoint['times']['growth'],
+                      checkpoint['progress'])
+        earlier = np.array(checkpoint.get('joules', earlier)) * spent / checkpoint['elapsed']
         torch.set_rng_state(checkpoint['rng'])
     name = hardware(device)
     peak = peak_flops(name) if device == 'cuda' and dtype_name == 'bfloat16' else None
@@ -1558,6 +1563,8 @@ def main(argv):
         model.eval()
         try:
             yield
+            if world > 1:
+                dist.barrier()                  # ranks that wait for the first do not train
         finally:
             model.train()
             energy.turn(doing)
@@ -1593,16 +1600,27 @@ def main(argv):
         result['seconds_per_slice'] = (time.monotonic() - began) / (result['share'] * sample.SLICES)
         for key in ('per_source', 'per_source_error'):
             result[key] = {data.meta['sources'][i]: v for i, v in result[key].items()}
-        if keep:
+        if keep and not signals:                # a signal may have cut it short
             record(step=step, progress=clock.progress, val_bpb=result['bpb'], val_loss=result['loss'],
                    share=result['share'], elapsed_s=clock.elapsed())
         return result
 
-    def judge(counts):
+    def record_abilities(evals):
+        record(step=step, progress=clock.progress, elapsed_s=clock.elapsed(), evals={
+            name: {key: e[key] for key in ('accuracy', 'error', 'chance', 'items')}
+            for name, e in evals.items()})
+
+    def judge(counts, often=None):
         """What the model does on so many items of every evaluation set: on rank 0, the others wait for it."""
         with evaluating():
-            return {name: sample.judge(model, sets[name], n, max_tokens=at_once)
-                    for name, n in counts.items() if master}
+            return {name: sample.judge(model, sets[name], n, max_tokens=at_once, counts=often)
+                    for name, n in counts.items() if master and not signals}
+
+    def judge_writing(n):
+        """The same of n texts, of n programs, and of anisotropy, which has no number of items."""
+        with evaluating():
+            return {name: sample.EVALS[name](model, data.tokenizer, data, s.eval_data, n) for name in others
+                    if master and not signals and (n or name == 'anisotropy')}
 
     def continuation(length):
         """What follows sample_prompt, by the same dice every time; on rank 0 alone."""
@@ -1612,8 +1630,10 @@ def main(argv):
             return ''.join(pieces) if master and length else None
 
     def probe_layers():
+        doing = energy.turn('eval')
         bad = dynamics.take(model, step, clock.progress, math.inf if clock.max_steps else clock.budget)
         times['dynamics'] = dynamics.state['seconds']
+        energy.turn(doing)
         if bad:
             say(f'warning: step {step} was probed, not finite: {", ".join(bad)}')
 
@@ -1621,7 +1641,7 @@ def main(argv):
     def warm_up():
         """What computes a step, compiled, and the seconds that it takes."""
         step_model = torch.compile(model, dynamic=False) if compiling else model
-        idx = torch.full((micro, s.block_size), config.bos, device=device)
+        idx = torch.arange(micro * s.block_size, device=device).view(micro, -1) % config.vocab_size
         domain = [d.to(device) for d in stream.domain(0)]
         loss_of = objective(step_model, step, clock.progress)
         # a clone: one tensor twice would compile another program
@@ -1658,6 +1678,10 @@ def main(argv):
         judge_seconds = token_cost * tokens_of(sets, counts)
     start = torch.full((1, 1), config.bos, device=device)
     token_seconds = growth_to_come() * seconds_of(lambda: list(model.generate(start, 12)), 2) / 12
+    # texts and programs to write: of 128 and 256 tokens, 32 at once, which makes them 4 times as fast
+    n_texts = min(256, int(tenth / 8 / (32 * token_seconds))) if others else 0
+    writing = dict(text=32 * token_seconds, python=64 * token_seconds + 0.3)
+    judge_seconds += n_texts * sum(seconds for name, seconds in writing.items() if name in others)
     save_seconds = 0.5 + 12 * largest.params()['total'] / 2 ** 30
     afterwards = judge_seconds + token_seconds * s.sample_tokens + Tracker.WAIT * bool(s.tracker) + LEAVING
 
@@ -1786,9 +1810,7 @@ def main(argv):
             say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, '
                 f'standard error {result["error"]:.4f}')
             if abilities := judge(curve):
-                record(step=step, progress=progress, elapsed_s=clock.elapsed(), evals={
-                    name: {key: e[key] for key in ('accuracy', 'error', 'chance', 'items')}
-                    for name, e in abilities.items()})
+                record_abilities(abilities)
                 say('         ' + ', '.join(f'{name} {e["accuracy"]:.4f} +- {e["error"]:.4f}'
                                             for name, e in abilities.items()))
             next_eval = s.eval_interval * (progress // s.eval_interval + 1)
@@ -1817,9 +1839,15 @@ def main(argv):
         late = s.budget_counts == 'all' and clock.elapsed() + slice_seconds * slices / 16 > deadline
         return bool(all_reduce(np.array([late * master, bool(signals)], dtype=float)).any())
 
-    result, evals, text = evaluate(slices, stop=out_of_time), judge(counts), continuation(s.sample_tokens)
+    result = evaluate(slices, stop=out_of_time)
+    often = sample.frequencies(data.tokens['train'], config.vocab_size) if counts else None
+    evals = judge(counts, often) | judge_writing(n_texts)
+    crowded = evals.pop('anisotropy', {})
+    text = continuation(0 if signals else s.sample_tokens)
     if all_reduce(np.array([float(bool(signals))]))[0]:
         raise unsaved or Stopped(f'stopped by a signal during the closing evaluation; {saved}')
+    if evals:
+        record_abilities(evals)
     paid = sample.energy_report(earlier + all_reduce(energy.read()), energy.how, s.country)
     if tracker:
         tracker.put(dict(step=step, bpb_per_source=result['per_source'], evals=evals, sample=text, **paid))
@@ -1832,6 +1860,7 @@ def main(argv):
         val_bpb_text_error=result['text_error'], val_loss=result['loss'],
         val_bpb_per_source=result['per_source'], val_bpb_per_source_text_error=result['per_source_error'],
         **({'val_bpb_told': result['bpb_told']} if config.domains else {}), evals=evals, steps=step,
+        **({'anisotropy': crowded['per_layer']} if crowded else {}),
         tokens=tokens, epochs=tokens / epoch_tokens, **{f'{kind}_params': n for kind, n in sizes.items()},
         flops=flops_done, flops_per_token=flops,
         tok_per_sec=tokens / trained, mfu=speed / (peak * world) if peak else None, tflops=speed / 1e12,
@@ -1873,14 +1902,12 @@ def seconds_of(work, times):
 
 
 def open_evals(s, data, say):
-    """{name: items} of the evaluation sets to measure: those that evals names, else the data's own pairs."""
+    """What evals names, else the data's own pairs: {name: items} of sets, and names in sample.EVALS."""
     if not s.evals and not (data.folder / 'pairs.jsonl').exists():
-        return {}
-    names = s.evals or 'coherence'
-    others, sets = sample.evaluation_sets(names, s.eval_data, data.tokenizer, data.folder, say)
-    refuse(others and s.evals != 'all', f'evals names {", ".join(others)}, which is not measured on the way: '
-                                        f'leave it out, and ask sample.py --eval afterwards')
-    return sets
+        return {}, []
+    others, sets = sample.evaluation_sets(s.evals or 'coherence', s.eval_data, data.tokenizer, data.folder,
+                                          say)
+    return sets, [name for name in others if name != 'bpb']              # which is measured anyway
 
 
 def tokens_of(sets, counts):
@@ -1918,9 +1945,10 @@ def say_report(report, say):
             value = f'{value:.6g}'
         say(f'{key}: {"not measured" if value is None else value}')
     for name, e in report['evals'].items():
-        kinds = ', '.join(f'{k} {v:.3f}' for k, v in (e['per_field'] or e['per_kind']).items())
-        say(f'{name}: {e["accuracy"]:.4f} +- {e["error"]:.4f} on {e["items"]:,} items, chance '
-            f'{e["chance"]:.4g}, ties {e["ties"]} ({kinds})')
+        kinds = ', '.join(f'{k} {v:.3f}' for k, v in (e.get('per_field') or e['per_kind']).items())
+        more = ''.join(f', {k} {e[k]:.4g}' for k in ('chance', 'shortest', 'ties', 'frequency_bias')
+                       if e.get(k) is not None)
+        say(f'{name}: {e["accuracy"]:.4f} +- {e["error"]:.4f} on {e["items"]:,} items{more} ({kinds})')
     e = report['energy']
     say('energy: ' + ', '.join(f'{k} {e[k]:.0f} J' for k in sample.ACTIVITIES) + '; '
         + ', '.join(f'{k} {e[k]:.0f} J {e["how"][k]}' for k in sample.DEVICES)

@@ -212,7 +212,7 @@ def test_ideas_are_compared_with_their_base(compare, tmp_path):
     expected = [('1', best[0], '1'), ('2', best[1], '1'), ('-', 'broken', '0')]
     assert re.findall(r'^\| +(\d|-) \| +(\w+) \| +(\d) ', out, re.M) == expected
     assert re.search(r'broken .* seed 1: exit code 2, train.py: growth has .*whole multiples', out)
-    assert out.endswith((root / 'compare.md').read_text()) and re.search(r' fast .* within noise; \+\d+% parameters', out)
+    assert '\nWithin noise: less than 2' in out and out.endswith((root / 'compare.md').read_text()) and re.search(r' fast .* within noise; \+\d+% parameters', out)
     row = next(row for row in json.loads((root / 'compare.json').read_text()) if row['name'] == 'fast')
     assert row['val_bpb'] == fast['val_bpb'] and row['tokens'] == 3 * 512 and row['active_params'] == fast['total_params']
     # finished runs stay, a failed one is tried again, more seeds take turns
