@@ -1907,6 +1907,8 @@ def open_evals(s, data, say):
         return {}, []
     others, sets = sample.evaluation_sets(s.evals or 'coherence', s.eval_data, data.tokenizer, data.folder,
                                           say)
+    if 'python' in others:
+        sample.read_problems(s.eval_data)       # a mistake there is better known now
     return sets, [name for name in others if name != 'bpb']              # which is measured anyway
 
 

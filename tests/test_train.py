@@ -1347,7 +1347,7 @@ def test_a_finished_run_has_a_page(finished):
 def test_a_page_shows_what_a_run_recorded_and_all_text_stays_text(finished, tmp_path):
     evil = '</script><img src=x onerror=alert(1)><!-- \ud800 \u2028 &lt;'
     result = json.loads((finished[0] / 'result.json').read_text()) | dict(
-        sample=evil, warnings=['no room'], skipped_steps=2, val_share=0.25, val_bpb_error=math.nan, joules=5.5, energy=dict(cpu=dict(how=evil)),
+        sample=evil, warnings=['no room'], skipped_steps=2, val_share=0.25, val_bpb_error=math.nan, joules=5.5, co2_g=None, energy=dict(cpu=dict(how=evil)),
         evals=dict(blimp=dict(accuracy=0.75, error=0.01, chance=0.5, items=100, per_kind=dict(npi=0.5, anaphor=dict(accuracy=1, error=0)))))
     dynamics = dict(steps=[1, 2], progress=[0.1, 0.9], names=['q', 'k', 'v'], measures=dict(rank_share=[[1, 2, 3], [4, None, math.inf]]))
     along = [dict(step=n, progress=p, elapsed_s=60 * p, evals=dict(blimp=dict(accuracy=p))) for n, p in ((1, 0.1), (2, 0.9))]
@@ -1404,16 +1404,19 @@ def test_evaluations_on_the_way_and_at_the_end(corpus, tmp_path):
     code, out, err = script('train.py', *args, f'--out_dir={tmp_path}/with', cwd=tmp_path)
     assert code == 0, err
     evals = json.loads((tmp_path / 'with' / 'result.json').read_text())['evals']
-    assert evals.keys() == {'small'} and evals['small']['items'] == 80 and len(evals['small']['per_kind']) == 4
+    assert evals.keys() == {'small', 'text'} and evals['small']['items'] == 80 and len(evals['small']['per_kind']) == 4
+    assert 'frequency_bias' in evals['small'] and 0 < evals['text']['items'] <= 130 and 'known_words' in evals['text']['held_out']
+    assert len(json.loads((tmp_path / 'with' / 'result.json').read_text())['anisotropy']) == 2
     rows = [json.loads(line) for line in (tmp_path / 'with' / 'metrics.jsonl').read_text().splitlines()]
-    (row,) = [row for row in rows if 'evals' in row]
+    row, last = [row for row in rows if 'evals' in row]
+    assert last['step'] == 8 and last['evals'].keys() == evals.keys()
     assert row['evals']['small'].keys() == {'accuracy', 'error', 'chance', 'items'} and row['step'] == 5 and row['elapsed_s'] > 0
     assert 'small: ' in out and 'on 80 items, chance 0.5' in out
     code, _, err = script('train.py', *args[:-2], f'--out_dir={tmp_path}/without', cwd=tmp_path)
     both = [[row['train_loss'] for row in map(json.loads, (tmp_path / name / 'metrics.jsonl').read_text().splitlines())
              if 'train_loss' in row] for name in ('with', 'without')]
     assert code == 0 and both[0] == both[1] and len(both[0]) == 8                   # to be asked changes nothing
-    for wrong, why in (('blimp', 'blimp is no evaluation'), ('bpb', 'which is not measured on the way')):
+    for wrong, why in (('blimp', 'blimp is no evaluation'), ('python', 'holds no Python problems')):
         code, _, err = script('train.py', *args[:-2], f'--evals={wrong}', f'--out_dir={tmp_path}/no', cwd=tmp_path)
         assert code == 2 and why in err and not (tmp_path / 'no').exists()
 
@@ -1451,7 +1454,8 @@ def test_joules_are_charged_and_added_up_over_parts(main, tmp_path, monkeypatch)
     main('--country=120', '--eval_interval=0.4', '--sample_tokens=0')
     # three probes as it warms up; a save after every step and after the last; an evaluation on the way, and the closing one
     save, evaluation = ['idle', 'train'], ['eval', 'train']
-    assert turns == [*['eval', 'idle'] * 3, 'train', *save, *save, *save, *evaluation, *save, 'eval', 'eval', 'eval'], turns
+    # each with its evaluation sets and its sample, of which there are none here, and the closing one with texts to write too
+    assert turns == [*['eval', 'idle'] * 3, 'train', *save * 3, *evaluation * 3, *save, 'idle', *['eval', 'idle'] * 4], turns
     result = json.loads((tmp_path / 'run' / 'result.json').read_text())
     assert result['joules'] == 10 * (len(turns) + 1) and result['co2_g'] == pytest.approx(result['joules'] / 3.6e6 * 120)
     assert [result['energy'][k] for k in ('train', 'eval', 'idle')] == [10 * ['idle', *turns].count(k) for k in ('train', 'eval', 'idle')]
@@ -1459,8 +1463,8 @@ def test_joules_are_charged_and_added_up_over_parts(main, tmp_path, monkeypatch)
 
     in_two_parts(main, monkeypatch, 2, '--sample_tokens=0')
     whole, saved = json.loads((tmp_path / 'parts' / 'result.json').read_text()), weights(tmp_path / 'parts')
-    # the second part: probes, 'train', one save, the closing save, which holds it all until then, and 5 readings more
-    assert np.sum(saved['joules']) > 2 * 10 * 8 and whole['joules'] == pytest.approx(np.sum(saved['joules']) + 50)
+    # the second part: probes, 'train', one save, the closing save, which holds it all until then, and 11 readings more
+    assert np.sum(saved['joules']) > 2 * 10 * 8 and whole['joules'] == pytest.approx(np.sum(saved['joules']) + 110)
 
 
 def test_countries_that_cannot_be():
@@ -1501,7 +1505,7 @@ def test_a_tracker_is_told_everything(main, tmp_path, monkeypatch, name):
     steps = [options['step'] for _, options in told]
     assert steps == sorted(steps) and set(steps) == {1, 2, 3}
     for row in rows(tmp_path / 'run'):
-        numbers = {k: v for k, v in row.items() if k != 'step' and v is not None}
+        numbers = {k: v for k, v in row.items() if k != 'step' and isinstance(v, (int, float))}
         assert ((numbers,), dict(step=row['step'])) in told
     text = str(fake.told)
     assert json.loads((tmp_path / 'run' / 'result.json').read_text())['sample'][:5] in text and 'tales' in text
@@ -1796,11 +1800,18 @@ def test_a_new_domain_branches_from_the_part_that_knows_its_text_best():
     (['--domains=sources', '--weights=notes:0'], "nothing of domain 'notes'"), (['--domains=sources', '--mlp_tokens=8'], 'choose one'),
     (['--domains=sources', '--domains_from=0', '--experts=4'], 'choose one'), (['--domains=sources', '--domain_share=0.001'], 'domain_share'),
     (['--domains=sources', '--growth=[(0.7, dict(n_embd=128))]'], 'grows until 0.7'),
-    (['--domains=sources', '--domains_from=0', '--growth=[(0.7, dict(n_embd=128))]'], 'n_embd cannot grow'), (['--experts=2'], 'experts_top is 3')])
+    (['--domains=sources', '--domains_from=0', '--growth=[(0.7, dict(n_embd=128))]'], 'n_embd cannot grow'), (['--experts=2'], 'experts_top is 3'),
+    (['--growth=[(0.5, dict(domains="a,b"))]'], 'settings domains and domains_from')])
 def test_domains_and_experts_that_cannot_be(main, tmp_path, settings, said):
     with pytest.raises(UserError, match=said) as e:
         main(*settings)
     assert not (tmp_path / 'run').exists() and '\n' not in str(e.value)
+
+
+def test_domains_keep_one_order_of_documents_if_told_to(corpus):
+    for more, same in (([], False), (['--reshuffle=False'], True)):
+        streams = train.make_stream(train.read_settings([*corpus.args, '--domains=sources', *more]), corpus.open()).streams
+        assert all(np.array_equal(stream.epoch(0)[0], stream.epoch(1)[0]) == same for stream in streams.values())
 
 
 def test_a_run_with_experts_resumes(main, tmp_path, monkeypatch, corpus):
