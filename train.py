@@ -876,7 +876,8 @@ def report_blocks(r, rows, dynamics):
     yield from curve_blocks(rows, s['tokens_per_step'])
     ends = []
     for name, e in r['evals'].items():
-        for kind, v in [('all', e), *e.get('per_kind', {}).items()]:
+        parts = e.get('per_field') or e.get('per_kind', {})
+        for kind, v in [('all', e), *(parts.items() if len(parts) > 1 else ())]:
             v = v if isinstance(v, dict) else dict(accuracy=v)
             ends.append((name, kind, v['accuracy'], v.get('error'), e.get('chance'), v.get('items')))
     if ends:
