@@ -571,8 +571,21 @@ def test_eval_on_the_command_line(finished, corpus, tmp_path):
 BLIMP = ROOT.parent / 'shared' / 'data' / 'eval' / 'blimp.tar.xz'
 
 
+@pytest.mark.skipif(not BLIMP.exists(), reason='BLiMP is not here')
+def test_blimp_agrees_with_a_direct_computation(finished):
+    model, _ = sample.load(finished[0])
+    short = [i for i in prepare_data.read_items(BLIMP)[0] if max(map(len, i['options'])) < 40][::90][:200]
+    right, kinds = {}, {i['kind'] for i in short}
+    for item in short:
+        good, bad = (plain_sum(model, text, True) for text in item['options'])
+        right.setdefault(item['kind'], []).append(good > bad)
+    result = sample.judge(model, prepare_data.tokenize_items(short, BYTES))
+    assert len(short) > 100 and len(kinds) > 20 and result['per_kind'] == {kind: np.mean(ok) for kind, ok in right.items()}
+    assert result['accuracy'] == pytest.approx(np.mean([np.mean(ok) for ok in right.values()]))
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not BLIMP.exists(), reason=f'{BLIMP} is not here')
+@pytest.mark.skipif(not BLIMP.exists(), reason='BLiMP is not here')
 def test_untrained_and_shuffled_on_blimp():
     items, bad = prepare_data.read_items(BLIMP)
     assert len(items) == 66_995 and len(bad) == 1
