@@ -7,6 +7,7 @@ A micro-batch is of one source, so that a token meets no more weights than befor
 model had learned. val_bpb is that of text whose domain is not told (the model infers it as it reads), val_bpb_told that where it is. The
 list of --domains decides what a further run has: a new domain branches off, one not named is left out, those in --frozen stay to the bit.
 Expected: a small gain in a domain, little where domains are small. At equal total parameters its rival is a wider plain model.
+A first look stands in the README.
 """
 domains = 'sources'
 domains_from = 0.6
