@@ -1463,7 +1463,7 @@ def measure(own, s, config, data, micro, device, dtype, compiling, peak):
     T = config.block_size
     print(f'{config.describe()}\nmicro-batches of {micro} x {T}')
     print('\n'.join(m.choose_kernels(s.kernels, config, device, dtype)))
-    idx = torch.from_numpy(train.make_stream(s, data).read(0, micro * T)).view(micro, T).to(device)
+    idx = torch.from_numpy(train.make_stream(s, data).first_rows(micro, T)).to(device)
     attended = GPT(config).to(device).attended(idx)
     rates = machine(config, micro * T, device, dtype)
     print(f'matrix products of {rates["rows"]:,} rows, GFLOP/s: '

@@ -1773,7 +1773,7 @@ def cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, table: Ten
 
     table (V, a power of two from 16 on), norm (V,), alpha (), all fp32, are those of `soft_targets`, or None.
     """
-    (N, C), V, w, x, targets = x.shape, len(weight), weight.to(x.dtype), x.contiguous(), targets.contiguous()
+    N, V, w, x, targets = len(x), len(weight), weight.to(x.dtype), x.contiguous(), targets.contiguous()
     losses, count = x.new_empty(N, dtype=torch.float32), (targets >= 0).sum().clamp(min=1).float()
     dx, dw = torch.empty_like(x) if grad else x.new_empty(0), torch.zeros_like(weight if grad else weight[:0])
     soft = table is not None

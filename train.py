@@ -289,7 +289,10 @@ def read_settings(argv):
 
 class Stream:
     """The endless stream of training tokens, in the order of (seed, epoch): an epoch has every document once,
-    or as often as its source weighs; 2.3 is all of a source's documents twice and 30 % of them once more."""
+    or as often as its source weighs; 2.3 is all of a source's documents twice and 30 % of them once more.
+    Training reads its rows in an order of their own, so that a step is not a few long documents."""
+
+    MOST = 2 ** 20                               # rows in a window, 8 MB of their order
 
     def __init__(self, tokens, docs, seed, weights=None, reshuffle=True):
         self.tokens, self.starts, self.seed = tokens, np.asarray(docs['start']), seed
@@ -298,6 +301,7 @@ class Stream:
         self.weights, self.sources, self.shares = weights, docs['source'], []
         self.ends = [0]                          # of the epochs so far
         self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
+        self.shuffled = functools.lru_cache(maxsize=2)(self.shuffled)
 
     def epoch(self, number):
         """Documents' first tokens in this epoch's order, and where each stands in the epoch's stream."""
@@ -326,8 +330,22 @@ class Stream:
         doc = np.searchsorted(places, position, side='right') - 1
         return self.tokens[starts[doc] + position - places[doc]].astype(np.int64)
 
-    def first_rows(self, rows, T):
-        return self.read(0, rows * T).reshape(rows, T)
+    def window(self, T):
+        """How many rows of T are shuffled among each other: those of about an epoch."""
+        return min(self.MOST, max(1, int(self.epoch(0)[1][-1]) // T))
+
+    def shuffled(self, window, size):
+        return np.random.default_rng([self.seed, window * self.reshuffle, size]).permutation(size)
+
+    def rows(self, first, B, T):
+        """Rows first .. first + B of training, (B, T + 1): T tokens of the stream and the one after."""
+        size = self.window(T)
+        windows, places = np.divmod(np.arange(first, first + B), size)
+        return np.stack([self.read(int(window * size + self.shuffled(window, size)[place]) * T, T + 1)
+                         for window, place in zip(windows.tolist(), places)])
+
+    def first_rows(self, n, T):
+        return self.rows(0, n, T)[:, :-1]
 
     def pace(self, step, progress):
         """Only a curriculum has something to do here."""
@@ -350,7 +368,8 @@ class Curriculum(Stream):
     each once before any comes again. shares: what is admitted at each step, fixed some steps ahead of
     training, so that every rank and every resumption reads the same."""
 
-    AHEAD = 8                    # steps; more than a Prefetcher holds
+    WINDOW = 16                  # steps, whose rows are shuffled
+    AHEAD = WINDOW + 8           # steps; and more than a Prefetcher holds
 
     def __init__(self, tokens, docs, difficulty, s, weights=None):
         super().__init__(tokens, docs, s.seed)
@@ -396,10 +415,14 @@ class Curriculum(Stream):
         self.places = np.append(self.places, end + ends[:len(may)])
         self.deck = np.delete(self.deck, may)
 
+    def window(self, T):
+        return self.WINDOW * self.s.tokens_per_step // T
+
     def read(self, first, count):
+        needed = first - first % (self.WINDOW * self.s.tokens_per_step)
         while self.places[-1] < first + count:
             self.draw()
-            gone = min(int(np.searchsorted(self.places, first, side='right')) - 1, len(self.drawn))
+            gone = min(int(np.searchsorted(self.places, needed, side='right')) - 1, len(self.drawn))
             self.drawn, self.places = self.drawn[gone:], self.places[gone:]
         return self.gather(self.starts[self.drawn], self.places, np.arange(first, first + count))
 
@@ -433,13 +456,13 @@ class DomainStream(Stream):
     def domain(self, number):
         return torch.tensor([*self.streams][self.turn(number)[0]]),
 
-    def first_rows(self, rows, T):
-        return np.stack([self.read(row * T, T + 1)[:-1] for row in range(rows)])
+    def first_rows(self, n, T):
+        return np.concatenate([self.rows(row, 1, T)[:, :-1] for row in range(n)])
 
-    def read(self, first, count):
-        """The micro-batch of count - 1 tokens that begins at token `first`, and the token after."""
-        at, before = self.turn(first // (count - 1))
-        return [*self.streams.values()][at].read(before * (count - 1), count)
+    def rows(self, first, B, T):
+        """The micro-batch of B rows that begins at row `first`."""
+        at, before = self.turn(first // B)
+        return [*self.streams.values()][at].rows(before * B, B, T)
 
 
 class Prefetcher:
@@ -454,10 +477,9 @@ class Prefetcher:
         self.thread.start()
 
     def micro_batch(self, row):
-        """idx, targets (B, T): the stream in rows of T, a row's last target the next one's first token; and
-        their domain (), where there are any."""
-        buffer = torch.from_numpy(self.stream.read(row * self.T, self.B * self.T + 1))
-        batch = buffer[:-1].view(self.B, self.T), buffer[1:].view(self.B, self.T)
+        """idx, targets (B, T), a row's last target the token after it; and their domain (), where there are any."""
+        rows = torch.from_numpy(self.stream.rows(row, self.B, self.T))
+        batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         batch += self.stream.domain(row // self.B)
         return tuple(t.pin_memory() for t in batch) if self.device == 'cuda' else batch
 
@@ -1663,13 +1685,14 @@ def main(argv):
     step_model, step_seconds = warm_up()
     times['compile'] += time.monotonic() - began
     warm_seconds = agreed(time.monotonic() - began)         # what a growth will take, more or less
-    slices, tenth = sample.SLICES, 0.1 * clock.budget if s.budget_counts == 'all' else math.inf
+    slices, tenth = sample.SLICES, 0.1 * clock.budget
+    most = tenth if s.budget_counts == 'all' else math.inf      # for the closing bits per byte
     probe = min(slices, -(-slices * 8192 // val_tokens))
     evaluate(probe, keep=False)                 # sets things up
     slice_seconds = growth_to_come() * agreed(
         min(evaluate(probe, keep=False)['seconds_per_slice'] for _ in range(2)))
-    if slice_seconds * slices > tenth:
-        slices = 2 ** max(0, int(math.log2(tenth / slice_seconds)))
+    if slice_seconds * slices > most:
+        slices = 2 ** max(0, int(math.log2(most / slice_seconds)))
     counts, curve, judge_seconds = {}, {}, 0.0
     if sets:
         few = affordable(sets, 1000, len(sets) * (65536 if device == 'cuda' else 2048))
@@ -1688,7 +1711,7 @@ def main(argv):
 
     def closing_seconds():
         # a tenth at most: what proves too slow is cut short there, and the report says so
-        evaluation = min(slice_seconds * slices, tenth)
+        evaluation = min(slice_seconds * slices, most)
         probes = 3 * dynamics.state['cost'] if dynamics else 0.0
         return evaluation + probes + save_seconds + afterwards
 

@@ -177,6 +177,26 @@ def test_read_is_the_slow_concatenation():
         assert stream.read(first, count).tolist() == slow[first:first + count]
 
 
+def test_every_row_once_an_epoch_and_a_step_is_of_many_documents():
+    docs = np.zeros(30, prepare_data.DOC)
+    docs['start'] = np.arange(30) * 400                                 # documents of 40 rows of ten
+    stream = train.Stream(np.arange(12000), docs, 3)
+    rows = stream.rows(0, 1200, 10)
+    assert rows.shape == (1200, 11) and np.array_equal(np.sort(rows[:, 0]), np.arange(0, 12000, 10))
+    within = rows[:, 0] % 400 < 390
+    assert (np.diff(rows[within]) == 1).all() and (np.diff(rows[:, :10]) == 1).all()
+    documents = [len(set(rows[at:at + 20, 0] // 400)) for at in range(0, 1200, 20)]
+    assert min(documents) >= 8 and np.mean(documents) == pytest.approx(30 * (1 - (29 / 30) ** 20), abs=1)
+    second = stream.rows(1200, 1200, 10)
+    assert np.array_equal(np.sort(second[:, 0]), np.sort(rows[:, 0])) and (second != rows).any(axis=1).mean() > 0.9
+    again = train.Stream(np.arange(12000), docs, 3)
+    assert np.array_equal(again.rows(1190, 20, 10), np.concatenate([rows[1190:], second[:10]]))
+    assert np.array_equal(stream.first_rows(7, 10), rows[:7, :10])
+    other, same = train.Stream(np.arange(12000), docs, 4), train.Stream(np.arange(12000), docs, 3, reshuffle=False)
+    assert (other.rows(0, 1200, 10) != rows).any(axis=1).mean() > 0.9
+    assert np.array_equal(same.rows(0, 1200, 10)[:, :10], same.rows(1200, 1200, 10)[:, :10])
+
+
 def test_weights_say_how_often_an_epoch_reads_a_source():
     tokens, docs, lengths = toy(100)
     docs['source'] = np.arange(100) % 4                                # 25 documents each
@@ -233,14 +253,15 @@ def test_batches_are_a_function_of_seed_step_and_rank():
             assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
     for a, b in zip(one[4:], prefetched(0, 1, 2, 2, first=4), strict=True):
         assert all(torch.equal(x[0], y[0]) for x, y in zip(a, b))
-    whole = torch.cat([idx for step in one for idx, _ in step]).flatten()
-    targets = torch.cat([t for step in one for _, t in step]).flatten()
-    assert torch.equal(whole[1:], targets[:-1])            # nothing is lost between rows, micro-batches and steps
+    tokens, docs, _ = toy(60)
+    rows = train.Stream(tokens, docs, 1).rows(0, 48, 5)    # nothing is lost between micro-batches and steps
+    assert np.array_equal(torch.cat([idx for step in one for idx, _ in step]), rows[:, :-1])
+    assert np.array_equal(torch.cat([targets for step in one for _, targets in step]), rows[:, 1:])
 
 
 def test_an_error_of_the_prefetcher_reaches_the_step():
     class Broken:
-        def read(self, first, count):
+        def rows(self, first, B, T):
             raise OSError('the disk went away')
     batches = train.Prefetcher(Broken(), 0, 4, 2, 5, 0, 1, 'cpu')
     with pytest.raises(OSError, match='went away'):
@@ -496,7 +517,7 @@ def test_the_report(finished):
 def test_flops_count_the_positions_attended_to(finished, corpus):
     result = json.loads((finished[0] / 'result.json').read_text())
     config, data = GPTConfig(**result['config']), corpus.open()
-    rows = train.Stream(data.tokens['train'], data.docs['train'], 3).read(0, 64 * 64).reshape(64, 64)
+    rows = train.Stream(data.tokens['train'], data.docs['train'], 3).first_rows(64, 64)
     attended = 0
     for row in rows:
         start = 0
@@ -1014,8 +1035,16 @@ def test_a_curriculum_is_the_same_from_any_place():
     assert (np.concatenate([other.read(a, b - a) for a, b in zip([0, 7, 64, 1000, 2222], [7, 64, 1000, 2222, 3200])]) == expected).all()
     late = made_up(seed=4)
     late.shares = list(whole.shares)
-    assert (late.read(2000, 500) == expected[2000:2500]).all() and len(late.drawn) < 150
+    assert (late.read(2100, 400) == expected[2100:2500]).all() and len(late.drawn) < 100
     assert (made_up(seed=5).read(0, 300) != expected[:300]).any()
+    whole, late = made_up(seed=4), made_up(seed=4)
+    whole.shares = late.shares = other.shares
+    shuffled, later = (np.concatenate([stream.rows(row, 4, 8) for row in range(first, 256, 4)])
+                       for stream, first in [(whole, 0), (late, 200)])            # two windows of 16 steps of 8 rows
+    inorder = expected[:256 * 8].reshape(2, 128, 8)
+    for window, rows in zip(inorder, shuffled.reshape(2, 128, 9)):
+        assert sorted(map(tuple, rows[:, :8])) == sorted(map(tuple, window)) and (rows[:, :8] != window).any()
+    assert np.array_equal(shuffled[200:], later)
 
 
 @pytest.fixture(scope='session')
@@ -1400,7 +1429,8 @@ def test_evaluations_on_the_way_and_at_the_end(corpus, tmp_path):
     (tmp_path / 'sets').mkdir()
     rows = [dict(UID=f'u{i % 4}', sentence_good=f'Mia {i} lost the kite.', sentence_bad=f'Mia {i} lost the xqzw.') for i in range(80)]
     (tmp_path / 'sets' / 'small.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    args = [*corpus.args, '--max_steps=8', '--eval_interval=0.5', '--evals=all', f'--eval_data={tmp_path}/sets']
+    args = [*corpus.args, '--max_steps=8', '--eval_interval=0.5', '--budget_counts=training',
+            '--evals=all', f'--eval_data={tmp_path}/sets']
     code, out, err = script('train.py', *args, f'--out_dir={tmp_path}/with', cwd=tmp_path)
     assert code == 0, err
     evals = json.loads((tmp_path / 'with' / 'result.json').read_text())['evals']
@@ -1633,19 +1663,19 @@ def test_a_micro_batch_is_of_one_domain_and_each_has_its_share():
         domain, = stream.domain(number)
         turns.append(domain.item())
         if number < 90:
-            batch = stream.read(number * 12, 13)
-            assert set(source_of[batch]) <= {0: {0}, 1: {1, 2}, 2: {3}}[turns[-1]]
+            batch = stream.rows(number * 2, 2, 6)
+            assert set(source_of[batch.flatten()]) <= {0: {0}, 1: {1, 2}, 2: {3}}[turns[-1]]
             read[turns[-1]].append(batch)
-    for domain, batches in read.items():
-        whole = np.concatenate([batch[:-1] for batch in batches])       # its stream, nothing lost in between
-        assert np.array_equal(whole, stream.streams[domain].read(0, len(whole)))
+    for domain, batches in read.items():                                # its stream, nothing lost in between
+        assert np.array_equal(np.concatenate(batches), stream.streams[domain].rows(0, 2 * len(batches), 6))
     share = np.bincount(turns) / 5000
     assert share == pytest.approx(sizes / sizes.sum(), abs=2e-3)
     assert all({0, 1, 2} == set(turns[i:i + 6]) for i in range(0, 4996, 6))              # each in every step of six
     again = domain_stream()[0]
     for n in (4095, 4096, 4999):
-        assert np.array_equal(stream.read(n * 12, 13), stream.streams[turns[n]].read(12 * turns[:n].count(turns[n]), 13))
-    assert all(np.array_equal(again.read(n * 12, 13), stream.read(n * 12, 13)) for n in (4999, 4095, 4096, 7))
+        before = turns[:n].count(turns[n])
+        assert np.array_equal(stream.rows(n * 2, 2, 6), stream.streams[turns[n]].rows(before * 2, 2, 6))
+    assert all(np.array_equal(again.rows(n * 2, 2, 6), stream.rows(n * 2, 2, 6)) for n in (4999, 4095, 4096, 7))
 
 
 def test_two_ranks_share_out_the_turns():
