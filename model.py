@@ -649,9 +649,9 @@ class GPT(nn.Module):
             named = torch.where(seen >= 0, class_of[seen.clamp(min=0)], -1)
             loss = (1 - share) * loss + share * F.cross_entropy(guess, named, ignore_index=-1)
         if teach:
-            share, temperature, *teacher = teach
+            (share, temperature, *teacher), rows = teach, 2048 if x.is_cuda else 256
             apart = Distillation.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                       self.config.logit_softcap, temperature, teacher, 2048)
+                                       self.config.logit_softcap, temperature, teacher, rows)
             loss = (1 - share) * loss + share * apart
         for further in () if two_way else self.ahead:
             targets = one_later(targets, self.config.bos)
