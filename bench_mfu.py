@@ -277,13 +277,15 @@ class Ours:
         self.settings = type(s)(**{**vars(s), 'optimizer': optimizer})
         self.optimizers = train.make_optimizers(self.model, self.settings, dtype)
         self.step_model = torch.compile(self.model, dynamic=False) if compile else self.model
-        stream = train.make_stream(s, data)
-        self.batches = train.Prefetcher(stream, 0, s.tokens_per_step // config.block_size, micro,
+        self.stream = train.make_stream(s, data)
+        self.batches = train.Prefetcher(self.stream, 0, s.tokens_per_step // config.block_size, micro,
                                         config.block_size, 0, 1, device)
-        self.number = iter(range(10 ** 9))
+        self.number = -1
 
     def step(self):
-        micro_batches, wait = self.batches.next(next(self.number))
+        self.number += 1
+        self.stream.pace(self.number, 0.5)
+        micro_batches, wait = self.batches.next(self.number)
         self.waited += wait
         with using(self.kernels):
             train.train_step(self.step_model, self.model, self.optimizers, micro_batches, 0.5, self.settings)
@@ -719,7 +721,10 @@ def checked(ideas, root, seeds, idea_seeds, same):
     train.refuse(wrong, '\n  '.join(['these runs cannot be compared:', *dict.fromkeys(wrong)]))
     for run in runs:
         look(run)
-    return sorted(runs, key=lambda run: run.seed)
+    # the base's seeds lie evenly among the others, so that an hour's noise is not taken for theirs
+    others = sorted((run for run in runs if run.name != runs[0].name), key=lambda run: run.seed)
+    turn = {id(run): i / len(others) for i, run in enumerate(others)}
+    return sorted(runs, key=lambda run: turn.get(id(run), (run.seed - 1) / seeds))
 
 
 def look(run):
@@ -837,7 +842,9 @@ def compare_runs(argv, plan=planned, keep=keep_table):
     try:
         needs = ' '.join(dict.fromkeys(run.s.prepare for run in runs if run.s.prepare))
         for run in runs:                        # on no run's bill, and with what any idea needs
-            train.open_or_build(SimpleNamespace(**vars(run.s) | dict(prepare=needs)), 0)
+            data = train.open_or_build(SimpleNamespace(**vars(run.s) | dict(prepare=needs)), 0)
+            train.growth_stages(run.s, train.model_config(run.s, data))     # what cannot be, is said now
+            train.make_stream(run.s, data)
         for run in [run for run in runs if not run.result]:
             print(f'{run.name}, seed {run.seed}: {run.folder / "log.txt"}', flush=True)
             make(run)
@@ -1093,8 +1100,8 @@ PUBLISHED = (('compiled baseline', 11.0e6, 'BabyLM', 1.31), ('latent attention',
              ('baseline transformer', 11.0e6, 'BabyLM', 1.33), ('baseline', 7.3e6, 'SimpleStories', 0.57))
 ELSEWHERE = ('Published elsewhere, for half an hour of one RTX 4090: another split of the data, another '
              'machine. Not ranked among the runs here.')
-LEADERS = dict(tokens=0, epochs=2, total_seconds=0, joules=0)               # decimals of columns, printed
-ON_PAGE = dict(non_embedding_params=0, active_params=0, val_loss=4, tok_per_sec=0, mfu=3, train_seconds=0,
+LEADERS = dict(non_embedding_params=0, active_params=0, tokens=0, epochs=2, total_seconds=0, joules=0)
+ON_PAGE = dict(val_loss=4, tok_per_sec=0, mfu=3, train_seconds=0,                   # decimals of columns
                co2_g=2, peak_mem_gb=2, dollars=3, budget_minutes=1, seed=0, hardware=None, commit=None)
 COMPARISONS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
                ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.In: lambda a, b: a in b}

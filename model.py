@@ -76,6 +76,9 @@ class GPTConfig:
         for name in ('n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}, it must be at least 1')
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f'n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: change one, '
+                             f'or give head_dim')
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         hidden = 4 * self.n_embd if self.mlp == 'relu2' else -(-self.n_embd // 12) * 32

@@ -278,6 +278,9 @@ def read_settings(argv):
             must = f'at least {low}' + f' and at most {high}' * (high < math.inf)
         if must:
             errors.append(f'{where}: {name} is {value!r}, it must be {must}')
+    if not errors and values['pacing_start'] >= values['pacing_end']:
+        errors.append(f'pacing_end is {values["pacing_end"]:g}, it must be more than pacing_start, '
+                      f'{values["pacing_start"]:g}')
     count = f'{len(errors)} mistake{"s" * (len(errors) > 1)} in the settings:'
     refuse(errors, '\n  '.join([count] + errors))
     configs = '+'.join(Path(arg).stem for arg in argv if not arg.startswith('--'))
@@ -290,16 +293,14 @@ def read_settings(argv):
 class Stream:
     """The endless stream of training tokens, in the order of (seed, epoch): an epoch has every document once,
     or as often as its source weighs; 2.3 is all of a source's documents twice and 30 % of them once more.
-    Training reads its rows in an order of their own, so that a step is not a few long documents."""
-
-    MOST = 2 ** 20                               # rows in a window, 8 MB of their order
+    Training reads an epoch's rows in an order of their own, so that a step is not a few long documents."""
 
     def __init__(self, tokens, docs, seed, weights=None, reshuffle=True):
         self.tokens, self.starts, self.seed = tokens, np.asarray(docs['start']), seed
         self.reshuffle = reshuffle
         self.lengths = np.diff(np.append(self.starts, len(tokens)))
         self.weights, self.sources, self.shares = weights, docs['source'], []
-        self.ends = [0]                          # of the epochs so far
+        self.ends, self.row_ends = [0], [0]      # of the epochs so far, in tokens and in rows
         self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
         self.shuffled = functools.lru_cache(maxsize=2)(self.shuffled)
 
@@ -314,13 +315,19 @@ class Stream:
             order = dice.permutation(np.concatenate(sum(times, [])))
         return self.starts[order], np.concatenate([[0], np.cumsum(self.lengths[order])])
 
+    def begin(self, number):
+        """The token at which an epoch begins."""
+        while len(self.ends) <= number:
+            self.ends.append(self.ends[-1] + int(self.epoch(len(self.ends) - 1)[1][-1]))
+        return self.ends[number]
+
     def read(self, first, count):
         """Tokens first .. first + count of the stream, int64."""
         while self.ends[-1] <= first:
-            self.ends.append(self.ends[-1] + int(self.epoch(len(self.ends) - 1)[1][-1]))
+            self.begin(len(self.ends))
         number = bisect.bisect(self.ends, first) - 1
         starts, places = self.epoch(number)
-        position = np.arange(first, min(first + count, self.ends[number + 1])) - self.ends[number]
+        position = np.arange(first, min(first + count, self.begin(number + 1))) - self.ends[number]
         out = self.gather(starts, places, position)
         rest = count - len(out)
         return np.concatenate([out, self.read(first + len(out), rest)]) if rest else out
@@ -330,19 +337,21 @@ class Stream:
         doc = np.searchsorted(places, position, side='right') - 1
         return self.tokens[starts[doc] + position - places[doc]].astype(np.int64)
 
-    def window(self, T):
-        """How many rows of T are shuffled among each other: those of about an epoch."""
-        return min(self.MOST, max(1, int(self.epoch(0)[1][-1]) // T))
+    def shuffled(self, number, rows):
+        return np.random.default_rng([self.seed, number * self.reshuffle, rows]).permutation(rows)
 
-    def shuffled(self, window, size):
-        return np.random.default_rng([self.seed, window * self.reshuffle, size]).permutation(size)
+    def place(self, row, T):
+        """The token at which a row of training begins. Fewer than T tokens at an epoch's end are in none."""
+        while self.row_ends[-1] <= row:
+            n = len(self.row_ends)
+            self.row_ends.append(self.row_ends[-1] + max(1, (self.begin(n) - self.begin(n - 1)) // T))
+        number = bisect.bisect(self.row_ends, row) - 1
+        first, end = self.row_ends[number:number + 2]
+        return self.begin(number) + int(self.shuffled(number, end - first)[row - first]) * T
 
     def rows(self, first, B, T):
         """Rows first .. first + B of training, (B, T + 1): T tokens of the stream and the one after."""
-        size = self.window(T)
-        windows, places = np.divmod(np.arange(first, first + B), size)
-        return np.stack([self.read(int(window * size + self.shuffled(window, size)[place]) * T, T + 1)
-                         for window, place in zip(windows.tolist(), places)])
+        return np.stack([self.read(self.place(row, T), T + 1) for row in range(first, first + B)])
 
     def first_rows(self, n, T):
         return self.rows(0, n, T)[:, :-1]
@@ -368,8 +377,8 @@ class Curriculum(Stream):
     each once before any comes again. shares: what is admitted at each step, fixed some steps ahead of
     training, so that every rank and every resumption reads the same."""
 
-    WINDOW = 16                  # steps, whose rows are shuffled
-    AHEAD = WINDOW + 8           # steps; and more than a Prefetcher holds
+    WINDOW = 8                   # steps, whose rows are shuffled
+    AHEAD = WINDOW + 6           # steps; and more than a Prefetcher holds
 
     def __init__(self, tokens, docs, difficulty, s, weights=None):
         super().__init__(tokens, docs, s.seed)
@@ -394,8 +403,8 @@ class Curriculum(Stream):
         return min(len(self.rank), int(np.searchsorted(self.up_to, share * self.up_to[-1])) + 1)
 
     def pace(self, step, progress):
-        """Fix what is admitted up to AHEAD steps from here."""
-        share = admitted(progress, self.s, self.s.pacing_floor)
+        """Fix what is admitted up to AHEAD steps from here, where progress will be about that."""
+        share = admitted(progress * (step + self.AHEAD) / max(1, step), self.s, self.s.pacing_floor)
         self.shares += [share] * (step + self.AHEAD - len(self.shares))
 
     def draw(self):
@@ -415,8 +424,10 @@ class Curriculum(Stream):
         self.places = np.append(self.places, end + ends[:len(may)])
         self.deck = np.delete(self.deck, may)
 
-    def window(self, T):
-        return self.WINDOW * self.s.tokens_per_step // T
+    def place(self, row, T):
+        rows = self.WINDOW * self.s.tokens_per_step // T
+        number, row = divmod(row, rows)
+        return (number * rows + int(self.shuffled(number, rows)[row])) * T
 
     def read(self, first, count):
         needed = first - first % (self.WINDOW * self.s.tokens_per_step)
@@ -477,7 +488,7 @@ class Prefetcher:
         self.thread.start()
 
     def micro_batch(self, row):
-        """idx, targets (B, T), a row's last target the token after it; and their domain (), where there are any."""
+        """idx, targets (B, T), a row's last target the token after it; and its domain (), if there are any."""
         rows = torch.from_numpy(self.stream.rows(row, self.B, self.T))
         batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         batch += self.stream.domain(row // self.B)
@@ -1044,7 +1055,10 @@ def open_run(s, out_dir):
         refuse(finished and not s.overwrite,
                f'{out_dir} holds a finished run, there is nothing to resume: choose another --out_dir')
         refuse(not saved, f'{out_dir} has no ckpt.pt to resume from: leave --init_from away to start afresh')
-        return sample.read_checkpoint(out_dir)
+        checkpoint = sample.read_checkpoint(out_dir)
+        refuse(checkpoint.get('order') != 2, f'{out_dir} was begun by an older train.py, which read the text '
+               f'in another order: start afresh with --overwrite=True, or check that version out')
+        return checkpoint
     if not (s.overwrite or s.dry_run):
         refuse(finished, f'{out_dir} holds a finished run: choose another --out_dir, or --overwrite=True')
         refuse(saved, f'{out_dir} holds an unfinished run: go on with --init_from=resume, choose another '
@@ -1599,11 +1613,10 @@ def main(argv):
         try:
             if master:
                 save_checkpoint(out_dir, dict(
-                    version=2, step=step, progress=clock.progress, elapsed=clock.elapsed(), skipped=skipped,
-                    origin=origin, grown=n_grown, shares=stream.shares, times=dict(times), tokens=tokens,
-                    flops=flops_done, joules=(earlier + world * energy.joules).tolist(),    # ranks are alike
-                    warnings=told,
-                    model=model.state_dict(), average=average,
+                    version=2, order=2, step=step, progress=clock.progress, elapsed=clock.elapsed(),
+                    skipped=skipped, origin=origin, grown=n_grown, shares=stream.shares, times=dict(times),
+                    tokens=tokens, flops=flops_done, warnings=told, model=model.state_dict(), average=average,
+                    joules=(earlier + world * energy.joules).tolist(),      # ranks are alike
                     optimizers=[o.state_dict() for o in optimizers],
                     rng=torch.get_rng_state(), dynamics=dynamics and dynamics.state,
                     config=dataclasses.asdict(config), settings=vars(s), fingerprint=fingerprint,

@@ -1,8 +1,8 @@
-"""BabyLM in thirty minutes on one RTX 4090: 11.2M parameters, two thirds of them in the layers.
+"""BabyLM in thirty minutes on one RTX 4090: 11.2M parameters, three quarters of them in the layers.
 
-Sized after the published half-hour leaderboard, whose BabyLM rows have 10.6M to 11.0M parameters. Seven layers 320 wide with
-a tied head put more of the total to work on every token than wider tables would. Not yet measured on a 4090; what it does on
-a CPU stands in the README.
+Sized after the published half-hour leaderboard, whose BabyLM rows have 10.6M to 11.0M parameters. Seven
+layers 320 wide with a tied head put more of the total to work on every token than wider tables would. Not yet
+measured on a 4090; what it does on a CPU stands in the README.
 """
 dataset = 'babylm'
 n_layer = 7

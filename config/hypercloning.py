@@ -2,10 +2,11 @@
 
     torchrun train.py config/babylm.py config/hypercloning.py
 
-The wide model begins by computing exactly what the narrow one had learned, with noise that cancels so that its copies can learn
-different things. Heads are half as wide here, so that the final model has the parameters of the one it is stacked on, and twice
-its heads. Narrow steps are cheap: the same clock sees more text. Reported: 2 to 4 times faster to the same accuracy, the small
-model's cost not counted; here it is counted. A first look stands in the README.
+The wide model begins by computing exactly what the narrow one had learned, with noise that cancels so that
+its copies can learn different things. Heads are half as wide here, so that the final model has the parameters
+of the one it is stacked on, and twice its heads. Narrow steps are cheap: the same clock sees more text.
+Reported: 2 to 4 times faster to the same accuracy, the small model's cost not counted; here it is counted. A
+first look stands in the README.
 """
 head_dim = n_embd // n_head // 2
 growth = [(0.33, dict(n_embd=n_embd))]

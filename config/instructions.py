@@ -2,9 +2,10 @@
 
     python train.py config/quickstart.py && python train.py config/quickstart.py config/instructions.py
 
-It starts from the weights of out/quickstart, so it stacks on that config for the shape, and the data is prepared with that run's
-tokenizer. The rate is a quarter of the one that learned the stories. The closing report's coherence is then: of two answers, which one
-is true? In Swedish: quickstart_sv.py instead, and --dataset=instructions_sv --init_from=out/quickstart_sv.
+It starts from the weights of out/quickstart, so it stacks on that config for the shape, and the data is
+prepared with that run's tokenizer. The rate is a quarter of the one that learned the stories. The closing
+report's coherence is then: of two answers, which one is true? In Swedish: quickstart_sv.py instead, and
+--dataset=instructions_sv --init_from=out/quickstart_sv.
 """
 dataset = 'instructions'
 init_from = 'out/quickstart'

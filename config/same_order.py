@@ -2,7 +2,8 @@
 
     torchrun train.py config/babylm.py config/same_order.py
 
-Without this file each epoch has an order of its own, by seed and epoch; slowrun's leaderboard (fifteen epochs) gains 0.013 nats from
-that. It takes more than one epoch to differ: a small corpus, or a card. Expected: worse where text is read often. Not yet measured.
+Without this file each epoch has an order of its own, by seed and epoch; slowrun's leaderboard (fifteen
+epochs) gains 0.013 nats from that. It takes more than one epoch to differ: a small corpus, or a card.
+Expected: worse where text is read often. In a first epoch it is the same run. Not yet measured over more.
 """
 reshuffle = False

@@ -1,4 +1,5 @@
-"""SimpleStories (2504.09184) in thirty minutes on one RTX 4090: 7.3M parameters, as the published half-hour leaderboard's row.
+"""SimpleStories (2504.09184) in thirty minutes on one RTX 4090: 7.3M parameters, as the published half-hour
+leaderboard's row.
 
 The text is plain and its words few, so a vocabulary of 4,096 serves: eight layers 256 wide, tied.
 """

@@ -1,5 +1,5 @@
-"""Swedish in thirty minutes on one RTX 4090: the shape of babylm.py on Swedish Wikipedia, or on your own folder of Swedish
-text in data/raw/swedish. What it does on a CPU stands in the README.
+"""Swedish in thirty minutes on one RTX 4090: the shape of babylm.py on Swedish Wikipedia, or on your own
+folder of Swedish text in data/raw/swedish. What it does on a CPU stands in the README.
 """
 dataset = 'swedish'
 n_layer = 7

@@ -23,7 +23,7 @@ import model as model_file
 import prepare_data
 import sample
 import train
-from conftest import ROOT, STEPS, finish, script, start
+from conftest import ROOT, STEPS, TINY, finish, script, start
 from model import GPT, GPTConfig
 from prepare_data import UserError
 
@@ -55,17 +55,23 @@ def wait_for_step(process, out_dir, step):
 
 
 @pytest.fixture
-def main(corpus, tmp_path, monkeypatch, capfd):
+def handlers():
+    """Signals are handled as before when a run in this process has ended."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def main(corpus, tmp_path, monkeypatch, capfd, handlers):
     """train.main in this process on the small corpus; gives its folder, prints what it printed."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
         train.main([*corpus.args, '--budget_minutes=10000', '--out_dir=run', '--max_steps=3', '--save_minutes=0', *args])
         return capfd.readouterr().out
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def snapshot(folder):
@@ -187,14 +193,31 @@ def test_every_row_once_an_epoch_and_a_step_is_of_many_documents():
     assert (np.diff(rows[within]) == 1).all() and (np.diff(rows[:, :10]) == 1).all()
     documents = [len(set(rows[at:at + 20, 0] // 400)) for at in range(0, 1200, 20)]
     assert min(documents) >= 8 and np.mean(documents) == pytest.approx(30 * (1 - (29 / 30) ** 20), abs=1)
-    second = stream.rows(1200, 1200, 10)
-    assert np.array_equal(np.sort(second[:, 0]), np.sort(rows[:, 0])) and (second != rows).any(axis=1).mean() > 0.9
-    again = train.Stream(np.arange(12000), docs, 3)
-    assert np.array_equal(again.rows(1190, 20, 10), np.concatenate([rows[1190:], second[:10]]))
     assert np.array_equal(stream.first_rows(7, 10), rows[:7, :10])
-    other, same = train.Stream(np.arange(12000), docs, 4), train.Stream(np.arange(12000), docs, 3, reshuffle=False)
-    assert (other.rows(0, 1200, 10) != rows).any(axis=1).mean() > 0.9
-    assert np.array_equal(same.rows(0, 1200, 10)[:, :10], same.rows(1200, 1200, 10)[:, :10])
+    assert (train.Stream(np.arange(12000), docs, 4).rows(0, 1200, 10) != rows).any(axis=1).mean() > 0.9
+
+
+@pytest.mark.parametrize('weights', [None, [2.2, 0.4]])
+def test_rows_of_every_epoch_begin_where_it_does(weights):
+    """Where neither a row nor a step divides an epoch."""
+    tokens, docs, _ = toy(97)
+    docs['source'] = np.arange(97) % 2
+    stream, at, row, orders = train.Stream(tokens, docs, 3, weights), 0, 0, []
+    for epoch in range(4):
+        n = int(stream.epoch(epoch)[1][-1])
+        assert n % 7
+        whole, rows = stream.read(at, n // 7 * 7 + 1), stream.rows(row, n // 7, 7)
+        wanted = [tuple(whole[i:i + 8]) for i in range(0, n // 7 * 7, 7)]
+        assert sorted(map(tuple, rows)) == sorted(wanted) and list(map(tuple, rows)) != wanted
+        orders.append(rows)
+        at, row = at + n, row + n // 7
+    again = train.Stream(tokens, docs, 3, weights)                      # from anywhere, over an epoch's end
+    assert np.array_equal(again.rows(len(orders[0]) - 3, 5, 7), np.concatenate([orders[0][-3:], orders[1][:2]]))
+    same = train.Stream(tokens, docs, 3, weights, reshuffle=False)
+    n = len(orders[0])
+    assert all(np.array_equal(same.rows(e * n, n, 7)[:, :7], orders[0][:, :7]) for e in range(4))
+    tiny = train.Stream(tokens[:5], docs[:1], 3).rows(0, 4, 7)          # an epoch shorter than a row
+    assert tiny.shape == (4, 8) and set(tiny.flatten()) == set(range(5))
 
 
 def test_weights_say_how_often_an_epoch_reads_a_source():
@@ -919,6 +942,27 @@ def test_noise_tells_the_clones_apart():
     assert difference(1e9) < 1e-6 and difference(10.0) > 0.05
 
 
+def test_copies_that_begin_alike_learn_different_things():
+    """With noise the wide model's halves compute the same at first and not after 200 steps; without, ever."""
+    idx = torch.randint(1, 50, (4, 16), generator=torch.Generator().manual_seed(1))
+    for snr_db, apart in ((1e9, False), (10.0, True)):
+        s = train.read_settings([f'--growth_snr_db={snr_db}'])
+        model, optimizers = small_model(s)
+        trained(model, s, optimizers, 5)
+        model, optimizers = train.grown(model, optimizers, train.grown_config(model.config, dict(n_embd=64)), s, 1)
+
+        def difference():
+            with torch.no_grad():
+                one, other = model.trunk(idx).split(32, dim=-1)
+            return ((one - other).norm() / one.norm()).item()
+        assert difference() < 1e-10
+        if apart:                                      # 10 dB: the noise has a tenth of the weights' power
+            one, other = model.blocks[0].mlp.up.weight.split(32, dim=1)
+            assert ((one - other).norm() / (one + other).norm()).item() == pytest.approx(10 ** -0.5, rel=1e-6)
+        trained(model, s, optimizers, 200)
+        assert difference() > 0.05 if apart else difference() < 1e-3        # which rounding alone brings
+
+
 GROW = ['--growth=[(0.3, dict(n_embd=128)), (0.6, dict(n_layer=3))]', '--max_steps=12', '--save_minutes=0']
 
 
@@ -1040,9 +1084,9 @@ def test_a_curriculum_is_the_same_from_any_place():
     whole, late = made_up(seed=4), made_up(seed=4)
     whole.shares = late.shares = other.shares
     shuffled, later = (np.concatenate([stream.rows(row, 4, 8) for row in range(first, 256, 4)])
-                       for stream, first in [(whole, 0), (late, 200)])            # two windows of 16 steps of 8 rows
-    inorder = expected[:256 * 8].reshape(2, 128, 8)
-    for window, rows in zip(inorder, shuffled.reshape(2, 128, 9)):
+                       for stream, first in [(whole, 0), (late, 200)])            # four windows of 8 steps of 8 rows
+    inorder = expected[:256 * 8].reshape(4, 64, 8)
+    for window, rows in zip(inorder, shuffled.reshape(4, 64, 9)):
         assert sorted(map(tuple, rows[:, :8])) == sorted(map(tuple, window)) and (rows[:, :8] != window).any()
     assert np.array_equal(shuffled[200:], later)
 
@@ -1066,9 +1110,10 @@ def in_two_parts(main, monkeypatch, asked, *args):
 
 
 def test_a_run_with_a_curriculum_resumes(main, tmp_path, scored, monkeypatch):
-    main(*scored)
-    in_two_parts(main, monkeypatch, 9, *scored)
-    assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and len(losses(tmp_path / 'run')) == 12
+    long = [*scored, '--max_steps=32']                     # stopped in the third of four windows
+    main(*long)
+    in_two_parts(main, monkeypatch, 21, *long)
+    assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and len(losses(tmp_path / 'run')) == 32
     main(*scored, '--curriculum=', '--out_dir=plain')
     assert losses(tmp_path / 'plain') != losses(tmp_path / 'run')
 
@@ -1855,3 +1900,57 @@ def test_a_run_with_experts_resumes(main, tmp_path, monkeypatch, corpus):
     assert 0 < ours['blocks.1.mlp.bias'].abs().max() <= steps * 1.001
     result = json.loads((tmp_path / 'run' / 'result.json').read_text())
     assert result['total_params'] - result['active_params'] == 2 * 2 * 2 * 64 * 32
+
+
+# ---- every method
+
+METHODS = sorted(path.stem for path in (ROOT / 'config').glob('*.py') if path.stem not in ('cpu', 'dynamics')
+                 and 'dataset' not in {key for _, key, _ in train.assignments([str(path)])})
+
+
+@pytest.fixture(scope='session')
+def method(corpus, tmp_path_factory):
+    """What train.py gets for a method by name: its config on a tiny one, on text with scores and word classes."""
+    folder = tmp_path_factory.mktemp('methods')
+    tiny = [arg[2:].partition('=') for arg in TINY if not arg.startswith('--tokenizer')]
+    (folder / 'tiny.py').write_text('\n'.join(f"{k} = {v if v.isdigit() else repr(v)}" for k, _, v in tiny))
+    prepare_data.build(f'files:{corpus.source}', vocab_size=300, data_dir=folder / 'data', scores=True, classes=3, min_doc_bytes=0,
+                       quiet=True)
+    given = [str(folder / 'tiny.py'), f'--dataset=files:{corpus.source}', f'--data_dir={folder}/data', '--vocab_size=300',
+             '--budget_minutes=10000', '--save_minutes=0', '--eval_interval=0']
+    train.main([*given, '--max_steps=2', f'--out_dir={folder}/teacher'])
+    more = dict(distillation=[f'--teacher={folder}/teacher'])
+    return lambda name: [*given, str(ROOT / 'config' / f'{name}.py'), *more.get(name, [])]
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_method_trains_resumes_across_its_stages_and_samples(name, method, tmp_path, monkeypatch, handlers):
+    args, step_of = [*method(name), '--max_steps=24'], train.train_step
+    train.main([*args, f'--out_dir={tmp_path}/whole'])
+    stops = [0, 7, 15]                                       # before a growth at a third, and after a split at 60 %
+    for first, last in zip(stops, stops[1:]):
+        left = iter(range(last - first))
+        monkeypatch.setattr(train, 'train_step', lambda *a: step_of(*a[:-1], lambda: next(left, None) is None))
+        with pytest.raises(train.Stopped):
+            train.main([*args, f'--out_dir={tmp_path}/parts', *['--init_from=resume'] * (first > 0)])
+    monkeypatch.setattr(train, 'train_step', step_of)
+    train.main([*args, f'--out_dir={tmp_path}/parts', '--init_from=resume'])
+    whole = losses(tmp_path / 'whole')
+    assert losses(tmp_path / 'parts') == whole and len(whole) == 24 and whole[-1] < whole[0] - 0.5
+    model, tokenizer = sample.load(tmp_path / 'parts')
+    text = ''.join(sample.stream(model, tokenizer, 'Mia', 12, generator=torch.Generator().manual_seed(1)))
+    assert text and sample.load(tmp_path / 'whole')[0].config == model.config
+    if name in ('hypercloning', 'raise', 'tokenformer_grow', 'domains'):
+        assert weights(tmp_path / 'parts')['grown'] == (2 if name == 'raise' else 1)
+    if name in ('climb_data', 'raise'):
+        assert len(set(weights(tmp_path / 'parts')['shares'])) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['climb_objective', 'distillation', 'domains', 'dropout', 'experts', 'latent_attention', 'masked',
+                                  'multi_token', 'syntactic_smoothing', 'tokenformer_grow'])
+def test_a_method_compiled_learns_as_it_does_not_compiled(name, method, tmp_path, handlers):
+    for compile in ('off', 'on'):
+        train.main([*method(name), '--max_steps=5', f'--compile={compile}', f'--out_dir={tmp_path}/{compile}'])
+    tolerance = 0.3 if name == 'dropout' else 1e-3            # other random numbers
+    assert losses(tmp_path / 'on') == pytest.approx(losses(tmp_path / 'off'), rel=tolerance)
