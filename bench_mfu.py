@@ -529,7 +529,7 @@ def operations(config, idx, device, dtype, compile):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
         rivals['Liger-Kernel'] = lambda x, w: liger(x, w, targets)
     except ImportError:
-        pass
+        self.stream.pace(self.number, 0.5)
     yield 'linear + cross-entropy', 2 * N * C * V, size * (N * C + V * C), rivals, inputs((N, C), (V, C))
 
 
@@ -841,10 +841,15 @@ def compare_runs(argv, plan=planned, keep=keep_table):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         needs = ' '.join(dict.fromkeys(run.s.prepare for run in runs if run.s.prepare))
+        wrong = []
         for run in runs:                        # on no run's bill, and with what any idea needs
             data = train.open_or_build(SimpleNamespace(**vars(run.s) | dict(prepare=needs)), 0)
-            train.growth_stages(run.s, train.model_config(run.s, data))     # what cannot be, is said now
-            train.make_stream(run.s, data)
+            try:                                # what cannot be is said now, not in its turn
+                train.growth_stages(run.s, train.model_config(run.s, data))
+                train.make_stream(run.s, data)
+            except UserError as e:
+                wrong.append(f'{run.name}: {e}')
+        train.refuse(wrong, '\n  '.join(['these runs cannot be made:', *dict.fromkeys(wrong)]))
         for run in [run for run in runs if not run.result]:
             print(f'{run.name}, seed {run.seed}: {run.folder / "log.txt"}', flush=True)
             make(run)

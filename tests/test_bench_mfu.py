@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import bench_mfu
+import prepare_data
 import train
 from conftest import ROOT, finish, script, start
 from model import GPTConfig
@@ -123,6 +124,17 @@ def test_every_kernel_compiles_for_every_card(tmp_path):
     assert set(re.findall(r'^attention_kernel +(\d+)', out, re.M)) == {'80', '89', '90', '120'}
 
 
+def test_our_steps_read_a_curriculum_as_long_as_they_like(corpus, tmp_path):
+    data_dir = tmp_path / 'scored'
+    folder = prepare_data.build(f'files:{corpus.source}', tokenizer='bytes', data_dir=data_dir, scores=True, min_doc_bytes=0, quiet=True)
+    s = train.read_settings([*corpus.args, '--curriculum=bigram', '--n_embd=32', '--n_layer=1'])
+    data = prepare_data.open_data(folder, f'files:{corpus.source}')
+    ours = bench_mfu.Ours(s, train.model_config(s, data), data, 8, 'cpu', torch.float32, False)
+    for _ in range(train.Curriculum.AHEAD + 9):
+        ours.step()
+    assert ours.number == train.Curriculum.AHEAD + 8
+
+
 def test_the_rival_trains_and_is_evaluated_as_we_are(corpus, capsys, monkeypatch):
     def compile(*args, **kwargs):
         pytest.fail('compiled with --compile=off')
@@ -184,7 +196,9 @@ def compare(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_mfu.signal, 'signal', lambda *a: None)
     (tmp_path / 'base.py').write_text('learning_rate = 0.01\n')
     (tmp_path / 'fast.py').write_text('learning_rate = learning_rate * 2\nmlp_hidden = 512\n')
-    (tmp_path / 'broken.py').write_text('growth = [(0.3, dict(n_embd=96))]\n')
+    (tmp_path / 'broken.py').write_text("teacher = 'nowhere'\n")
+    (tmp_path / 'odd.py').write_text('growth = [(0.3, dict(n_embd=96))]\n')
+    (tmp_path / 'hard.py').write_text("curriculum = 'bigram'\n")
     make = bench_mfu.make
 
     def call(*args, really=True):
@@ -211,16 +225,22 @@ def test_ideas_are_compared_with_their_base(compare, tmp_path):
     best = ['base', 'fast'] if base['val_bpb'] < fast['val_bpb'] else ['fast', 'base']
     expected = [('1', best[0], '1'), ('2', best[1], '1'), ('-', 'broken', '0')]
     assert re.findall(r'^\| +(\d|-) \| +(\w+) \| +(\d) ', out, re.M) == expected
-    assert re.search(r'broken .* seed 1: exit code 2, train.py: growth has .*whole multiples', out)
+    assert re.search(r'broken .* seed 1: exit code 2, train.py: nowhere', out)
     assert '\nWithin noise: less than 2' in out and out.endswith((root / 'compare.md').read_text()) and re.search(r' fast .* within noise; \+\d+% parameters', out)
     row = next(row for row in json.loads((root / 'compare.json').read_text()) if row['name'] == 'fast')
     assert row['val_bpb'] == fast['val_bpb'] and row['tokens'] == 3 * 512 and row['active_params'] == fast['total_params']
     # finished runs stay, a failed one is tried again, more seeds take turns
     assert compare(*args, '--seeds=1', really=False)[1] == [('broken', 1)]
     assert compare(*args, '--idea_seeds=2', really=False)[1] == [
-        ('broken', 1), ('base', 2), ('broken', 2), ('fast', 2), ('base', 3)]
+        ('broken', 1), ('base', 2), ('broken', 2), ('base', 3), ('fast', 2)]
     with pytest.raises(UserError, match=r'base/seed1 holds .* other settings: learning_rate \(was 0.01, now 0.03\)'):
         compare(*args, '--learning_rate=0.03', really=False)
+
+
+def test_a_comparison_says_at_once_what_cannot_be_made(compare, tmp_path):
+    with pytest.raises(UserError, match=r"(?s)cannot be made:\n  odd: growth has .*whole multiples.*\n  hard: .*no measure 'bigram'"):
+        compare('base.py', 'odd.py', 'fast.py', 'hard.py', '--max_steps=3')
+    assert not list((tmp_path / 'out').rglob('log.txt'))
 
 
 def test_a_comparison_goes_on_where_it_was_stopped(compare, corpus, tmp_path):

@@ -132,7 +132,7 @@ def test_every_parameter_gets_a_gradient(options):
 
 @pytest.mark.parametrize('wrong', [
     dict(n_layer=0), dict(n_head=0), dict(n_embd=0), dict(block_size=0), dict(vocab_size=-1), dict(mlp='gelu'),
-    dict(n_kv_head=3), dict(n_embd=36, n_head=4), dict(head_dim=7), dict(value_embeds=4), dict(value_embeds=-1),
+    dict(n_kv_head=3), dict(n_embd=36, n_head=4), dict(n_embd=100, n_head=6), dict(head_dim=7), dict(value_embeds=4), dict(value_embeds=-1),
     dict(kv_latent=-1), dict(q_latent=8), dict(kv_latent=8), dict(kv_latent=8, rotary_dim=4, n_kv_head=2),
     dict(kv_latent=8, rotary_dim=4, value_embeds=1), dict(attn_tokens=8, kv_latent=8, rotary_dim=4),
     dict(attn_tokens=-1), dict(mlp_scale_tokens=-1), dict(token_norm='softmax')])

@@ -128,6 +128,7 @@ def test_words_for_other_mistakes(tmp_path):
     assert 'no_such.py' in mistakes('no_such.py')
     assert '--seed' in mistakes('--seed')
     assert "'0.1x'" in mistakes('--learning_rate=0.1x')
+    assert 'pacing_end is 0.875, it must be more than pacing_start, 0.9' in mistakes('--pacing_start=0.9')
     assert 'mine.py' in mistakes(config(tmp_path, b'\xff\xfe'.decode('latin1') + '\0'))
 
 
@@ -1116,6 +1117,16 @@ def test_a_run_with_a_curriculum_resumes(main, tmp_path, scored, monkeypatch):
     assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and len(losses(tmp_path / 'run')) == 32
     main(*scored, '--curriculum=', '--out_dir=plain')
     assert losses(tmp_path / 'plain') != losses(tmp_path / 'run')
+
+
+def test_a_run_that_read_the_text_in_another_order_is_not_resumed(main, tmp_path, monkeypatch):
+    in_two_parts(main, monkeypatch, 2)                     # leaves a finished run
+    (tmp_path / 'parts' / 'result.json').unlink()
+    state = weights(tmp_path / 'parts')
+    del state['order']
+    torch.save(state, tmp_path / 'parts' / 'ckpt.pt')
+    with pytest.raises(UserError, match='begun by an older train.py'):
+        main('--out_dir=parts', '--init_from=resume')
 
 
 def test_curricula_that_cannot_be(main, scored):
