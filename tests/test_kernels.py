@@ -1,7 +1,6 @@
 """model.py, part 3: every kernel against the same operation in float64, forward and backward, in Triton's interpreter where
 there is no GPU (so in fp32 and fp16: the interpreter gets bf16 wrong without saying so)."""
 import math
-import os
 import subprocess
 import sys
 

@@ -503,7 +503,7 @@ def test_further_tokens_are_predicted_within_their_document(options):
     """Against a loop over rows, positions and distances; a document's end, the next one's BOS, is still predicted."""
     model, idx = ahead(**options)
     targets = torch.cat([idx[:, 1:], torch.tensor([[5], [0], [7]])], 1)
-    x, cap, expected = model.trunk(idx), model.config.logit_softcap, model(idx, targets, ahead=0.0)
+    x, expected = model.trunk(idx), model(idx, targets, ahead=0.0)
     for k, further in enumerate(model.ahead, 1):
         each = []
         for row in range(3):

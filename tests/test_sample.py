@@ -10,7 +10,6 @@ import shutil
 import sys
 import tarfile
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
