@@ -442,6 +442,10 @@ def test_a_grown_model_computes_the_same(options, changes):
     with torch.no_grad():                                              # logits() gives fp32
         before, after = (x.lm_head(x.trunk(idx)) for x in (old, new))
     assert (after - before).abs().max() < 1e-10 and before.std() > 0.1
+    if 'n_embd' in changes:                                            # and again
+        twice = m.grow(new, m.grown_config(new.config, dict(n_embd=2 * new.config.n_embd)))[0]
+        with torch.no_grad():
+            assert (twice.lm_head(twice.trunk(idx)) - before).abs().max() < 1e-10
     silent = m.grow(old, new.config, math.inf)[0]
     assert ('n_embd' in changes) <= any((a != b).any() for a, b in zip(new.parameters(), silent.parameters()))
 
