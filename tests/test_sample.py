@@ -108,10 +108,10 @@ def test_a_prompt_longer_than_a_block(ask):
 
 @pytest.mark.parametrize('wrong', ['--samples=0', '--temperature=-1', '--temperature=nan', '--top_p=0', '--top_p=1.1',
                                    '--top_k=-1', '--max_new_tokens=0', '--file=no_such_file', '--device=cuda:99',
-                                   '--device=abacus'])
+                                   '--device=abacus', '--eval=all --stats'])
 def test_arguments_that_cannot_work(ask, wrong):
     with pytest.raises(UserError):
-        ask('Mia', wrong)
+        ask('Mia', *wrong.split())
 
 
 @pytest.mark.parametrize('wrong', ['--temperature=warm', '--nonsense', '--samples=1.5'])
