@@ -338,6 +338,7 @@ class Stream:
         return self.tokens[starts[doc] + position - places[doc]].astype(np.int64)
 
     def shuffled(self, number, rows):
+        """The order in which training reads the rows of an epoch."""
         return np.random.default_rng([self.seed, number * self.reshuffle, rows]).permutation(rows)
 
     def place(self, row, T):
