@@ -1962,6 +1962,7 @@ def test_a_method_trains_resumes_across_its_stages_and_samples(name, method, tmp
 @pytest.mark.parametrize('name', ['climb_objective', 'distillation', 'domains', 'dropout', 'experts', 'latent_attention', 'masked',
                                   'multi_token', 'syntactic_smoothing', 'tokenformer_grow'])
 def test_a_method_compiled_learns_as_it_does_not_compiled(name, method, tmp_path, handlers):
+    torch._dynamo.reset()                                     # of the method before: a run is a process of its own
     for compile in ('off', 'on'):
         train.main([*method(name), '--max_steps=5', f'--compile={compile}', f'--out_dir={tmp_path}/{compile}'])
     tolerance = 0.3 if name == 'dropout' else 1e-3            # other random numbers
