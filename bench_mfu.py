@@ -848,7 +848,7 @@ def compare_runs(argv, plan=planned, keep=keep_table):
                 train.growth_stages(run.s, train.model_config(run.s, data))
                 train.make_stream(run.s, data)
             except UserError as e:
-                wrong.append(f'{run.name}: {e}')
+                wrong += [f'{run.name}: {e}'] * (not run.result)
         train.refuse(wrong, '\n  '.join(['these runs cannot be made:', *dict.fromkeys(wrong)]))
         for run in [run for run in runs if not run.result]:
             print(f'{run.name}, seed {run.seed}: {run.folder / "log.txt"}', flush=True)

@@ -1230,7 +1230,7 @@ def main(argv):
     if not 0 < args.top_p <= 1:
         raise UserError(f'--top_p is {args.top_p}, it must be above 0 and at most 1')
     if args.eval and args.stats:
-        raise UserError('--stats is of what a prompt takes, and --eval continues none: leave one away')
+        raise UserError('--stats says what a prompt takes, and --eval reads none: leave one away')
     if grid(args.country) is None:
         raise UserError(f'--country is {args.country!r}, it must be one of {", ".join(GRID)}, or the '
                         f'grams of CO2e a kWh')
