@@ -15,7 +15,7 @@ V vocabulary.
 """
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -35,9 +35,9 @@ except ImportError:                     # then PyTorch does everything
 
 @dataclass
 class GPTConfig:
-    """What decides the shape and the arithmetic of a model; every field is also a setting of train.py."""
-    vocab_size: int = 8192      # 1..: V; train.py takes it from the data set
-    bos: int = 0                # id that begins every document, and so ends the one before; from the data set
+    """What decides the shape and the arithmetic of a model; a field with a default value is a setting of train.py."""
+    vocab_size: int = field(default=8192)   # V; these two are no settings, the data set decides them
+    bos: int = field(default=0)             # the id that begins every document, and so ends the one before
     block_size: int = 512       # 1..: T, the most tokens a query can look back over
     n_layer: int = 10           # 1..: layers
     n_head: int = 4             # 1..: query heads

@@ -327,7 +327,7 @@ class Ideas:
         source, line = inspection.getsourcelines(table)
         tree, file = ast.parse(''.join(source)), Path(inspection.getfile(table)).name
         for node in tree.body[0].body:
-            if isinstance(node, ast.AnnAssign):
+            if isinstance(node, ast.AnnAssign) and not isinstance(node.value, ast.Call):    # field(): no setting
                 self.declare(node, source, f'{file}:{line + node.lineno - 1}')
 
     def declare(self, node, lines, where):
