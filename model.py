@@ -235,7 +235,8 @@ class GPT(nn.Module):
         cos, sin = rotary_table(config.block_size, config.rotary_dim, config.rope_base)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
-        self.init_weights()
+        with torch.no_grad():
+            self.init_weights()
 
     def build(self, config):
         """Makes the parts; an idea adds its own after these."""
@@ -246,7 +247,6 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
 
-    @torch.no_grad()
     def init_weights(self):
         C = self.config.n_embd
         self.wte.weight.normal_(std=1.0)
