@@ -16,7 +16,6 @@ The text is read twice: once to check it, to find what validation holds and to s
 once to encode. Both passes stream, so memory does not grow with the corpus. Where text comes from and what
 becomes of it is decided by one class, Corpus, which files of config/ derive from.
 """
-import ast
 import base64
 import contextlib
 import difflib
@@ -65,21 +64,21 @@ class Options:
     dataset: str = ''             # a name that a file of config/ sets, or files:<path>
     tokenizer: str = 'bpe'        # bpe|bytes|gpt2
     vocab_size: int = 8192        # 2..1048576: ids in all, for bpe
-    val_fraction: float = 0.02    # 1e-12..0.999: documents held out, by hash, where there is no validation split
-    max_doc_bytes: int = 16384    # 256..1073741824: longer ones become passages, so that shuffling means something
-    min_doc_bytes: int = 1000     # 0..1073741824: paragraphs that are no documents are joined until they have so many
+    val_fraction: float = 0.02    # 1e-12..0.999: documents held out, by hash, where no file is for that
+    max_doc_bytes: int = 16384    # 256..1073741824: longer ones become passages, for shuffling's sake
+    min_doc_bytes: int = 1000     # 0..1073741824: paragraphs that are no documents are joined up to so many
     text_field: str = ''          # the field of .jsonl and .parquet rows; without it text, else story
     data_seed: int = 1337         # of text that is generated
     tokenizer_from: str = ''      # a prepared data set or a run whose tokenizer to use
-    gpt2_dir: str = ''            # where vocab.bpe and encoder.json lie; else <data_dir>/gpt2, else the network
+    gpt2_dir: str = ''            # where vocab.bpe and encoder.json lie; else data/gpt2, else the network
     base_url: str = ''            # a mirror in the place of https://huggingface.co/datasets
     data_dir: str = 'data'        # where data sets lie
     overwrite: bool = False       # replace the folder if it exists
     inspect: bool = False         # print a page about the data set as it was prepared
 
 
-OPTIONS = [f.name for f in fields(Options)]
-CONTENT = OPTIONS[OPTIONS.index('tokenizer'):OPTIONS.index('tokenizer_from')]    # in meta.json and its fingerprint
+CONTENT = [f.name for f in fields(Options)]
+CONTENT = CONTENT[CONTENT.index('tokenizer'):CONTENT.index('tokenizer_from')]
 
 
 class UserError(Exception):
@@ -283,7 +282,7 @@ def find_parts(root):
     found = {name: SPLIT_NAME.fullmatch(name) for name in names if not re.search(r'(^|/)\.', name)}
     if not any(m and m[2] == 'train' for m in found.values()):
         if len(found) > 1000:                    # too many to be sources: their folders are
-            return [Part(root / name, name, '', (['text'] + name.split('/'))['/' in name]) for name in found], []
+            return [Part(root / n, n, '', (['text'] + n.split('/'))['/' in n]) for n in found], []
         return once(Part(root / name, name, '', stem(name)) for name in found), []
     has_val = any(m and m[2] not in ('train', 'test') for m in found.values())
     split_of = {'train': 'train' if has_val else '', 'test': 'test'}
@@ -330,8 +329,9 @@ def data_name(dataset, known):
     if dataset not in known:
         near = difflib.get_close_matches(dataset, known, 1)
         what = f'there is no data set {dataset!r}' if dataset else 'no data set is named'
-        raise UserError(f'{what}{f", did you mean {near[0]}" if near else ""}: name one\'s file, such as '
-                        f'config/quickstart.py, or {", ".join(f"--dataset={name}" for name in [*known, "files:<path>"])}')
+        choices = ', '.join(f'--dataset={name}' for name in [*known, 'files:<path>'])
+        raise UserError(f'{what}{f", did you mean {near[0]}" if near else ""}: name the file of one, such as '
+                        f'config/quickstart.py, or {choices}')
     return dataset
 
 
@@ -353,8 +353,6 @@ def fetch(entry, raw, base_url):
         if name not in present:
             url = f'{base_url or HUGGING_FACE}/{entry["repo"]}/resolve/main/{path}'
             download(url, raw / name, entry.get('sha256', {}).get(name))
-
-
 
 
 def download(url, path, sha256=None):
@@ -421,8 +419,7 @@ BOUNDARY = {                 # what parts the documents of a file: the first tha
 }
 BLANK_START = re.compile(rb'(?:[ \t\r]*\n)*')
 KINDS = {                    # by a source's name, else by what most of its lines begin with
-    'code': (r'(^|[\W_])code',
-             rb'.*[][{}=]|\s*(?:#|//|def |class |import |return |else)'),
+    'code': (r'(^|[\W_])code', rb'.*[][{}=]|\s*(?:#|//|def |class |import |return |else)'),
     'dialogue': ('childes|switchboard|dialog|bnc|subtitle|qed|plays', rb'- |\*?\w{1,12}:[\t ]'),
     'web': ('web|crawl|html', rb'(?!)'),
     'prose': ('', rb'')}
@@ -444,9 +441,9 @@ def layout(part, head, corpus):
     if pieces and part.kind == 'code':
         part.way = 'whole'                       # a file is a document
     elif part.way == 'lines' or pieces and not (whole or ARTICLES.search(part.source)):
-        pattern = BOUNDARY['blank'] if pieces else re.compile(b'\n')
+        pattern, least = BOUNDARY['blank'] if pieces else re.compile(b'\n'), corpus.s.min_doc_bytes
         part.way += ', joined'
-        return SimpleNamespace(split=functools.partial(split_joined, pattern=pattern, least=corpus.s.min_doc_bytes))
+        return SimpleNamespace(split=functools.partial(split_joined, pattern=pattern, least=least))
     return BOUNDARY[part.way]
 
 
@@ -602,12 +599,13 @@ class Corpus:
         self.s, self.examples, self.text_field = s, {}, s.text_field
         self.name = data_name(s.dataset, self.known())
         self.entry = self.known().get(s.dataset, {})
-        self.root, self.folder = source_root(s.dataset, s.data_dir), self.folder_for(s.tokenizer, s.vocab_size)
+        self.root = source_root(s.dataset, s.data_dir)
+        self.folder = self.folder_for(s.tokenizer, s.vocab_size)
 
     @classmethod
     def known(cls):
         """{name: entry} of all data sets that the classes of this one bring."""
-        return {name: entry for base in cls.__mro__[::-1] for name, entry in vars(base).get('sets', {}).items()}
+        return {name: entry for c in cls.__mro__[::-1] for name, entry in vars(c).get('sets', {}).items()}
 
     def folder_for(self, tokenizer, vocab_size):
         """Where the data set prepared with this tokenizer lies."""
@@ -651,9 +649,9 @@ class Corpus:
         if self.s.tokenizer_from:
             given = load_tokenizer(self.s.tokenizer_from)
             if self.folder_for(given.kind, given.vocab_size) != self.folder:
-                raise UserError(f'{self.s.tokenizer_from} has a {given.kind} tokenizer of {given.vocab_size:,} '
-                                f'ids, {self.folder} is to have another: give the same --tokenizer and '
-                                f'--vocab_size')
+                raise UserError(f'{self.s.tokenizer_from} has a {given.kind} tokenizer of '
+                                f'{given.vocab_size:,} ids, {self.folder} is to have another: give the same '
+                                f'--tokenizer and --vocab_size')
         with whole_or_nothing(self.folder) as temp:
             self.check()
             fill(self, temp)
@@ -684,7 +682,7 @@ class Corpus:
     # Documents
 
     def kind_of(self, part, lines):
-        """What a file is written like: code, dialogue, web or prose; lines: those that are not blank, of its head."""
+        """What a file is written like, one of KINDS; lines: those of its head that are not blank."""
         return next(kind for kind, (name, line) in KINDS.items() if re.search(name, part.source)
                     or sum(map(bool, map(re.compile(line).match, lines))) > 0.5 * len(lines))
 
@@ -704,10 +702,10 @@ class Corpus:
         """Shown each document that pass 1 keeps, in order, and whether it is held out."""
 
     def decide(self, found, kept):
-        """After pass 1, may drop more of the documents that were met, by found.drop_if; kept: their numbers."""
+        """After pass 1: may drop more of those that were met, by found.drop_if; kept: their numbers."""
 
     def note(self, report, reason, text, new=''):
-        """Counts a document and keeps a piece of three: of its beginning, or of where the new text differs."""
+        """Counts a document, keeps a piece of three: of its beginning, or of where the new text differs."""
         report[reason] += 1
         kept = self.examples.setdefault(reason, [])
         if len(kept) < 3:
@@ -718,7 +716,7 @@ class Corpus:
     # What is kept
 
     def tokenizer(self, texts):
-        """That of tokenizer_from, from which a run's weights can go on, else learned from the texts, or fixed."""
+        """That of tokenizer_from, so that a run's weights fit it; else learned from the texts, or fixed."""
         if self.s.tokenizer_from:
             return load_tokenizer(self.s.tokenizer_from)
         if self.s.tokenizer == 'bpe':
@@ -742,13 +740,30 @@ class Corpus:
 
     def summary(self, data):
         """Lines about a prepared data set."""
-        return summary(data)
+        meta = data.meta
+        lines = [f'{"split":6}{"source":24}{"documents":>11}{"words":>13}{"tokens":>13}{"bytes/token":>13}']
+        for split, s in meta['splits'].items():
+            for name, n in [*s['sources'].items(), *[('all', s)] * (len(s['sources']) > 1)]:
+                lines.append(f'{split:6}{name[:23]:24}{n["documents"]:11,}{n["words"]:13,}{n["tokens"]:13,}'
+                             f'{n["bytes"] / n["tokens"]:13.3f}')
+        for what, count in meta['report'].items():
+            by = [f'{name} {n[what]:,}' for name, n in meta['cleaning']['by_source'].items() if n.get(what)]
+            by = f' ({", ".join(by)})' * (len(meta['sources']) > 1 and bool(by))
+            lines.append(f'{count:,} {what}{by}')
+        if meta['ignored']:
+            lines.append(f'left out, no split stands in their names: {", ".join(meta["ignored"])}')
+        words, seconds = sum(s['words'] for s in meta['splits'].values()), max(meta['seconds'], 0.1)
+        lines.append(f'licence: {meta["licence"]}')
+        lines.append(f'{meta["vocab_size"]:,} ids ({meta["tokenizer"]}); {words:,} words in {seconds:.1f} s, '
+                     f'{words / seconds:,.0f} words/s; {data.folder}')
+        return lines
 
     # Looking at it
 
     def line(self, data, i):
         """A training document on a line of the page."""
-        return f'{data.meta["sources"][data.docs["train"]["source"][i]][:14]:15}{shown(next(data.texts("train", [i])))}'
+        source = data.meta['sources'][data.docs['train']['source'][i]]
+        return f'{source[:14]:15}{shown(next(data.texts("train", [i])))}'
 
     def examples(self, data, sample):
         """Lines with documents; sample: numbers of some training documents."""
@@ -757,7 +772,7 @@ class Corpus:
     def repeats(self, data):
         """Lines about training documents that are like others."""
         bounds, tokens = data.bounds('train'), data.tokens['train'].view(np.ndarray)
-        hashes = [hash(tokens[a:b].tobytes()) for a, b in itertools.pairwise(bounds[:1_000_001])]    # the first
+        hashes = [hash(tokens[a:b].tobytes()) for a, b in itertools.pairwise(bounds[:1_000_001])]
         return [f'\n{len(hashes) - len(set(hashes)):,} of {len(hashes):,} training documents repeat another']
 
     def inspect(self):
@@ -777,19 +792,17 @@ def key_of(doc):
 
 class Found:
     """What pass 1 learns. held: keys of validation and test; sample: key -> (rank, text) of training; below:
-    where hashes decide, validation has the lower keys, which are in hashed; drop: a byte a document, why it is
-    dropped, a place in reasons, the first of which is not at all."""
+    where hashes decide, validation has the lower keys, which are in hashed; drop: a byte a document, why it
+    goes, a number of `reasons`, 0 if it stays."""
 
     def __init__(self, val_fraction):
         self.held, self.hashed, self.sample, self.bytes, self.documents = set(), set(), {}, 0, 0
-        self.reasons, self.drop = [''], bytearray()
+        self.reasons, self.drop = {'': 0}, bytearray()
         self.below, self.lowest = int(val_fraction * 2**64), 2**64
         self.ceiling, self.size = 2**64, 0
 
     def number(self, reason):
-        if reason not in self.reasons:
-            self.reasons.append(reason)
-        return self.reasons.index(reason)
+        return self.reasons.setdefault(reason, len(self.reasons))
 
     def drop_if(self, numbers, reason):
         """Drops the documents of these numbers; those that are dropped already keep their reason."""
@@ -900,7 +913,7 @@ def encode(corpus, parts, found, tokenizer, folder, names, bar):
                 continue
             split = part.split or ('val' if key < found.below else 'train')
             if split == 'train' and found.drop[number]:
-                corpus.note(report, found.reasons[found.drop[number]], text)
+                corpus.note(report, [*found.reasons][found.drop[number]], text)
                 continue
             digest.update(f'{split} {source} {len(doc)} '.encode() + doc)
             if split not in writers:
@@ -1004,26 +1017,6 @@ def fill(corpus, temp):
 
 def stamp(parts):
     return sorted([part.name, part.path.stat().st_size] for part in parts)
-
-
-def summary(data):
-    """Lines about a prepared data set."""
-    meta = data.meta
-    lines = [f'{"split":6}{"source":24}{"documents":>11}{"words":>13}{"tokens":>13}{"bytes/token":>13}']
-    for split, s in meta['splits'].items():
-        for name, n in [*s['sources'].items(), *[('all', s)] * (len(s['sources']) > 1)]:
-            lines.append(f'{split:6}{name[:23]:24}{n["documents"]:11,}{n["words"]:13,}{n["tokens"]:13,}'
-                         f'{n["bytes"] / n["tokens"]:13.3f}')
-    for what, count in meta['report'].items():
-        by = [f'{name} {n[what]:,}' for name, n in meta['cleaning']['by_source'].items() if n.get(what)]
-        lines.append(f'{count:,} {what}' + f' ({", ".join(by)})' * (len(meta['sources']) > 1 and bool(by)))
-    if meta['ignored']:
-        lines.append(f'left out, no split stands in their names: {", ".join(meta["ignored"])}')
-    words, seconds = sum(s['words'] for s in meta['splits'].values()), max(meta['seconds'], 0.1)
-    lines.append(f'licence: {meta["licence"]}')
-    lines.append(f'{meta["vocab_size"]:,} ids ({meta["tokenizer"]}); {words:,} words in {seconds:.1f} s, '
-                 f'{words / seconds:,.0f} words/s; {data.folder}')
-    return lines
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1141,8 +1134,8 @@ def shown(text, limit=88):
 def histogram(lengths):
     """Lines: how many documents have how many tokens, by powers of two."""
     counts = np.bincount(np.log2(lengths).astype(int))
-    return [f'{2**power:9,} to {2**(power + 1) - 1:7,}{counts[power]:9,} {"#" * round(50 * counts[power] / counts.max())}'
-            for power in range((counts > 0).argmax(), len(counts))]
+    return [f'{2**i:9,} to {2**(i + 1) - 1:7,}{counts[i]:9,} {"#" * round(50 * counts[i] / counts.max())}'
+            for i in range((counts > 0).argmax(), len(counts))]
 
 
 def marked(data, ids):
@@ -1159,7 +1152,8 @@ def page(corpus, data):
     sample = np.random.default_rng(corpus.s.data_seed).permutation(len(bounds) - 1)[:2000]
     print(*corpus.summary(data), '\n\ntokens a document, training', *histogram(np.diff(bounds)),
           *corpus.examples(data, sample), sep='\n')
-    words = Counter(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", ' '.join(data.texts('train', sample)).lower()))
+    text = ' '.join(data.texts('train', sample)).lower()
+    words = Counter(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text))
     print('\nmost frequent words, per thousand')
     print(*(f'{word} {1000 * n / words.total():.0f}' for word, n in words.most_common(24)), sep=', ')
     print(*corpus.repeats(data), sep='\n')
@@ -1168,6 +1162,9 @@ def page(corpus, data):
 
 
 # ---- configs and ideas (stand-in)
+
+import ast
+
 
 class Ideas:
     """Enough of the loader to test with: configs, --name=value, ranges and choices, stacks of classes."""
@@ -1237,19 +1234,16 @@ class Ideas:
 # Command line
 
 def usage(corpus):
-    """What --help prints; the data sets of the files that are named beside it."""
-    print(__doc__, '\nsettings, as --name=value')
-    source = Path(__file__).read_text(encoding='utf-8')
-    print(*re.findall(r'^    \w+: (?:str|int|float|bool) = .*', source, re.M), sep='\n')
-    print('\nfiles of config/ that bring text, or change it; with --help they say what data sets they have')
+    """Prints what there is: settings, files of config/ with a Corpus, data sets of those that are named."""
+    own = Path(__file__).read_text(encoding='utf-8')
+    print(__doc__, own[own.index('    dataset:'):own.index('CONTENT =')].rstrip(), '', sep='\n')
     for path in sorted((Path(__file__).parent / 'config').glob('*.py')):
-        tree = ast.parse(path.read_text(encoding='utf-8'))       # parsed, not executed
-        if 'Corpus' in [getattr(node, 'name', '') for top in tree.body for node in (top, *getattr(top, 'names', ()))]:
-            print(f'  {path.name:24}{(ast.get_docstring(tree) or "").partition(chr(10))[0]}')
+        text = path.read_text(encoding='utf-8')                  # not executed
+        if re.search(r'^(class|from .* import) Corpus\b', text, re.M):
+            print(f'  config/{path.name:24}{text.strip(chr(34)).split(chr(10))[0].rstrip(chr(34))}')
+    print('\n  --dataset=files:<path>      a text file or a folder; <source>.train, .dev, .test keep their splits')
     for name, entry in corpus.known().items():
-        print(f'\n  --dataset={name:18}{entry["about"]}\n{"":30}about {entry["mb"]:,} MB; {entry["licence"]}')
-    print('\n  --dataset=files:<path>      a text file or a folder of them; <source>.train, <source>.dev and '
-          '<source>.test keep\n                              their splits')
+        print(f'  --dataset={name:18}{entry["about"]}\n{"":30}about {entry["mb"]:,} MB; {entry["licence"]}')
 
 
 def main(argv):

@@ -3,9 +3,9 @@
     python train.py config/babylm.py config/arithmetic.py --weights=brackets:0.5
     python train.py config/babylm.py config/arithmetic.py --add=arithmetic,brackets,python
 
-Each is a source of its own, of which --weights says how often an epoch reads it; none is in validation. Words of
-Dyck-3 have a nesting that passes on to language (Hu 2025, 2502.19249); sums are true by construction. Expected:
-little or nothing in bits per byte of the other text, at the price of what the added text costs.
+Each is a source of its own, of which --weights says how often an epoch reads it; none is in validation. Words
+of Dyck-3 have a nesting that passes on to language (Hu 2025, 2502.19249); sums are true by construction.
+Expected: little or nothing in bits per byte of the other text, at the price of what the added text costs.
 """
 import random
 
@@ -20,14 +20,16 @@ class Corpus(PythonCorpus):
 
     @property
     def added(self):
-        return list(dict.fromkeys(name.strip() for name in self.s.add.split(','))) if self.s.add else []
+        return list(dict.fromkeys(name.strip() for name in self.s.add.split(',') if self.s.add))
 
     @property
     def licence(self):
-        return '; '.join([super().licence] + [PythonCorpus.sets['python']['licence']] * ('python' in self.added))
+        code = PythonCorpus.sets['python']['licence']
+        return f'{super().licence}; {code}' if 'python' in self.added else super().licence
 
     def changes(self):
-        return super().changes() | dict(add=self.s.add, add_documents=self.s.add_documents)
+        count = dict(add_documents=self.s.add_documents) if self.added else {}
+        return super().changes() | dict(add=self.s.add) | count
 
     def check(self):
         super().check()
@@ -37,7 +39,8 @@ class Corpus(PythonCorpus):
     def parts(self, root, temp, report):
         parts, ignored = super().parts(root, temp, report)
         if both := {part.source for part in parts} & {*self.added}:
-            raise UserError(f'add names {", ".join(both)}, a source of {self.s.dataset} already: leave it out')
+            raise UserError(f'add names {", ".join(both)}, a source of {self.s.dataset} already: leave it '
+                            f'out')
         for name in self.added:
             if name == 'python':
                 code = source_root(name, self.s.data_dir)

@@ -1,4 +1,4 @@
-"""Cleans text: mends its letters, takes out what is no prose, leaves out what is in another language or repeats.
+"""Cleans text: mends letters, takes out what is no prose, drops what is in another language or repeats.
 
     python prepare_data.py config/babylm.py config/clean.py
     python train.py config/babylm.py config/clean.py --clean=unicode,boilerplate
@@ -10,11 +10,11 @@ The first three steps change the text of every split, the last two drop training
     speakers      `*MOT:` and dashes before the turns of a dialogue
     language      naive Bayes over hashed strings of one to four bytes, learned from Python's library, config/
                   stories*.txt and the text at hand; what a source has most of is kept, or --languages
-    repetition    what Gopher's rules (Rae 2021, 2112.11446) measure. Their limits are the web's, and would delete
-                  code, and dialogue, where short lines come again and again: each kind of text has its own
+    repetition    what Gopher's rules (Rae 2021, 2112.11446) measure; but their limits are the web's and would
+                  delete dialogue, where short lines come again and again: each kind of text has its own
 
-Bits per byte of cleaned text are of another text: compare runs on the same. What was dropped and why stands in
-meta.json, with pieces of it.
+Bits per byte of cleaned text are of another text: compare runs on the same. What was dropped and why stands
+in meta.json, with pieces of it.
 """
 import html
 import itertools
@@ -29,15 +29,14 @@ import numpy as np
 import prepare_data
 from prepare_data import NO_BAR, UserError
 
-clean: str = 'all'           # steps with commas between: unicode,boilerplate,speakers,language,repetition; or all
-languages: str = ''          # that the step language keeps, of en,sv,code; without it what a source has most of
+clean: str = 'all'           # steps with commas between; or all
+languages: str = ''          # that the step language keeps, of en,sv,code; without it a source's commonest
 
 STEPS = ('unicode', 'boilerplate', 'speakers', 'language', 'repetition')
 LANGUAGES = ('en', 'sv', 'code')
 
 
 class Corpus(prepare_data.Corpus):
-
     def __init__(self, s):
         super().__init__(s)
         self.steps = set(STEPS) if s.clean == 'all' else set(re.findall(r'[^,\s]+', s.clean))
@@ -49,8 +48,8 @@ class Corpus(prepare_data.Corpus):
     def check(self):
         super().check()
         if wrong := self.steps - set(STEPS) or set(re.findall(r'[^,\s]+', self.s.languages)) - set(LANGUAGES):
-            raise UserError(f'{min(wrong)!r} is no step of clean and no language: choose {", ".join(STEPS)} or all, '
-                            f'and {", ".join(LANGUAGES)}')
+            raise UserError(f'{min(wrong)!r} is no step of clean and no language: choose {", ".join(STEPS)} '
+                            f'or all, and {", ".join(LANGUAGES)}')
         if self.s.languages and 'language' not in self.steps:
             raise UserError(f'languages is {self.s.languages!r}, and clean has no step language: add it')
 
@@ -67,13 +66,13 @@ class Corpus(prepare_data.Corpus):
                     self.note(report, f'documents changed, {step}', text, new)
                     report[f'characters fewer, {step}'] += len(text) - len(new)
                     text = re.sub('\n{3,}', '\n\n', new.strip('\n'))
-            if text.strip():
+            if text.strip() or not self.steps:
                 yield doc if text is whole else text.encode(), text
-            elif self.steps:
+            else:
                 report['documents dropped, nothing left of them'] += 1
 
     def learn(self, parts):
-        """Learns languages from the seeds, then once more with what it is sure of in the heads of the files."""
+        """Languages: from the seeds, then once more with what is sure in the heads of the files."""
         super().learn(parts)
         if 'language' not in self.steps:
             return
@@ -107,8 +106,8 @@ class Corpus(prepare_data.Corpus):
 
     def record(self, meta):
         super().record(meta)
-        meta['cleaning'] |= dict(languages=self.languages or None,
-                                 thresholds=dict(margin=MARGIN, least=LEAST, repetition=LIMITS))
+        meta['cleaning']['languages'] = self.languages or None
+        meta['cleaning'].setdefault('thresholds', {}).update(margin=MARGIN, least=LEAST, repetition=LIMITS)
 
 
 NEXT = '[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]'      # bytes 0x80 to 0xbf, read as latin-1 or cp1252
@@ -169,8 +168,8 @@ def mend_unicode(text, kind):
 
     for _ in range(0 if text.isascii() else 3):  # it may have happened more than once
         text = MOJIBAKE.sub(mend, text)
-    text = ODD.sub(lambda odd: '\n' if odd[0] in ENDS else ' ' if odd[0].isspace() else '',
-                   text.replace('\r\n', '\n'))
+    text = text.replace('\r\n', '\n')
+    text = ODD.sub(lambda odd: '\n' if odd[0] in ENDS else ' ' if odd[0].isspace() else '', text)
     return unicodedata.normalize('NFC', text)
 
 
@@ -224,9 +223,6 @@ def log_probabilities(counts):
     shared, p = np.maximum(PRIOR / (n + PRIOR), 0.1), counts / n
     return np.log((1 - shared) * p + shared * (0.99 * p.mean(0) + 0.01 / GRAM_SLOTS)).astype(np.float32)
 
-
-# Repetition: what Gopher's rules (Rae 2021, 2112.11446) measure. Their limits are the web's, and would delete
-# code, and dialogue, where short lines come again and again
 
 LIMITS = {                   # share of letters in repeated lines, in the commonest 2, 3, 4 words in a row;
     'web': (0.2, 0.2, 0.18, 0.16, 0.1, 0.8, 3, 10),      # symbols a word; words with letters; mean length

@@ -2,8 +2,8 @@
 
     python prepare_data.py config/babylm.py config/compare_tokenizers.py --compare_tokenizers=2048,8192
 
-Bytes a token, the share of a model's parameters that its table of embeddings would have, and the speed of encoding;
-BPE and unigram (Kudo 2018, 1804.10959) of each size, single bytes, GPT-2's.
+Bytes a token, the share of a model's parameters that its table of embeddings would have, and the speed of
+encoding; BPE and unigram (Kudo 2018, 1804.10959) of each size, single bytes, GPT-2's.
 """
 import functools
 import heapq
@@ -14,8 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import prepare_data
-from prepare_data import (NO_BAR, THREADS, BPETokenizer, ByteTokenizer, GPT2Tokenizer, UserError, check_text, key_of,
-                          scan)
+from prepare_data import NO_BAR, THREADS, BPETokenizer, ByteTokenizer, GPT2Tokenizer, UserError, key_of, scan
 
 compare_tokenizers: str = '2048,4096,8192,16384'     # sizes of vocabularies, with commas between
 width: int = 320                                     # 1..: of the model whose share of embeddings is shown
@@ -47,7 +46,7 @@ class Corpus(prepare_data.Corpus):
         texts, n_bytes = [text for _, text in found.sample.values()], sum(len(text.encode()) for text in held)
         makers = [(f'{kind} {int(size):,}', functools.partial(BPETokenizer.train, texts, int(size), kind))
                   for kind in ('bpe', 'unigram') for size in re.findall(r'[1-9]\d*', sizes)]
-        makers += [('bytes', ByteTokenizer), ('gpt2', functools.partial(GPT2Tokenizer.find, self.gpt2_folders))]
+        makers += [('bytes', ByteTokenizer), ('gpt2', lambda: GPT2Tokenizer.find(self.gpt2_folders))]
         print(f'{"tokenizer":17}{"bytes/token":>12}{"embeddings":>12}{"MB/s":>8}')
         for name, make in makers:
             try:
@@ -60,5 +59,6 @@ class Corpus(prepare_data.Corpus):
             speed, table = n_bytes / 1e6 / (time.perf_counter() - t0), tokenizer.vocab_size * width
             share = table / (table + LAYERS * 12 * width**2)
             print(f'{name:17}{n_bytes / tokens:12.3f}{share:12.1%}{speed:8.1f}', flush=True)
-        print(f'{len(held):,} held-out documents, {n_bytes / 1e6:.1f} MB; BOS not counted; threads: {THREADS}\n'
-              f'embeddings, of all parameters: V C / (V C + {LAYERS} x 12 C^2), tied head, width C = {width}')
+        print(f'{len(held):,} held-out documents, {n_bytes / 1e6:.1f} MB; BOS not counted; '
+              f'threads: {THREADS}')
+        print(f'embeddings, of all parameters: V C / (V C + {LAYERS} x 12 C^2), tied head, width C = {width}')

@@ -3,9 +3,9 @@
     python prepare_data.py config/babylm.py config/dedup.py
     python train.py config/babylm.py config/clean.py config/dedup.py
 
-As FineWeb does it (Penedo 2024, 2406.17557): of pairs that share 70, 75, 80, 85 % of their five words in a row, 56,
-77, 92, 98.8 % are found. What is near a held-out document goes, then what is near an earlier one; held-out
-documents stay. Identical ones to held-out documents always go, without this file too.
+As FineWeb does it (Penedo 2024, 2406.17557): of pairs that share 70, 75, 80, 85 % of their five words in a
+row, 56, 77, 92, 98.8 % are found. What is near a held-out document goes, then what is near an earlier one;
+held-out documents stay. Identical ones to held-out documents always go, without this file too.
 """
 import zlib
 

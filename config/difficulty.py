@@ -1,12 +1,13 @@
 """Difficulty: numbers that say how hard a document is, for a curriculum to follow. Higher is harder.
 
-    python prepare_data.py config/babylm.py config/difficulty.py              all but the loss, and how they agree
+    python prepare_data.py config/babylm.py config/difficulty.py          all but the loss, how they agree
     python prepare_data.py config/babylm.py config/difficulty.py --score_with=out/quickstart
 
 They are made from the prepared bins when something first asks for them, and kept in the data's folder as
-<split>.scores.npy, a row a document and a field a measure. Named to prepare_data.py, this file makes all of them,
-prints their rank correlations and, with --inspect, shows the easiest and hardest documents. CLIMB ordered sources
-by hand (Diehl Martinez 2023, 2311.08886); what a curriculum by them does stands in config/climb_data.py.
+<split>.scores.npy, a row a document and a field a measure. Named to prepare_data.py, this file makes all of
+them, prints their rank correlations and, with --inspect, shows the easiest and hardest documents. CLIMB
+ordered sources by hand (Diehl Martinez 2023, 2311.08886); what a curriculum by them does stands in
+config/climb_data.py.
 """
 import itertools
 import math
@@ -49,7 +50,8 @@ class Corpus(prepare_data.Corpus):
 
     def check(self):
         super().check()
-        known = [*MEASURES, *['quality'] * bool(getattr(self.s, 'good', '')), *['loss'] * bool(self.s.score_with)]
+        known = [*MEASURES, *['quality'] * bool(getattr(self.s, 'good', ''))]
+        known += ['loss'] * bool(self.s.score_with)
         if self.chosen not in known:
             raise UserError(f'difficulty is {self.s.difficulty!r}: choose {", ".join(known)}')
         if self.s.score_with:
@@ -78,7 +80,7 @@ class Corpus(prepare_data.Corpus):
         docs = data.docs['train']                # that may have been prepared without this file
         docs['difficulty'] = scores(data, 'train', self.chosen, self.s.score_with)
         order = docs['difficulty'].argsort(kind='stable')
-        order = order[np.diff(data.bounds('train'))[order] >= 32]      # a rare word alone makes a short one hard
+        order = order[np.diff(data.bounds('train'))[order] >= 32]      # a rare word makes a short one hard
         return super().examples(data, sample) + [
             f'\neasiest and hardest of 32 tokens or more, by {self.chosen}',
             *(self.line(data, i) for i in (*order[:3], *order[-3:]))]
@@ -114,8 +116,7 @@ def scores(data, split, name, score_with=''):
         made = {split: dict(zip(('unigram', 'bigram'), bits)) for split, bits in surprisal(data).items()}
     else:
         raise UserError(f'{data.folder} has no measure {name!r} of its documents: choose one of '
-                        f'{", ".join(MEASURES)}; loss with --score_with=<run>; or quality, which config/quality.py '
-                        f'makes')
+                        f'{", ".join(MEASURES)}; loss with --score_with=<run>; quality, by config/quality.py')
     for each, columns in made.items():
         keep(data, each, **columns)
     return made[split][name].astype(np.float32)
@@ -216,7 +217,8 @@ def document_loss(data, model, own, batch=256):
     import sample
     from tqdm import tqdm
     out = {}
-    with tqdm(desc='scoring', total=sum(map(len, data.docs.values())), unit=' documents', disable=None) as bar:
+    n = sum(map(len, data.docs.values()))
+    with tqdm(desc='scoring', total=n, unit=' documents', disable=None) as bar:
         for split, docs in data.docs.items():
             texts, nats = data.texts(split), {}
             for first in range(0, len(docs), batch):

@@ -1,9 +1,9 @@
 """Python in thirty minutes on one RTX 4090: the shape of babylm.py on the library of the Python that runs it,
-which is real code and on every machine, or on the .py files in data/raw/python. A file is a document,
-longer ones are cut at blank lines. What it does on a CPU stands in RESULTS.md.
+which is real code and on every machine, or on the .py files in data/raw/python. A file is a document, longer
+ones are cut at blank lines. What it does on a CPU stands in RESULTS.md.
 
     python train.py config/python.py
-    python prepare_data.py config/python.py --dataset=files:src        a folder of your own, or a clone of a project
+    python prepare_data.py config/python.py --dataset=files:src        your own, or a clone of a project
 """
 import itertools
 import json
@@ -52,7 +52,7 @@ class Corpus(prepare_data.Corpus):
         return 'code' if NAMED.search(part.source) else super().kind_of(part, lines)
 
     def programs(self, folder, root, report, most=None):
-        """(name, text) of a folder's code, or of Python's own library, `most` at most; `folder` is for scratch."""
+        """(name, text) of a folder's code, or of Python's own library. `folder` is for scratch."""
         root = root if root.exists() else Path(sysconfig.get_paths()['stdlib'])
         return itertools.islice(python_documents(root, report), most)
 

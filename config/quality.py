@@ -2,10 +2,10 @@
 
     python prepare_data.py config/babylm.py config/quality.py --good=good.txt --bad=bad.txt --min_quality=0.2
 
-phi-1's idea (Gunasekar 2023, 2306.11644), here by logistic regression on words and pairs of words. The mark, the
-probability of being like the good, is a measure called `quality` of config/difficulty.py, so that a curriculum can
-follow it. How often the classifier is right about examples that it did not learn from is said. Expected: as good
-as the examples; a few hundred of each at least.
+phi-1's idea (Gunasekar 2023, 2306.11644), here by logistic regression on words and pairs of words. The mark,
+the probability of being like the good, is a measure called `quality` of config/difficulty.py, so that a
+curriculum can follow it. How often the classifier is right about examples that it did not learn from is said.
+Expected: as good as the examples; a few hundred of each at least.
 """
 import re
 import zlib
@@ -36,7 +36,7 @@ class Corpus(prepare_data.Corpus):
         super().check()
         files = [self.s.good, self.s.bad]
         if not all(files):
-            raise UserError(f'good is {self.s.good!r}, bad {self.s.bad!r}: give both files, --good=... --bad=...')
+            raise UserError(f'good is {self.s.good!r}, bad {self.s.bad!r}: give both files')
         self.weights, self.fit = fit_quality(*(set(texts_of(name, self.s)) for name in files))
         self.inputs = [sha256_of(name) for name in files]
 
@@ -62,8 +62,8 @@ class Corpus(prepare_data.Corpus):
     def summary(self, data):
         lines = super().summary(data)
         if q := data.meta.get('quality'):
-            lines.append(f'quality: learned from {q["documents"]:,} examples, right about {q["accuracy"]:.1%} of '
-                         f'{q["held_out"]:,} others, both sides counting alike')
+            lines.append(f'quality: learned from {q["documents"]:,} examples, right about '
+                         f'{q["accuracy"]:.1%} of {q["held_out"]:,} others, both sides counting alike')
         return lines
 
 

@@ -3,9 +3,9 @@
     python prepare_data.py config/python.py config/secure.py
     python prepare_data.py config/babylm.py config/arithmetic.py config/secure.py --add=python
 
-A model of code writes what it read (Pearce 2022, 2108.09293, on Copilot). Takes bandit (pip install bandit), run
-once over all files, which do not run. Expected: fewer flagged programs, at the price of a little text. What was
-dropped stands in meta.json (`flagged`) and in the summary.
+A model of code writes what it read (Pearce 2022, 2108.09293, on Copilot). Takes bandit (pip install bandit),
+run once over all files, which do not run. Expected: fewer flagged programs, at the price of a little text.
+What was dropped stands in meta.json (`flagged`) and in the summary.
 """
 import json
 import subprocess
@@ -31,8 +31,8 @@ class Corpus(PythonCorpus):
     def check(self):
         super().check()
         if self.s.secure and not self.is_code() and 'python' not in getattr(self, 'added', ()):
-            raise UserError(f'secure is for Python files, {self.s.dataset} has none: leave it out, or --add=python of '
-                            f'config/arithmetic.py')
+            raise UserError(f'secure is for Python files, {self.s.dataset} has none: leave it out, or add '
+                            f'them with config/arithmetic.py --add=python')
 
     def programs(self, folder, root, report, most=None):
         rows = super().programs(folder, root, report, most)

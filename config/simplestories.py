@@ -19,8 +19,8 @@ micro_batch_size = 128
 class Corpus(prepare_data.Corpus):
     sets = {
         'simplestories': dict(
-            about='SimpleStories (Finke et al. 2025, arXiv 2504.09184), Parquet; a document is a story', mb=1680,
-            licence='MIT', repo='SimpleStories/SimpleStories',
+            about='SimpleStories (Finke et al. 2025, arXiv 2504.09184), Parquet; a document is a story',
+            mb=1680, licence='MIT', repo='SimpleStories/SimpleStories',
             files={f'simplestories.train-{i:05d}-of-00007.parquet': f'data/train-{i:05d}-of-00007.parquet'
                    for i in range(7)} | {'simplestories.dev.parquet': 'data/test-00000-of-00001.parquet'}),
     }

@@ -16,8 +16,9 @@ micro_batch_size = 128
 class Corpus(prepare_data.Corpus):
     sets = {
         'swedish': dict(
-            about='Swedish Wikipedia, November 2023, one Parquet file of five; a document is an article', mb=554,
-            licence='CC BY-SA 4.0, GFDL', repo='wikimedia/wikipedia',
+            about='Swedish Wikipedia, November 2023, one Parquet file of five; a document is an article',
+            mb=554, licence='CC BY-SA 4.0, GFDL', repo='wikimedia/wikipedia',
             files={'wikipedia_sv.parquet': '20231101.sv/train-00000-of-00005.parquet'},
-            sha256={'wikipedia_sv.parquet': 'd1b63dc7d7db0a71f06f59eee2376d8040b9690ac053f3e5275e94b483d5b4c4'}),
+            sha256={'wikipedia_sv.parquet':
+                    'd1b63dc7d7db0a71f06f59eee2376d8040b9690ac053f3e5275e94b483d5b4c4'}),
     }

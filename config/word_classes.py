@@ -1,12 +1,14 @@
-"""Word classes without a tagger: words between the same words are of a kind (Brown 1992, Schütze 1995, Clark 2003).
+"""Word classes without a tagger: words between the same words are of a kind (Brown 1992, Schütze 1995, Clark
+2003).
 
     python prepare_data.py config/babylm.py config/word_classes.py                     prints the classes
     python prepare_data.py config/babylm.py config/word_classes.py --check_classes=tagged.conllu
 
-BabyLM's rules allow no tagger, so the classes that syntactic smoothing and CLIMB's objective curriculum take are
-induced from the training split, when something first asks for them, and kept in the data's folder: classes-29.npy, a
-row an id, how often it occurs in words of each class, and classes-29.json, the class of each word. With tagged text
-it is said how well they fit, beside one class for all and the same classes dealt anew to the words.
+BabyLM's rules allow no tagger, so the classes that syntactic smoothing and CLIMB's objective curriculum take
+are induced from the training split, when something first asks for them, and kept in the data's folder:
+classes-29.npy, a row an id, how often it occurs in words of each class, and classes-29.json, the class of
+each word. With tagged text it is said how well they fit, beside one class for all and the same classes dealt
+anew to the words.
 """
 import itertools
 import json
@@ -18,7 +20,7 @@ import numpy as np
 import prepare_data
 from prepare_data import BPETokenizer, UserError, texts_of, write_beside
 
-word_classes: int = 29       # 2..: classes to induce; numbers, punctuation and spaces, rare words are three more
+word_classes: int = 29       # 2..: classes to induce; numbers, punctuation, rare words are three more
 check_classes: str = ''      # a tagged file, CoNLL-U or word<tab>tag: how well the classes fit it
 
 CLASS_WORDS, NEIGHBOURS = 10_000, 500    # words to be classed; words counted before and after each
@@ -29,7 +31,7 @@ class Corpus(prepare_data.Corpus):
     def check(self):
         super().check()
         if self.s.check_classes and not tagged_words(texts_of(self.s.check_classes, self.s)):
-            raise UserError(f'{self.s.check_classes} has no tagged words: give CoNLL-U, or word<tab>tag lines')
+            raise UserError(f'{self.s.check_classes} has no tagged words: give CoNLL-U, or word<tab>tag')
 
     def finish(self, data):
         super().finish(data)
@@ -51,7 +53,7 @@ class Corpus(prepare_data.Corpus):
 
 def table(data, n):
     """(V, n + 3) float32, how often every id occurs in words of each class; induced where it is missing."""
-    for path in (data.folder / f'classes-{n}.npy', data.folder / 'classes.npy'):     # the second by older versions
+    for path in (data.folder / f'classes-{n}.npy', data.folder / 'classes.npy'):     # as older versions wrote
         if path.is_file() and (found := np.load(path)).shape[1] == n + 3:
             return found
     return induced(data, n)[0]
@@ -77,8 +79,8 @@ def kind(word, n):
 
 
 def read_words(data, batch=256, most=1 << 27):
-    """The different words of the training split and what stands between them; its text in their numbers; (tokens, words,
-    counts): how often a token ends in a word. Of more than 128 MiB, evenly spread batches are read."""
+    """The different words of the training split and what stands between them; its text in their numbers;
+    (tokens, words, counts): how often a token ends in a word. Of more than 128 MiB, spread batches are read."""
     number, text, met = defaultdict(itertools.count().__next__), [], []
     tokens, tokenizer = data.tokens['train'], data.tokenizer
     starts = data.bounds('train')
@@ -168,7 +170,7 @@ def agreement(classes, tags):
 
 
 def agreements(class_of, tagged, n):
-    """{labels: agreement()} of the induced classes, of one class for all, and of the same classes dealt anew."""
+    """{labels: agreement()} of the induced classes, one class for all, the same classes dealt anew."""
     words, where = np.unique([word.lower() for word, _ in tagged], return_inverse=True)
     tags = np.unique([tag for _, tag in tagged], return_inverse=True)[1]
     classes = np.array([class_of.get(word, kind(word, n)) for word in words.tolist()])
