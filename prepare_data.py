@@ -596,7 +596,7 @@ class Corpus:
                              # the repository on Hugging Face}, sha256={name: digest of what must not differ})
 
     def __init__(self, s):
-        self.s, self.examples, self.text_field = s, {}, s.text_field
+        self.s, self.pieces, self.text_field = s, {}, s.text_field
         self.name = data_name(s.dataset, self.known())
         self.entry = self.known().get(s.dataset, {})
         self.root = source_root(s.dataset, s.data_dir)
@@ -707,7 +707,7 @@ class Corpus:
     def note(self, report, reason, text, new=''):
         """Counts a document, keeps a piece of three: of its beginning, or of where the new text differs."""
         report[reason] += 1
-        kept = self.examples.setdefault(reason, [])
+        kept = self.pieces.setdefault(reason, [])
         if len(kept) < 3:
             at = next((i for i, (a, b) in enumerate(zip(text, new)) if a != b), len(new))
             piece = text[max(at - 20, 0):][:80]
@@ -1001,7 +1001,7 @@ def fill(corpus, temp):
         splits={split: writer.meta(names) for split, writer in writers.items()}, licence=corpus.licence,
         report=dict(sorted((sum(reports.values(), Counter()) + dropped).items())), ignored=ignored,
         cleaning=dict(layouts={part.name: f'{part.kind}, {part.way}' for part in parts},
-                      examples=corpus.examples, by_source=reports),
+                      examples=corpus.pieces, by_source=reports),
         files=files, tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
         settings=corpus.content())
     corpus.record(meta)

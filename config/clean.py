@@ -13,8 +13,7 @@ The first three steps change the text of every split, the last two drop training
     repetition    what Gopher's rules (Rae 2021, 2112.11446) measure; but their limits are the web's and would
                   delete dialogue, where short lines come again and again: each kind of text has its own
 
-Bits per byte of cleaned text are of another text: compare runs on the same. What was dropped and why stands
-in meta.json, with pieces of it.
+Its bits per byte are of another text: compare runs on the same. What was dropped, and why, is in meta.json.
 """
 import html
 import itertools
