@@ -7,7 +7,7 @@
     python sample.py out/babylm --eval=all                             bits per byte, and all of data/eval
     python sample.py out/babylm --eval=blimp,my_pairs.jsonl            two evaluation sets
     python sample.py out/babylm config/my_measure.py --eval=mine       what an idea measures
-    python sample.py data/babylm_bpe_8192 --eval=all                   fetch BLiMP, tokenize all of data/eval
+    python sample.py data/babylm-bpe8192 --eval=all                    fetch BLiMP, tokenize all of data/eval
     python sample.py out/quickstart "Mia" --stats                      and what that took in energy and cache
 
 A run is asked by the code of the ideas that made it. What train.py measures stands here too: Measure, a seam,
