@@ -418,7 +418,7 @@ def prepare_evals(folder, names, evals):
     data = prepare_data.open_data(folder)
     if names == 'all':
         fetch_evals(evals)
-    measure = Measure(names, evals, data.tokenizer, data)
+    measure = Measure(SimpleNamespace(evals=names, eval_data=evals), data.tokenizer, data)
     if not measure.sets:
         raise UserError(f'{evals} holds no evaluation sets: put .jsonl files, folders or tars of them there')
     for name, items in measure.sets.items():
@@ -504,41 +504,40 @@ def share_error(p, n):
 class Measure:
     """What is measured of a model, and how it is asked: a seam.
 
-    names, commas between: of known() and of files in `folder`, or files; 'all' of them; '' is the data's own
-    pairs and what ideas know. They become sets, {name: items of eval_set}, and named, those of known(). data:
-    of prepare_data.open_data; settings: {name: value}; run: the folder of a finished run.
+    s: settings, whose evals are names, commas between: of known(), of files in eval_data, or files; 'all' of
+    them; '' is the data's own pairs and what ideas know. They become sets, {name: items of eval_set}, and
+    named, those of known(). data: of prepare_data.open_data; run: the folder of a finished run.
 
     known(): {name: measure}. measure(model, n, stop) measures n items (0: as many as there are) and returns a
     dict for result.json, with accuracy, error, chance, items if it is an ability. It asks stop() on the way,
     and then ends with what it has: its `share` of what was asked, or None where that is nothing.
     """
-    max_tokens = 8192        # that a model reads at once
     bos = True               # begins every text, as in training; without it the first token is not scored, as
                              # the BabyLM challenge has it for causal models
     further = ()             # names of what `read` gives beside the nats that count
 
-    def __init__(self, names, folder, tokenizer, data=None, say=print, settings=None, run=None):
-        self.folder, self.tokenizer, self.data, self.say, self.run = Path(folder), tokenizer, data, say, run
-        self.s, self.sets, self.named = SimpleNamespace(**settings or {}), {}, []
+    def __init__(self, s, tokenizer, data=None, say=print, run=None):
+        self.s, self.tokenizer, self.data, self.say, self.run = s, tokenizer, data, say, run
+        self.folder, self.sets, self.named = Path(s.eval_data), {}, []
         files, known = self.files(), self.known()
         if taken := files.keys() & known.keys():
             raise UserError(f'{files[taken.pop()]} has the name of another evaluation: rename it')
-        if names == 'all' and not self.folder.is_dir():
-            say(f'there is no folder {folder}: no evaluation sets from there')
-        wanted = [*files, *known] if names == 'all' else [name for name in names.split(',') if name]
-        if not names:
+        if s.evals == 'all' and not self.folder.is_dir():
+            say(f'there is no folder {self.folder}: no evaluation sets from there')
+        wanted = [*files, *known] if s.evals == 'all' else [name for name in s.evals.split(',') if name]
+        if not s.evals:
             wanted = [*files.keys() & {'coherence'}, *(name for name in known if name != 'bpb')]
         for name in dict.fromkeys(wanted):
             try:
                 self.open(name, files)
             except UserError as e:
-                if names != 'all':
+                if s.evals != 'all':
                     raise
                 say(f'left out: {e}')
 
     def known(self):
         """{name: measure} of what is no set of items."""
-        return dict(bpb=self.bpb)
+        return dict(bpb=lambda model, n, stop: self.bpb(model, stop=stop))
 
     def files(self):
         """{name: path} of the evaluation sets that there are."""
@@ -574,12 +573,11 @@ class Measure:
         """What an item of a known measure takes, token_seconds being a written token's; 0 if it has none."""
         return 0.0
 
-    def plan(self, token_seconds, seconds, most=256):
-        """{name: items} of the known measures named, each in so many seconds, and the seconds of all."""
+    def plan(self, seconds, token_seconds, most=256):
+        """{name: (items, their seconds)} of the known measures named, each in so many seconds at most."""
         each = {name: self.seconds(name, token_seconds) for name in self.named if name != 'bpb'}
         counts = {name: min(most, int(seconds / cost)) if cost else 0 for name, cost in each.items()}
-        counts = {name: n for name, n in counts.items() if n or not each[name]}
-        return counts, sum(n * each[name] for name, n in counts.items())
+        return {name: (n, n * each[name]) for name, n in counts.items() if n or not each[name]}
 
     # asking
 
@@ -590,19 +588,23 @@ class Measure:
                 return
             try:
                 if name in self.sets:
-                    yield name, self.judge(model, name, n, stop)
-                elif result := self.known()[name](model, n, stop):
+                    yield name, self.judge(model, name, n, stop=stop)
+                elif result := self.other(name, model, n, stop):
                     yield name, result
             except UserError as e:
                 self.say(f'left out: {e}')         # what else is measured is worth more
 
-    def bpb(self, model, n=0, stop=None, **part):
-        """bits_per_byte of the validation split, its sources named; part: more of its arguments."""
+    def other(self, name, model, n=0, stop=None):
+        """What a known measure returns."""
+        return self.known()[name](model, n, stop)
+
+    def bpb(self, model, slices=SLICES, max_tokens=8192, stop=None, rank=0, world=1, reduce=lambda x: x):
+        """bits_per_byte of the validation split, its sources named."""
         if self.data is None:
             raise UserError('bpb, as the data of the run is not there')
         tokens, docs = self.data.tokens['val'], self.data.docs['val']
-        result = bits_per_byte(model, tokens, docs, max_tokens=self.max_tokens, stop=stop, read=self.read,
-                               further=self.further, **part)
+        result = bits_per_byte(model, tokens, docs, slices, max_tokens, stop, rank, world, reduce, self.read,
+                               self.further)
         return result | {key: {self.data.meta['sources'][i]: v for i, v in result[key].items()}
                          for key in ('per_source', 'per_source_error')}
 
@@ -610,17 +612,17 @@ class Measure:
         """document_nats of validation documents by their number; with `further` arrays, the first counts."""
         return document_nats(model, texts, max_tokens)
 
-    def judge(self, model, name, n=None, stop=None):
+    def judge(self, model, name, n=None, max_tokens=8192, stop=None):
         """The verdict on the first n items of an evaluation set, or on all; with stop() at least on the first
         sixteenth of them, or what is read at once if that is more."""
         items, costs = self.sets[name], []
         total = len(items['seam'])
         n = min(n or total, total)
-        part = max(-(-n // 16), -(-self.max_tokens * total // len(items['ids']))) if stop else n
+        part = max(-(-n // 16), -(-max_tokens * total // len(items['ids']))) if stop else n
         for first in range(0, n, part):
             if first and stop():
                 break
-            costs.append(self.option_costs(model, items, first, min(first + part, n)))
+            costs.append(self.option_costs(model, items, first, min(first + part, n), max_tokens))
         result = self.verdict(np.concatenate(costs), items)
         return result | (dict(share=result['items'] / n) if result['items'] < n else {})
 
@@ -629,7 +631,7 @@ class Measure:
         return accuracy(cost, items)
 
     @torch.no_grad()
-    def option_costs(self, model, items, first=0, last=None):
+    def option_costs(self, model, items, first=0, last=None, max_tokens=8192):
         """(options,) of the items from first to last of eval_set: nats of an option's tokens, their sum.
 
         What all options of an item share cancels and is left out; of a last word it is the number of tokens
@@ -640,7 +642,7 @@ class Measure:
         low, high = np.searchsorted(items['item'], [first, len(items['seam']) if last is None else last])
         rows, cost = option_rows(items, low, high, self.bos, block_size), np.zeros(high - low)
         with exactly(model):
-            for keys, idx, targets in batches(rows, self.max_tokens, block_size, step=1):
+            for keys, idx, targets in batches(rows, max_tokens, block_size, step=1):
                 idx, targets = torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device)
                 one = self.as_likely(model, idx, targets) if alone else model(idx, targets, reduction='none')
                 np.add.at(cost, keys, one.double().sum(dim=1).cpu().numpy())
@@ -679,6 +681,17 @@ class Measure:
         parts, real = result.get('per_field') or result.get('per_kind', {}), result.get('held_out')
         for part, share in sorted(parts.items(), key=lambda item: item[1]) if 1 < len(parts) < 21 else ():
             yield f'  {part:22} {share:8.4f}' + (f'   held-out text {real[part]:.4f}' if real else '')
+
+
+    def line(self, name, result):
+        """The same in a line of a run's report."""
+        if 'accuracy' not in result:
+            return '; '.join(self.lines(name, result))
+        more = {k: v for k, v in result.items() if type(v) in (int, float)}
+        kinds = ', '.join(f'{k} {v:.3f}' for k, v in (result.get('per_field') or result['per_kind']).items())
+        p, error, n = (more.pop(key) for key in ('accuracy', 'error', 'items'))
+        more = ''.join(f', {k} {v:,}' if type(v) is int else f', {k} {v:.4g}' for k, v in more.items())
+        return f'{name}: {p:.4f} +- {error:.4f} on {n:,} items{more} ({kinds})'
 
 
 # ---- energy ------------------------------------------------------------------------------------------------
@@ -843,8 +856,8 @@ def evaluate(run, args):
         data = None
     elif data and data.meta['fingerprint'] != state['fingerprint']:
         print(f'{folder} has been prepared again since: this is not the text that the run was measured on')
-    measure = run.ideas.seam(Measure)(args.eval, args.eval_data, run.tokenizer, data, settings=run.settings,
-                                      run=run.folder)
+    s = SimpleNamespace(**run.settings | dict(evals=args.eval, eval_data=args.eval_data))
+    measure = run.ideas.seam(Measure)(s, run.tokenizer, data, run=run.folder)
     measure.bos, wanted = not args.no_bos, [*measure.sets, *measure.named]
     for name, result in measure.ask(run.model, dict.fromkeys(wanted, args.eval_items)):
         if 'accuracy' in result and not any('accuracy' in other for other in results.values()):

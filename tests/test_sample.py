@@ -58,19 +58,23 @@ class Writes(Says):
         super().__init__(*text.encode(), *[BYTES.bos] * ends)
 
 
-def measure(sets=(), bos=True, max_tokens=8192, **options):
+def measure(evals='', kind=sample.Measure, data=None, tokenizer=BYTES, **settings):
+    return kind(SimpleNamespace(evals=evals, eval_data='nowhere', **settings), tokenizer, data)
+
+
+def of_sets(bos=True, **sets):
     """A Measure of evaluation sets that are given."""
-    made = sample.Measure('', 'nowhere', BYTES, **options)
-    made.sets, made.bos, made.max_tokens = dict(sets), bos, max_tokens
+    made = measure()
+    made.sets, made.bos = sets, bos
     return made
 
 
-def judge(model, items, n=None, bos=True, stop=None, max_tokens=8192):
-    return measure(dict(x=items), bos, max_tokens).judge(model, 'x', n, stop)
+def judge(model, items, n=None, bos=True, **options):
+    return of_sets(bos, x=items).judge(model, 'x', n, **options)
 
 
 def costs_of(model, items, **options):
-    return measure(**options).option_costs(model, items)
+    return measure().option_costs(model, items, **options)
 
 
 @pytest.fixture
@@ -352,7 +356,7 @@ def test_documents_that_are_read_in_several_ways():
             one, two = (sample.document_nats(m, texts, max_tokens) for m in (model, doubled))
             return {doc: [one[doc], two[doc]] for doc in one}
     data = SimpleNamespace(tokens=dict(val=tokens), docs=dict(val=docs), meta=dict(sources=['a', 'b']), folder=sample.Path('nowhere'))
-    found = Two('bpb', 'nowhere', BYTES, data).bpb(model)
+    found = measure('bpb', Two, data).bpb(model)
     plain, other = (sample.bits_per_byte(m, tokens, docs) for m in (model, doubled))
     assert found.pop('bpb_other') == pytest.approx(other['bpb'], rel=1e-12)
     assert found.pop('per_source') == dict(zip('ab', plain.pop('per_source').values()))
@@ -470,13 +474,13 @@ def test_a_judge_that_is_stopped():
     assert judge(model, items, stop=lambda: True) == judge(model, items, n=n) | dict(share=n / 800) and 100 < n < 300
     whole = judge(model, items, stop=lambda: False, max_tokens=64)
     assert whole == judge(model, items) and 'share' not in whole
-    two = measure(dict(x=items, y=items))
+    two = of_sets(x=items, y=items)
     late = iter([False, True, True])
     assert [name for name, _ in two.ask(model, dict(x=40, y=40), lambda: next(late))] == ['x']
 
 
 def test_what_a_clock_affords():
-    few = measure(dict(x=items_of(pairs(100)), y=items_of(pairs(30))))
+    few = of_sets(x=items_of(pairs(100)), y=items_of(pairs(30)))
     each = few.tokens_of(dict(x=1))
     assert few.tokens_of(dict(x=100, y=30)) == pytest.approx(len(few.sets['x']['ids']) + len(few.sets['y']['ids']))
     assert few.affordable(math.inf, 1e9) == dict(x=100, y=30) and few.affordable(50, 1e9) == dict(x=50, y=30)
@@ -491,13 +495,20 @@ def test_measures_of_ideas_are_planned_by_what_they_cost():
 
         def seconds(self, name, token_seconds):
             return dict(texts=32, long=9000).get(name, 0) * token_seconds
-    made = Slow('', 'nowhere', BYTES)
+    made = measure(kind=Slow)
     assert made.named == ['texts', 'states', 'long']                 # what ideas add is measured unless something is named
-    assert made.plan(0.01, 4.0) == (dict(texts=12, states=0), pytest.approx(12 * 0.32))
-    assert made.plan(1e-5, 4.0)[0] == dict(texts=256, states=0, long=44)
-    assert Slow('bpb,texts', 'nowhere', BYTES).named == ['bpb', 'texts'] and Slow('bpb', 'nowhere', BYTES).plan(1, 1) == ({}, 0)
+    assert made.plan(4.0, 0.01) == dict(texts=(12, pytest.approx(12 * 0.32)), states=(0, 0))
+    assert {name: n for name, (n, _) in made.plan(4.0, 1e-5).items()} == dict(texts=256, states=0, long=44)
+    assert measure('bpb,texts', Slow).named == ['bpb', 'texts'] and measure('bpb', Slow).plan(1, 1) == {}
     with pytest.raises(UserError, match='other is no evaluation and no file: put it into nowhere, or name some of bpb, texts'):
-        Slow('texts,other', 'nowhere', BYTES)
+        measure('texts,other', Slow)
+
+
+def test_a_line_of_a_report():
+    result = judge(Costs(table(a=0.5)), items_of(pairs()))
+    assert measure().line('x', result | dict(more=12345)) == (
+        'x: 1.0000 +- 0.0329 on 40 items, chance 0.5, shortest 0.5, ties 0, more 12,345 (odd 1.000, even 1.000)')
+    assert measure().line('x', dict(per_layer=[0.5, 0.25])) == 'x per_layer: 0.5, 0.25'
 
 
 # ---- evaluation sets from files
