@@ -3,14 +3,19 @@
     python train.py config/quickstart.py                     five minutes on whatever is here, then a sample
     torchrun train.py config/babylm.py                       thirty minutes on one rented card
     torchrun --nproc_per_node=2 train.py config/babylm.py    the same on two
-    python train.py config/babylm.py --dry_run=True          check everything, say what the budget buys, stop
+    python train.py config/babylm.py config/ema.py           an idea stacked on it; --show says what that makes
+    python train.py config/babylm.py --dry_run               check everything, say what the budget buys, stop
 
-Settings come from the list below (and GPTConfig in model.py), then each config named, left to right, then
---key=value. Exit codes: 0 finished, 2 something to mend, 3 the training diverged, 75 stopped and saved
-(go on with --init_from=resume).
+Settings come from the list below (with GPTConfig in model.py and Options in prepare_data.py), then each config
+named, left to right, then --key=value. A config with classes is an idea: they take the places of this file's
+Stream and Run, and of the other scripts' seams. Exit codes: 0 finished, 2 something to mend, 3 the training
+diverged, 75 stopped and saved (go on with --init_from=resume).
 """
 import os
+import sys
 import time
+
+sys.modules.setdefault('train', sys.modules[__name__])      # ideas import this very module, not a second one
 
 
 def process_age(pid='self'):
@@ -28,24 +33,19 @@ def process_age(pid='self'):
 FIRST_OF_TORCHRUN = os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0'
 STARTED = time.monotonic() - process_age(os.getppid() if FIRST_OF_TORCHRUN else 'self')
 
-import ast
 import bisect
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import functools
-import importlib.util
 import json
 import math
-import operator
 import platform
 import queue
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,260 +53,102 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
+import model as models
 import prepare_data
 import sample
-from model import (GPT, Experts, GPTConfig, Linear, choose_kernels, grow, grown_config, kernels_named,
-                   similarity_norm, spread)
-from prepare_data import UserError
-
-
-def refuse(wrong, why):
-    """End with a sentence to the user where something is wrong."""
-    if wrong:
-        raise UserError(why)
+from model import GPTConfig, Linear, choose_kernels, kernels_named
+from prepare_data import UserError, refuse
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Settings:
-    """All but the model's shape, which is GPTConfig's: what to train on, how long, how, what to keep."""
-    dataset: str = 'stories'          # a name that `python prepare_data.py --help` lists, or files:<path>
-    tokenizer: str = 'bpe'            # 'bpe', 'bytes' or 'gpt2'
-    vocab_size: int = 8192            # entries of a bpe tokenizer
-    prepare: str = ''                 # more options for prepare_data.py, where the data is yet to be built
+    """How a run learns, how long, what it keeps. A comment begins with the values that are legal, if not all are
+    (a number is at least 0)."""
     weights: str = ''                 # how often an epoch reads a source: 'childes:2,gutenberg:0.5'
-    reshuffle: bool = True            # another order of documents in every epoch; False: always the first's
-    curriculum: str = ''              # read easy documents first, by a measure of prepare_data.py --scores
-    curriculum_order: str = 'shuffled'  # of what is admitted: 'shuffled', or the hardest first ('frontier')
-    pacing: str = 'linear'            # how what is admitted grows: linear, quad, root, exp, log or step
-    pacing_floor: float = 0.1         # share of the text that a curriculum admits at first
-    pacing_start: float = 0.0625      # progress at which that, or the vocabulary, begins to grow
-    pacing_end: float = 0.875         # progress from which all of it is admitted
-    data_dir: str = 'data'            # where prepared data stands
     out_dir: str = ''                 # where the run goes; empty: out/<names of the configs>
-    overwrite: bool = False           # replace the run that out_dir holds
     init_from: str = 'scratch'        # 'scratch', 'resume' (in out_dir), or a run whose weights to start from
-    seed: int = 1
-    budget_minutes: float = 30.0      # the whole bill, command typed to prompt back, over all resumptions
-    budget_counts: str = 'all'        # 'all', or 'training': the seconds of training alone
-    max_steps: int = 0                # > 0: end after so many; schedules by step, reproducible to the bit
+    seed: int = 1                     # of the order of text, of weights, of noise
+    budget_minutes: float = 30.0      # 0.01..: the whole bill, command typed to prompt back, over all resumptions
+    budget_counts: str = 'all'        # all|training: or the seconds of training alone
+    max_steps: int = 0                # > 0: end after so many; schedules by step, reproducible to the bit on a CPU
     max_tokens: int = 0               # > 0: the same, given in tokens
-    device: str = 'auto'              # 'auto', 'cuda' or 'cpu'
-    dtype: str = 'auto'               # 'auto' (bfloat16 where the hardware has it), 'bfloat16' or 'float32'
-    compile: str = 'auto'             # 'auto' (on where it pays), 'on' or 'off'
+    device: str = 'auto'              # auto|cuda|cpu: what computes
+    dtype: str = 'auto'               # auto|bfloat16|float32: auto is bfloat16 where the hardware has it
+    compile: str = 'auto'             # auto|on|off: torch.compile; auto is on where it pays
     kernels: str = 'all'              # model.py's, on a GPU: 'all', 'none', 'attention,mlp', '-mlp' (all but)
-    tokens_per_step: int = 65536      # over all ranks and micro-steps; a multiple of block_size
-    micro_batch_size: int = 64        # sequences a rank reads at once, at most; lowered to what fits
-    optimizer: str = 'muon'           # 'muon' (matrices; AdamW for the rest) or 'adamw' (for everything)
+    tokens_per_step: int = 65536      # 1..: over all ranks and micro-steps; a multiple of block_size
+    micro_batch_size: int = 64        # 1..: sequences a rank reads at once, at most; lowered to what fits
+    optimizer: str = 'muon'           # muon|adamw: muon for matrices and AdamW for the rest, or AdamW for all
     learning_rate: float = 0.02       # Muon's: how far an update moves a matrix's output; adamw: times 0.05
     embedding_lr: float = 0.2         # AdamW's for token tables that stand N(1)
     head_lr: float = 0.004            # AdamW's for the head (and a tied table), times 256 / n_embd
     scalar_lr: float = 0.02           # AdamW's for the few scalars
-    weight_decay: float = 0.1         # of matrices, as a share of learning_rate
-    weight_decay_points: tuple = ((0, 1), (1, 0))  # (progress, factor) of weight_decay; straight in between
-    momentum: float = 0.95            # Muon's
-    beta1: float = 0.8                # AdamW's
-    beta2: float = 0.95
+    weight_decay: float = 0.1         # of matrices, as a share of learning_rate; falls to 0 with progress
+    momentum: float = 0.95            # 0..0.9999: Muon's
+    beta1: float = 0.8                # 0..0.9999: AdamW's
+    beta2: float = 0.95               # 0..0.999999: AdamW's
     grad_clip: float = 1.0            # largest gradient norm; 0 is off
-    warmup_frac: float = 0.02         # of progress, learning rates rise from a tenth
-    cooldown_frac: float = 0.6        # of progress, learning rates fall linearly to final_lr_frac
-    final_lr_frac: float = 0.0
-    growth: tuple = ()                # [(progress, sizes from then on)]: [(0.3, dict(n_embd=384)), ...]
-    growth_snr_db: float = 10.0       # the weights' power over that of the noise that tells copies apart
-    growth_tokens: str = 'zero'       # keys of appended tokens: 'zero' (they do nothing at first) or 'random'
-    growth_depth: str = 'fresh'       # new layers 'fresh' (they do nothing at first) or a 'stack' of the old
-    vocabulary_floor: float = 1.0     # share of the ids, most frequent first, that is known at first
-    class_loss: float = 0.0           # share in the loss, at first, of guessing the next token's word class
-    class_until: float = 0.25         # progress at which that has faded to nothing
-    smoothing: float = 0.0            # share of the target that tokens like the right one get at first
-    smoothing_by: str = 'classes'     # which are those: of like word 'classes', or 'uniform', all
-    smoothing_temperature: float = 0.025  # of the cosine between two tokens' word classes
-    ahead_weight: float = 0.3         # of predict_ahead's losses, falling to 0 with progress
-    teacher: str = ''                 # the folder of a run whose guesses to learn too
-    teacher_weight: float = 0.5       # share of the loss that comes from the teacher
-    teacher_temperature: float = 2.0  # divides both models' logits: higher is flatter
-    masked: float = 0.0               # share of the rows that fill in masked tokens, seeing both ways
-    domains: str = ''                 # 'sources', or names of sources; 'childes+qed,wiki' puts two in one
-    domains_from: float = 0.6         # progress at which the MLPs split into the domains' parts; 0 is at once
-    frozen: str = ''                  # domains that stay as they are, as does all that is shared
-    balance_lr: float = 0.01          # of experts' biases: a step against what each has too much of the load
-    ema: float = 0.0                  # > 0: evaluate weights averaged over about this share of progress
+    warmup_frac: float = 0.02         # 0..1: of progress, learning rates rise from a tenth
+    cooldown_frac: float = 0.6        # 0..1: of progress, learning rates fall linearly to final_lr_frac
+    final_lr_frac: float = 0.0        # 0..1: of the learning rates, at the end
     eval_interval: float = 0.25       # in progress: validation on a part of the closing share; 0 is off
     evals: str = ''                   # as of sample.py --eval: 'all', names, files; '': the data's own pairs
     eval_data: str = 'data/eval'      # the folder of evaluation sets, BLiMP for one, that sample.py reads too
-    log_interval: int = 10            # steps
+    log_interval: int = 10            # 1..: steps
     save_minutes: float = 5.0         # between checkpoints; 0 saves after every step
     sample_prompt: str = ''           # what the closing sample continues
     sample_tokens: int = 120          # its length; 0 prints none
-    dynamics: bool = False            # probe all layers on the way: sample.Probe, dynamics.json
     dollars_per_hour: float = 0.0     # the machine's price, for the report; 0 is unknown
     country: str = 'world'            # whose electricity it is, of sample.GRID, or grams of CO2e a kWh
-    tracker: str = ''                 # 'tensorboard', 'wandb' or 'mlflow': follows the run, where installed
     dry_run: bool = False             # check data, memory and disk, measure, predict, and stop
+    show: bool = False                # print the classes, settings and changes that make this run, and stop
 
 
-CHOICES = dict(budget_counts=('all', 'training'), device=('auto', 'cuda', 'cpu'), optimizer=('muon', 'adamw'),
-               dtype=('auto', 'bfloat16', 'float32'), compile=('auto', 'on', 'off'),
-               tokenizer=('bpe', 'bytes', 'gpt2'), growth_depth=('fresh', 'stack'),
-               growth_tokens=('zero', 'random'),
-               curriculum_order=('shuffled', 'frontier'), smoothing_by=('classes', 'uniform'),
-               tracker=('tensorboard', 'wandb', 'mlflow', ''),
-               pacing=('linear', 'quad', 'root', 'exp', 'log', 'step'))
-LIMITS = dict(beta1=(0, 0.9999), beta2=(0, 0.999999), momentum=(0, 0.9999), warmup_frac=(0, 1),
-              head_scale=(1e-6, math.inf), domains_from=(0, 0.999), domain_share=(0.001, 0.999),
-              cooldown_frac=(0, 1), final_lr_frac=(0, 1), pacing_floor=(0, 1), pacing_start=(0, 1),
-              pacing_end=(0, 1), vocabulary_floor=(0.01, 1), class_loss=(0, 1), class_until=(0.001, 1),
-              smoothing=(0, 1), smoothing_temperature=(0.001, math.inf), dropout=(0, 0.95),
-              layer_drop=(0, 0.95), masked=(0, 1), teacher_weight=(0, 1),
-              teacher_temperature=(0.01, math.inf), budget_minutes=(0.01, math.inf),
-              tokens_per_step=(1, math.inf), micro_batch_size=(1, math.inf),
-              log_interval=(1, math.inf))      # where they are not just 0 and above
-FROM_DATA = ('vocab_size', 'bos', 'classes', 'domains')
-MODEL_KEYS = {f.name: f for f in dataclasses.fields(GPTConfig) if f.name not in FROM_DATA}
-KEYS = {f.name: f for f in dataclasses.fields(Settings)} | MODEL_KEYS
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow, ast.USub: operator.neg}
-
-
-def literal(node, names):
-    """The value of a syntax tree of literals, names, arithmetic on numbers and dict(); else ValueError."""
-    value = functools.partial(literal, names=names)
-    match node:
-        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
-            left, right = value(left), value(right)
-            if isinstance(op, ast.Pow) and abs(right) > 64:
-                raise ValueError
-            return OPERATORS[type(op)](left, right)
-        case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](value(operand))
-        case ast.Tuple(rows) | ast.List(rows):
-            return tuple(map(value, rows))
-        case ast.Call(ast.Name('dict'), [], pairs):
-            return {pair.arg: value(pair.value) for pair in pairs}
-        case ast.Name(name) if name in names:
-            return names[name]
-    return ast.literal_eval(node)
-
-
-def assignments(argv):
-    """Yield (where, name, value) for every assignment in order; of a mistake (where, None, its text)."""
-    so_far = {name: f.default for name, f in KEYS.items()}     # a config may use them: n_embd = n_embd // 2
-    for arg in argv:
-        if arg.startswith('--'):
-            name, eq, text = arg[2:].partition('=')
-            try:
-                value = literal(ast.parse(text, mode='eval').body, {})
-            except (ValueError, SyntaxError, TypeError, ArithmeticError):
-                value = text                   # a bare word is a string
-            yield (arg, name, value) if eq else (arg, None, f'an override is written --{name}=value')
-            so_far[name] = value
-            continue
-        try:
-            tree = ast.parse(Path(arg).read_text(encoding='utf-8'))
-        except OSError as e:
-            yield arg, None, f'this config cannot be read ({e.strerror}); is the path right?'
-            continue
-        except (SyntaxError, UnicodeDecodeError) as e:
-            where = f'{arg}:{getattr(e, "lineno", 1)}'
-            yield where, None, 'this is not Python; a config is lines of name = value'
-            continue
-        for node in tree.body:
-            where = f'{arg}:{node.lineno}'
-            match node:
-                case ast.Expr(ast.Constant()):
-                    pass                       # the docstring
-                case ast.Assign([ast.Name(name)], value):
-                    try:
-                        so_far[name] = literal(value, so_far)
-                        yield where, name, so_far[name]
-                    except (ValueError, TypeError, ArithmeticError):
-                        yield where, None, f'the value of {name} must be a literal, or arithmetic on settings'
-                case _:
-                    yield where, None, 'a config holds only lines of name = value'
-
-
-def overruled(argv):
-    """A line for every setting that one config sets and another before it had set otherwise."""
-    seen = {}
-    for where, name, value in assignments(argv):
-        if name in seen and seen[name][1] != value and not where.startswith('--') and name != 'prepare':
-            yield f'{where} sets {name} to {value!r}, {seen[name][0]} had set it to {seen[name][1]!r}'
-        seen[name] = where, value
-
-
-def are_points(pairs):
-    """Whether these are (progress, factor) pairs that cover 0 to 1."""
-    try:
-        at, factors = np.array([(p, f) for p, f in pairs], dtype=float).T
-    except (TypeError, ValueError, OverflowError):
-        return False
-    rises = at[0] == 0 and at[-1] == 1 and (np.diff(at) > 0).all()
-    return bool(rises and (factors >= 0).all() and np.isfinite(factors).all())
+TABLES = prepare_data.Options, Settings, GPTConfig
+# settings that a run which goes on may change; all others decide what a step computes
+FREE = {field.name for field in dataclasses.fields(prepare_data.Options)} | set(
+    'out_dir init_from budget_minutes budget_counts device compile kernels micro_batch_size eval_interval evals '
+    'eval_data log_interval save_minutes sample_prompt sample_tokens dollars_per_hour country dry_run show'.split())
+SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'bos')]
 
 
 def read_settings(argv):
-    """Settings from the command line's configs and overrides. UserError lists all mistakes by line."""
-    values, errors = {name: f.default for name, f in KEYS.items()}, []
-    for where, name, value in assignments(argv):
-        if name not in KEYS:
-            near = difflib.get_close_matches(name or '', KEYS, 1)
-            unknown = f'no setting is called {name}' + ''.join(f'; did you mean {key}?' for key in near)
-            errors.append(f'{where}: {value if name is None else unknown}')
-            continue
-        if name == 'prepare' and not where.startswith('--'):  # each idea adds what it needs of the data
-            value = values[name] if str(value) in values[name] else f'{values[name]} {value}'.strip()
-        kind, (low, high) = type(KEYS[name].default), LIMITS.get(name, (0, math.inf))
-        if name == 'country':
-            value = str(value)
-        if kind is float and type(value) is int and abs(value) < 1e300:
-            value = float(value)
-        values[name], must = value, None
-        if type(value) is not kind:
-            must = f'{kind.__name__}, like {KEYS[name].default!r}'
-        elif name in CHOICES and value not in CHOICES[name]:
-            must = f'one of {", ".join(CHOICES[name])}'
-        elif name == 'weight_decay_points' and not are_points(value):
-            must = 'pairs of progress, rising from 0 to 1, and a factor of at least 0, like ((0, 1), (1, 0))'
-        elif name == 'country' and sample.grid(value) is None:
-            must = f'one of {", ".join(sample.GRID)}, or the grams of CO2e a kWh'
-        elif kind is float and not math.isfinite(value):
-            must = 'finite'
-        elif kind in (int, float) and not low <= value <= high:
-            must = f'at least {low}' + f' and at most {high}' * (high < math.inf)
-        if must:
-            errors.append(f'{where}: {name} is {value!r}, it must be {must}')
-    if not errors and values['pacing_start'] >= values['pacing_end']:
-        errors.append(f'pacing_end is {values["pacing_end"]:g}, it must be more than pacing_start, '
-                      f'{values["pacing_start"]:g}')
-    count = f'{len(errors)} mistake{"s" * (len(errors) > 1)} in the settings:'
-    refuse(errors, '\n  '.join([count] + errors))
-    configs = '+'.join(Path(arg).stem for arg in argv if not arg.startswith('--'))
-    values['out_dir'] = values['out_dir'] or f'out/{configs or "default"}'
-    return SimpleNamespace(**values)
+    """Settings, and the ideas that go with them, of a command line. UserError lists all mistakes by line."""
+    ideas = prepare_data.Ideas(argv, TABLES)
+    s = SimpleNamespace(**ideas.values)
+    refuse(sample.grid(s.country) is None, f'country is {s.country!r}, it must be one of {", ".join(sample.GRID)}, '
+           f'or the grams of CO2e a kWh')
+    configs = '+'.join(Path(arg).stem for arg in argv if not arg.startswith('-'))
+    s.out_dir = s.out_dir or f'out/{configs or "default"}'
+    return s, ideas
 
 
-# ---- data: batches as a pure function of (seed, step, rank) ------------------------------------------------
+# ---- data: batches as a pure function of (seed, row) -------------------------------------------------------
 
 class Stream:
     """The endless stream of training tokens, in the order of (seed, epoch): an epoch has every document once,
     or as often as its source weighs; 2.3 is all of a source's documents twice and 30 % of them once more.
     Training reads an epoch's rows in an order of their own, so that a step is not a few long documents."""
 
-    def __init__(self, tokens, docs, seed, weights=None, reshuffle=True):
-        self.tokens, self.starts, self.seed = tokens, np.asarray(docs['start']), seed
-        self.reshuffle = reshuffle
-        self.lengths = np.diff(np.append(self.starts, len(tokens)))
-        self.weights, self.sources, self.shares = weights, docs['source'], []
+    def __init__(self, data, s, weights=None):
+        self.data, self.s, docs = data, s, data.docs['train']
+        self.tokens, self.starts, self.sources = data.tokens['train'], np.asarray(docs['start']), docs['source']
+        self.lengths = np.diff(np.append(self.starts, len(self.tokens)))
+        self.weights = weights or prepare_data.source_weights(s.weights, data)
         self.ends, self.row_ends = [0], [0]      # of the epochs so far, in tokens and in rows
         self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
         self.shuffled = functools.lru_cache(maxsize=2)(self.shuffled)
 
+    def dice(self, epoch, *more):
+        """What decides about the order of an epoch."""
+        return np.random.default_rng([self.s.seed, epoch, *more])
+
     def epoch(self, number):
         """Documents' first tokens in this epoch's order, and where each stands in the epoch's stream."""
-        dice = np.random.default_rng([self.seed, number * self.reshuffle])
+        dice = self.dice(number)
         order = dice.permutation(len(self.starts))
         if self.weights is not None:
             of = [order[self.sources[order] == source] for source in range(len(self.weights))]
@@ -314,6 +156,9 @@ class Stream:
             times = [[mine] * int(w) + [mine[:n]] for mine, w, n in zip(of, self.weights, part)]
             order = dice.permutation(np.concatenate(sum(times, [])))
         return self.starts[order], np.concatenate([[0], np.cumsum(self.lengths[order])])
+
+    def epoch_tokens(self):
+        return int(self.epoch(0)[1][-1])
 
     def begin(self, number):
         """The token at which an epoch begins."""
@@ -339,7 +184,7 @@ class Stream:
 
     def shuffled(self, number, rows):
         """The order in which training reads the rows of an epoch."""
-        return np.random.default_rng([self.seed, number * self.reshuffle, rows]).permutation(rows)
+        return self.dice(number, rows).permutation(rows)
 
     def place(self, row, T):
         """The token at which a row of training begins. Fewer than T tokens at an epoch's end are in none."""
@@ -355,161 +200,51 @@ class Stream:
         return np.stack([self.read(self.place(row, T), T + 1) for row in range(first, first + B)])
 
     def first_rows(self, n, T):
+        """(n, T): what training reads first, to count what its tokens attend to."""
         return self.rows(0, n, T)[:, :-1]
 
-    def pace(self, step, progress):
-        """Only a curriculum has something to do here."""
-
-    def domain(self, number):
-        """What the model is told of micro-batch `number`, counted over all ranks: here nothing."""
-        return ()
-
-
-def admitted(progress, s, floor):
-    """The share, from `floor` up, that a curriculum admits (Diehl Martinez 2023, 2311.08886)."""
-    u = min(1.0, max(0.0, progress - s.pacing_start) / max(s.pacing_end - s.pacing_start, 1e-9))
-    way = {'linear': u, 'quad': u ** 2, 'root': u ** 0.5, 'exp': math.expm1(10 * u) / math.expm1(10),
-           'log': 1 + 0.1 * math.log(u + math.exp(-10)), 'step': math.floor(4 * u) / 3}[s.pacing]
-    return floor + (1 - floor) * min(1.0, max(0.0, way))
-
-
-class Curriculum(Stream):
-    """A stream that draws, a step's worth at a time, from the easiest documents only, more of them with time:
-    each once before any comes again. shares: what is admitted at each step, fixed some steps ahead of
-    training, so that every rank and every resumption reads the same."""
-
-    WINDOW = 8                   # steps, whose rows are shuffled
-    AHEAD = WINDOW + 6           # steps; and more than a Prefetcher holds
-
-    def __init__(self, tokens, docs, difficulty, s, weights=None):
-        super().__init__(tokens, docs, s.seed)
-        if weights is not None:
-            refuse(any(w % 1 for w in weights), f'weights are {s.weights!r}, a curriculum reads a document a '
-                   f'whole number of times: round them, or leave one away')
-            often = np.repeat(np.arange(len(docs)), np.asarray(weights, int)[docs['source']])
-            self.starts, self.lengths, difficulty = self.starts[often], self.lengths[often], difficulty[often]
-        self.s, n = s, len(self.starts)
-        self.rank = np.empty(n, np.int64)                    # ties fall by chance
-        self.rank[np.lexsort((np.random.default_rng(s.seed).random(n), difficulty))] = np.arange(n)
-        self.up_to = self.lengths[self.rank.argsort()].cumsum()
-        self.shares, self.round, self.deck = [], -1, np.zeros(0, np.int64)      # deck: left of this round
-        self.drawn, self.places = np.zeros(0, np.int64), np.zeros(1, np.int64)
-        few, step = self.up_to[self.easiest(s.pacing_floor) - 1], s.tokens_per_step
-        refuse(few < step, f'pacing_floor {s.pacing_floor:g} admits {few:,} tokens at first and a step reads '
-                           f'{step:,}: raise it, or lower tokens_per_step')
-        self.pace(0, 0.0)
-
-    def easiest(self, share):
-        """How many documents, the easiest first, come to this share of the text."""
-        return min(len(self.rank), int(np.searchsorted(self.up_to, share * self.up_to[-1])) + 1)
+    def batch(self, first, B, T):
+        """The micro-batch of rows first .. first + B, by keyword as Run.loss takes it: idx, targets (B, T), a row's
+        last target the token after it."""
+        rows = torch.from_numpy(self.rows(first, B, T))
+        return dict(idx=rows[:, :-1].contiguous(), targets=rows[:, 1:].contiguous())
 
     def pace(self, step, progress):
-        """Fix what is admitted up to AHEAD steps from here, where progress will be about that."""
-        share = admitted(progress * (step + self.AHEAD) / max(1, step), self.s, self.s.pacing_floor)
-        self.shares += [share] * (step + self.AHEAD - len(self.shares))
+        """Told before each step, some steps ahead of which rows are read: nothing to do where no order depends on it."""
 
-    def draw(self):
-        end, step = int(self.places[-1]), self.s.tokens_per_step
-        admit = self.easiest(self.shares[end // step])
-        may = np.flatnonzero(self.rank[self.deck] < admit)
-        if not len(may):                                     # all that are admitted have been read
-            self.round += 1
-            dice = np.random.default_rng([self.s.seed, self.round * self.s.reshuffle])
-            self.deck = dice.permutation(len(self.rank))
-            if self.s.curriculum_order == 'frontier':
-                self.deck = (-self.rank).argsort()
-            may = np.flatnonzero(self.rank[self.deck] < admit)
-        ends = self.lengths[self.deck[may]].cumsum()
-        may = may[:np.searchsorted(ends, step) + 1]
-        self.drawn = np.append(self.drawn, self.deck[may])
-        self.places = np.append(self.places, end + ends[:len(may)])
-        self.deck = np.delete(self.deck, may)
+    def state(self):
+        """What a checkpoint keeps of it, beside the number of rows that were read."""
+        return {}
 
-    def place(self, row, T):
-        rows = self.WINDOW * self.s.tokens_per_step // T
-        number, row = divmod(row, rows)
-        return (number * rows + int(self.shuffled(number, rows)[row])) * T
-
-    def read(self, first, count):
-        needed = first - first % (self.WINDOW * self.s.tokens_per_step)
-        while self.places[-1] < first + count:
-            self.draw()
-            gone = min(int(np.searchsorted(self.places, needed, side='right')) - 1, len(self.drawn))
-            self.drawn, self.places = self.drawn[gone:], self.places[gone:]
-        return self.gather(self.starts[self.drawn], self.places, np.arange(first, first + count))
-
-
-class DomainStream(Stream):
-    """A stream for each domain: a micro-batch is of the one that is furthest behind its share of the text, so
-    that every step has all that are large enough. Where a domain's stream stands follows from the number of
-    the micro-batch alone; the turns repeat after so many."""
-
-    TURNS = 4096
-
-    def __init__(self, streams):
-        self.streams, self.shares, n = streams, [], len(streams)
-        size = self.epoch(0)[1]
-        share = np.maximum(np.diff(size, prepend=0) / size[-1], 2 / self.TURNS)    # none is left out
-        owed, self.had = np.zeros(n), np.zeros((self.TURNS + 1, n), np.int64)
-        for turn in range(self.TURNS):
-            owed += share / share.sum()
-            self.had[turn + 1] = self.had[turn] + (np.arange(n) == owed.argmax())
-            owed[owed.argmax()] -= 1
-
-    def epoch(self, number):
-        return None, np.cumsum([stream.epoch(number)[1][-1] for stream in self.streams.values()])
-
-    def turn(self, number):
-        """Whose micro-batch this is, and how many it had before."""
-        cycle, turn = divmod(number, self.TURNS)
-        at = int((self.had[turn + 1] - self.had[turn]).argmax())
-        return at, int(cycle * self.had[-1, at] + self.had[turn, at])
-
-    def domain(self, number):
-        return torch.tensor([*self.streams][self.turn(number)[0]]),
-
-    def first_rows(self, n, T):
-        return np.concatenate([self.rows(row, 1, T)[:, :-1] for row in range(n)])
-
-    def rows(self, first, B, T):
-        """The micro-batch of B rows that begins at row `first`."""
-        at, before = self.turn(first // B)
-        return [*self.streams.values()][at].rows(before * B, B, T)
+    def load(self, state):
+        pass
 
 
 class Prefetcher:
-    """A thread makes the coming steps' micro-batches; next(step) returns them and the seconds it waited."""
+    """A thread makes the coming micro-batches of this rank; next() returns one and the seconds it waited."""
 
-    def __init__(self, stream, step, rows_per_step, B, T, rank, world, device, depth=3):
-        self.make = lambda s: [self.micro_batch(s * rows_per_step + (m * world + rank) * B)
-                               for m in range(rows_per_step // (B * world))]
+    def __init__(self, stream, row, B, T, rank, world, device, depth):
         self.stream, self.B, self.T, self.device = stream, B, T, device
-        self.queue, self.stopping = queue.Queue(depth), False
-        self.thread = threading.Thread(target=self.run, args=(step,), daemon=True)
+        self.first, self.stride = row + rank * B, world * B
+        self.queue, self.stopping = queue.Queue(max(3, depth)), False
+        self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
-    def micro_batch(self, row):
-        """idx, targets (B, T), a row's last target the token after it; and its domain (), if there are any."""
-        rows = torch.from_numpy(self.stream.rows(row, self.B, self.T))
-        batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        batch += self.stream.domain(row // self.B)
-        return tuple(t.pin_memory() for t in batch) if self.device == 'cuda' else batch
-
-    def run(self, step):
+    def run(self):
         try:
             while not self.stopping:
-                self.queue.put((step, self.make(step)))
-                step += 1
+                batch = self.stream.batch(self.first, self.B, self.T)
+                self.queue.put({k: t.pin_memory() for k, t in batch.items()} if self.device == 'cuda' else batch)
+                self.first += self.stride
         except Exception as e:                  # handed to the training thread, which raises it
-            self.queue.put((step, e))
+            self.queue.put(e)
 
-    def next(self, step):
+    def next(self):
         started = time.monotonic()
-        number, micro_batches = self.queue.get()
-        if isinstance(micro_batches, Exception):
-            raise micro_batches
-        assert number == step, f'prefetched step {number}, wanted {step}'
-        return micro_batches, time.monotonic() - started
+        batch = self.queue.get()
+        if isinstance(batch, Exception):
+            raise batch
+        return batch, time.monotonic() - started
 
     def close(self):
         self.stopping = True
@@ -547,7 +282,6 @@ class Muon(torch.optim.Optimizer):
     decides how much a layer's output moves; so the learning rate carries over from one width to another. Only
     for matrices that multiply activations: AdamW takes an embedding, whose rows are looked up one by one.
     All matrices of one shape are one group, their momentum one stacked tensor, orthogonalised in one batch.
-    Of domains' parts and experts those that met no token in a step stay as they are.
     """
 
     def __init__(self, params, momentum, dtype):
@@ -566,126 +300,12 @@ class Muon(torch.optim.Optimizer):
             state = self.state[params[0]]
             if 'momentum' not in state:
                 state['momentum'] = torch.zeros_like(grad)
-            met = grad.flatten(2).any(2)[..., None, None].to(grad.dtype) if grad.ndim > 3 else 1.0
-            average = state['momentum'].lerp_(grad, (1 - momentum) * met)
+            average = state['momentum'].lerp_(grad, 1 - momentum)
             update = orthogonalize(grad.lerp(average, momentum).to(self.dtype)).to(grad.dtype)   # Nesterov
             rows, cols = grad.shape[-2:]
-            update *= lr * max(1, rows / cols) ** 0.5 * met  # unit inputs change the output by a unit
-            kept = 1 - lr * group['weight_decay'] * met
-            torch._foreach_mul_(params, list(kept.unbind()) if grad.ndim > 3 else kept)
+            update *= lr * max(1, rows / cols) ** 0.5        # unit inputs change the output by a unit
+            torch._foreach_mul_(params, 1 - lr * group['weight_decay'])
             torch._foreach_sub_(params, list(update.unbind()))
-
-
-    def each(self):
-        """{parameter: its own state}."""
-        return {p: dict(momentum=average) for group in self.param_groups
-                for p, average in zip(group['params'], self.state[group['params'][0]].get('momentum', ()))}
-
-    def take(self, states):
-        """Go on from {parameter: its own state}; a parameter without one has averaged nothing yet."""
-        for params in (group['params'] for group in self.param_groups):
-            averages = [states.get(p, {}).get('momentum', torch.zeros_like(p)) for p in params]
-            self.state[params[0]]['momentum'] = torch.stack(averages).detach()
-
-
-def make_optimizers(model, s, dtype):
-    """The optimizers of a model; groups carry 'base_lr' and 'base_decay', which the schedule multiplies."""
-    head, slim = model.lm_head.weight, 256 / model.config.n_embd
-    # a head that growth has scaled down answers that much less, and growth has narrowed `slim` already
-    head_lr = s.head_lr * slim / model.config.head_scale
-    layers = [*model.blocks.modules(), *model.ahead]
-    matrices = [m.weight for m in layers if isinstance(m, Linear)]
-    tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not head]
-    biases = [m.bias for m in layers if isinstance(m, Experts)]
-    scalars = [p for p in model.parameters() if p.ndim < 2 and not any(p is bias for bias in biases)]
-    heads = [head] if model.class_head is None else [head, model.class_head.weight]
-    groups = [dict(params=heads, base_lr=head_lr),
-              dict(params=tables, base_lr=s.embedding_lr), dict(params=scalars, base_lr=s.scalar_lr),
-              dict(params=biases, base_lr=s.balance_lr, betas=(0.0, 0.0), eps=1e-30)]   # a step by the sign
-    optimizers = [Muon(matrices, s.momentum, dtype)] if s.optimizer == 'muon' else []
-    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-        group.update(base_lr=s.learning_rate, base_decay=s.weight_decay)
-    if not optimizers:
-        groups += [dict(params=[p for p in matrices if p.ndim == n], base_lr=0.05 * s.learning_rate * slim,
-                        base_decay=s.weight_decay / slim) for n in (2, 3)]
-    groups = [dict(base_decay=0.0) | g for g in groups if g['params']]
-    optimizers.append(torch.optim.AdamW(groups, lr=0.0, betas=(s.beta1, s.beta2), eps=1e-10,
-                                        weight_decay=0.0, fused=True))
-    for group in (g for optimizer in optimizers for g in optimizer.param_groups if s.frozen):
-        # frozen domains get no text, so what can learn are the others' parts
-        group.update(base_lr=group['base_lr'] * (group['params'][0].ndim == 3), base_decay=0.0)
-    return optimizers
-
-
-def growth_stages(s, config, domains=()):
-    """[(progress, the config from then on)], of the settings growth and domains_from."""
-    stages, last = [], 0.0
-    for stage in s.growth:
-        try:
-            at, changes = stage
-            if not last < at < 1:
-                raise ValueError(f'progress {at} does not lie between {last} and 1')
-            if 'domains' in changes:
-                raise ValueError('domains come by the settings domains and domains_from')
-            config = grown_config(config, changes, s.growth_tokens == 'random', s.growth_depth == 'stack')
-            last = at
-        except (TypeError, ValueError, AttributeError) as e:
-            raise UserError(f'growth has {stage!r} ({e}): write it like [(0.3, dict(n_embd=512))]') from e
-        stages.append((at, config))
-    if domains and not config.domains:
-        refuse(last >= s.domains_from, f'domains_from is {s.domains_from:g}, and the model grows until '
-                                       f'{last:g}: it can split only after that')
-        stages.append((s.domains_from, split(config, domains)))
-    return stages
-
-
-def grown(model, optimizers, config, s, number, parts=()):
-    """The model grown to a config, as the run's `number`th growth, and its optimizers, with all they knew."""
-    bigger, came_from = grow(model, config, s.growth_snr_db, s.growth_depth == 'stack',
-                             s.growth_tokens == 'random', s.seed + number, parts)
-    fresh, known = make_optimizers(bigger, s, bigger.compute_dtype), {}
-    for optimizer in optimizers:
-        known |= optimizer.each() if isinstance(optimizer, Muon) else optimizer.state
-    state = {}
-    for p, (q, copies, how) in came_from.items():           # gradients are shared out among the copies
-        shares = dict(momentum=copies, exp_avg=copies, exp_avg_sq=copies ** 2)
-        state[p] = {name: spread(t, p.shape, how) / shares[name] if name in shares else t.clone()
-                    for name, t in known.get(q, {}).items()}
-    for optimizer in fresh:
-        if isinstance(optimizer, Muon):
-            optimizer.take(state)
-        else:
-            mine = [p for group in optimizer.param_groups for p in group['params']]
-            optimizer.state.update((p, state[p]) for p in mine if state.get(p))
-    return bigger, fresh
-
-
-def schedule(progress, s):
-    """Multiplier of the learning rates at progress in [0, 1]: a short rise, a level, a linear fall."""
-    rise = 0.1 + 0.9 * progress / s.warmup_frac if progress < s.warmup_frac else 1.0
-    fall = (1 - progress) / s.cooldown_frac if progress > 1 - s.cooldown_frac else 1.0
-    return rise * (s.final_lr_frac + (1 - s.final_lr_frac) * fall)
-
-
-def new_average(model, progress):
-    """The weights' running average, as it begins."""
-    return dict(progress=progress, model={name: w.clone() for name, w in model.state_dict().items()})
-
-
-def follow(average, model, progress, ema):
-    """Draw the average to the model's weights: what is `ema` of progress ago counts 1 / e of what is now."""
-    weight = -math.expm1((average['progress'] - progress) / ema)
-    torch._foreach_lerp_(list(average['model'].values()), list(model.state_dict().values()), weight)
-    average['progress'] = progress
-
-
-def set_rates(optimizers, progress, s):
-    rate, factor = schedule(progress, s), float(np.interp(progress, *zip(*s.weight_decay_points)))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group['lr'] = rate * group['base_lr']
-            group['weight_decay'] = group['base_decay'] * factor
-    return rate
 
 
 # ---- clock -------------------------------------------------------------------------------------------------
@@ -723,7 +343,7 @@ class Clock:
         return (not self.max_steps or step < self.max_steps) and self.left() > max(0.5 * seconds, seconds - 5)
 
 
-# ---- checkpoints and reports -------------------------------------------------------------------------------
+# ---- files and the machine ---------------------------------------------------------------------------------
 
 def write_beside(path, write):
     """Make a file complete or not at all: write(file) beside its place, flush, move."""
@@ -805,144 +425,12 @@ def git_commit():
         return None
 
 
-# ---- pages -------------------------------------------------------------------------------------------------
-
 def write_page(path, title, blocks):
-    """One HTML page that needs nothing else. A block is a dict of kind, title, maybe note, and by its kind
-
-    facts: rows [[key, value]]; text: text; table: columns [dict(key, label, digits)], rows [dict], sort: key;
-    lines: x, y (what the axes are), log_x, log_y, series [dict(name, points [[x, y]])]; dots: the same with
-    points [[x, y, label]] and a line `path` [[x, y]], of the block or of a series;
-    heat: x, y (labels), values (a row for each of y, a number for each of x), low, high. None is a gap.
-    """
-    def finite(v):
-        if isinstance(v, dict):
-            return {k: finite(x) for k, x in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [finite(x) for x in v]
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-
-    # without a '<', a sample that says </script> stays text
-    data = json.dumps(finite(dict(title=title, blocks=blocks))).replace('<', '\\u003c')
-    page = Path(__file__).parent / 'web' / 'page.html'
-    write_beside(path, lambda f: f.write(page.read_text('utf-8').replace('{}</script>', f'{data}</script>', 1)
-                                         .encode()))
+    raise NotImplementedError
 
 
-def thinned(points, most=300):
-    """Means of as many neighbours as leave `most` points at most; None where all of them lack a value."""
-    n = -(-len(points) // most) or 1
-    groups = [points[i:i + n] for i in range(0, len(points), n)]
-    known = [[y for _, y in group if y is not None] for group in groups]
-    return [[sum(x for x, _ in group) / len(group), sum(ys) / len(ys) if ys else None]
-            for group, ys in zip(groups, known)]
-
-
-def in_words(value):
-    """A value of the report: numbers short, what a dict holds on a line each."""
-    if isinstance(value, dict):
-        return '\n'.join(f'{k.replace("_", " ")}: {in_words(v)}' for k, v in value.items())
-    if isinstance(value, float):
-        return f'{value:,.0f}' if 1000 <= abs(value) < 1e9 else f'{value:.4g}'
-    return 'not measured' if value is None else f'{value:,}' if type(value) is int else str(value)
-
-
-def curve_blocks(rows, tokens_per_step):
-    """The charts of what a run's metrics.jsonl says along the way."""
-    steps, seen = [r for r in rows if 'train_loss' in r], [r for r in rows if 'val_bpb' in r]
-    asked, means = [r for r in rows if r.get('evals')], -(-len(steps) // 300)
-    note = f'Training: means of {means} steps.' * (means > 1)
-    ways = (('time', 'minutes', lambda r: r['elapsed_s'] / 60),
-            ('tokens', 'training tokens', lambda r: r['step'] * tokens_per_step))
-
-    def lines(title, note, x, at, y, *series, **more):
-        return dict(kind='lines', title=title, note=note, x=x, y=y, **more, series=[
-            dict(name=name, points=thinned([[at(r), r.get(key)] for r in of])) for name, of, key in series])
-
-    for over, *way in ways:
-        yield lines(f'Loss over {over}', note, *way, 'nats per token', ('training', steps, 'train_loss'),
-                    ('validation', seen, 'val_loss'), log_y=True)
-    for over, *way in ways if len(seen) > 1 else ():
-        yield lines(f'Bits per byte over {over}', 'On a part of the validation text before the end.', *way,
-                    'bits per byte', ('validation', seen, 'val_bpb'))
-    for title, key, y in (('Learning rate', 'lr', 'share of its peak'),
-                          ('Gradient norm', 'grad_norm', 'before clipping')):
-        yield lines(title, note, *ways[0][1:], y, (title, steps, key), log_y=key == 'grad_norm')
-    if asked:
-        names = dict.fromkeys(name for r in asked for name in r['evals'])
-        yield dict(kind='lines', title='Abilities', x='progress', y='accuracy', series=[
-            dict(name=name, points=[[r['progress'], r['evals'][name]['accuracy']] for r in asked
-                                    if name in r['evals']]) for name in names])
-
-
-RESULT = dict(model='model', total_params='parameters', non_embedding_params='outside embeddings',
-              active_params='active for a token', tokens='training tokens', epochs='epochs', steps='steps',
-              tok_per_sec='tokens a second of training', flops='model FLOPs', mfu='MFU',
-              peak_mem_gb='peak memory, GiB', total_seconds='seconds in all',
-              budget_seconds='seconds of its budget', dollars='dollars', finished='finished',
-              warnings='warnings')
-
-
-def report_blocks(r, rows, dynamics):
-    """A finished run's page, of its result.json, the rows of metrics.jsonl, and dynamics.json or None."""
-    def facts(title, pairs):
-        return dict(kind='facts', title=title, rows=[[k, in_words(v)] for k, v in pairs.items()])
-
-    def table(title, digits, *rows):
-        columns = [dict(key=key, digits=n) for i, (key, n) in enumerate(digits.items())
-                   if any(row[i] is not None for row in rows)]
-        return dict(kind='table', title=title, columns=columns, rows=[dict(zip(digits, row)) for row in rows])
-
-    c, s, sampled = r['config'], r['settings'], [row for row in rows if row.get('sample')]
-    part = f'{r["val_bpb"]:.4f}' + (f' on {r["val_share"]:.1%} of the validation text, standard error '
-                                    f'{r["val_bpb_error"]:.4f}') * (r['val_share'] < 1)
-    warnings = [*r.get('warnings', []), *[f'bits per byte are {part}'] * (r['val_share'] < 1)]
-    if r['skipped_steps']:
-        warnings.append(f'{r["skipped_steps"]} steps were not finite and changed no weights')
-    r = r | dict(warnings='see below' if warnings else 'none', model=f'{c["n_layer"]} layers, {c["n_embd"]} '
-                 f'wide, {c["n_head"]} heads, context {c["block_size"]}, vocabulary {c["vocab_size"]:,}')
-    yield facts('Result', {'bits per byte': part} | {
-        name: r[key] for key, name in RESULT.items() if r.get(key) is not None})
-    yield facts('Settings that differ from the defaults', {
-        k: str(v) for k, v in s.items() if k in KEYS and v != json.loads(json.dumps(KEYS[k].default))})
-    if warnings:
-        yield dict(kind='text', title='Warnings', text='\n'.join(warnings))
-    yield from curve_blocks(rows, s['tokens_per_step'])
-    ends = []
-    for name, e in r['evals'].items():
-        parts = e.get('per_field') or e.get('per_kind', {})
-        for kind, v in [('all', e), *(parts.items() if len(parts) > 1 else ())]:
-            v = v if isinstance(v, dict) else dict(accuracy=v)
-            ends.append((name, kind, v['accuracy'], v.get('error'), e.get('chance'), v.get('items')))
-    if ends:
-        digits = dict(ability=None, kind=None, accuracy=4, error=4, chance=2, items=0)
-        yield table('Abilities at the end', digits, *ends)
-    sources = {'source': None, 'bits per byte': 4}
-    yield table('Bits per byte by source', sources, *r['val_bpb_per_source'].items())
-    for name, probes in dynamics['measures'].items() if dynamics else ():
-        yield dict(kind='heat', title=name.replace('_', ' ').capitalize(), note='Along progress.',
-                   y=dynamics['names'], x=[f'{p:.2f}' for p in dynamics['progress']], values=[*zip(*probes)])
-    for title, text in (('Samples along training', '\n\n'.join(
-            f'progress {row["progress"]:.2f}, step {row["step"]}:\n{row["sample"]}' for row in sampled)),
-                        ('Sample at the end', r['sample'])):
-        if text:
-            yield dict(kind='text', title=title, text=text)
-    yield facts('Energy', dict(joules=r['joules']) | {'grams of CO2': r['co2_g']} | r.get('energy', {}))
-    parts = [(k[:-8], v, v / r['total_seconds']) for k, v in r.items()
-             if k.endswith('_seconds') and k != 'budget_seconds']
-    yield table('Where the time went', dict(part=None, seconds=1, share=3), *parts)
-    yield facts('Machine, versions, data', r['hardware'] | r['versions'] | r['data'] | dict(
-        commit=r['commit'] or 'not known', protocol=f'bits per byte, version {r["protocol"]}'))
-
-
-def write_report(out_dir):
-    """Make report.html of a finished run, from the files that it left."""
-    out_dir = Path(out_dir)
-    report = json.loads((out_dir / 'result.json').read_text())
-    dynamics = out_dir / 'dynamics.json'
-    dynamics = json.loads(dynamics.read_text()) if dynamics.exists() else None
-    blocks = [*report_blocks(report, read_rows(out_dir / 'metrics.jsonl'), dynamics)]
-    write_page(out_dir / 'report.html', f'{out_dir.name}: {report["val_bpb"]:.4f} bits per byte', blocks)
+def write_report(out_dir, blocks=()):
+    pass
 
 
 # ---- what the hardware decides -----------------------------------------------------------------------------
@@ -953,44 +441,7 @@ def choose_device(s):
     return s.device if s.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
-def model_config(s, data):
-    domains = domain_names(s, data) if not s.domains_from else []
-    try:
-        kernels_named(s.kernels)
-        shape = {k: getattr(s, k) for k in MODEL_KEYS}
-        classes = prepare_data.word_class_table(data).shape[1] if s.class_loss else 0
-        return GPTConfig(vocab_size=data.meta['vocab_size'], bos=data.meta['bos'], classes=classes,
-                         domains=','.join(domains), **shape)
-    except ValueError as e:
-        raise UserError(f'the model cannot be built: {e}') from e
-
-
-def config_from(theirs, s, ours, given, domains):
-    """The shape of the run to start from, grown to what is given here; the settings follow."""
-    theirs = GPTConfig(**theirs)
-    changes = {k: getattr(ours, k) for k in MODEL_KEYS
-               if k in given and getattr(ours, k) != getattr(theirs, k)}
-    others = {k: changes.pop(k) for k in ('dropout', 'layer_drop', 'z_loss', 'predict_ahead') if k in changes}
-    try:
-        config = grown_config(theirs, changes, s.growth_tokens == 'random', s.growth_depth == 'stack')
-        config = dataclasses.replace(config, classes=ours.classes, **others)
-        if theirs.domains:
-            s.domains_from = 0.0                # it has them already
-        if domains and not s.domains_from:
-            config = split(config, domains)
-    except ValueError as e:
-        raise UserError(f'{s.init_from} is of another model, and {e}: give its shape, or none') from e
-    vars(s).update({k: getattr(config, k) for k in MODEL_KEYS})
-    has = theirs.domains.split(',') if theirs.domains else []
-    refuse(has and not domains, f'{s.init_from} has the domains {theirs.domains}: name those to go on with, '
-                                f'--domains={theirs.domains}')
-    strange = [name for name in s.frozen.split(',') if s.frozen and name not in has]
-    refuse(strange, f'frozen names {strange[0] if strange else ""!r}, and {s.init_from} has '
-                    f'{theirs.domains or "no domains"}: leave it away')
-    return config
-
-
-def adapt(s, device, world, domains=0):
+def adapt(s, device, world, most):
     """dtype, whether to compile, the micro-batch, and a sentence about each that is not what was asked."""
     said, dtype = [], s.dtype
     if dtype == 'auto':                         # a CPU without the instructions emulates bf16: slow
@@ -1002,12 +453,11 @@ def adapt(s, device, world, domains=0):
            f'tokens_per_step is {s.tokens_per_step}, it must be a multiple of block_size {s.block_size} '
            f'times {world} rank{"s" * (world > 1)}: try {(rows + 1) * s.block_size * world}')
     limit = s.micro_batch_size if device == 'cuda' else min(s.micro_batch_size, max(1, 8192 // s.block_size))
-    few = max(1, rows * world // domains) if domains else limit     # so that a step has room for all domains
-    micro = max(b for b in range(1, min(limit, rows, few) + 1) if rows % b == 0)
+    micro = max(b for b in range(1, min(limit, rows, most) + 1) if rows % b == 0)
     if micro != s.micro_batch_size:
         why = 'a CPU is fastest on some 8,192 tokens at a time'
         why = f'a rank reads {rows} sequences a step' if limit >= rows else why
-        why = f'{domains} domains share the {rows * world} sequences of a step' if few < limit else why
+        why = 'a step shares its sequences out among so many kinds of text' if most < limit else why
         said.append(f'micro_batch_size {micro} instead of {s.micro_batch_size}: {why}')
     compile = s.compile == 'on' and not s.dry_run
     if s.dry_run and s.compile != 'off':
@@ -1026,7 +476,7 @@ def adapt(s, device, world, domains=0):
 
 def check_room(s, config, micro, device, out_dir):
     """Refuse what cannot end well: a model or a checkpoint that memory or disk has no room for."""
-    total = config.params()['total']
+    total = models.blueprint(config).params()['total']
     # fp32 weights, gradients and two moments; activations, about 18 C a layer and token; a block of logits
     activations = micro * config.block_size * config.n_embd * (36 * config.n_layer + 8)
     need = 16 * total + activations + 512 * config.vocab_size * 16
@@ -1039,892 +489,10 @@ def check_room(s, config, micro, device, out_dir):
            f'the model needs about {need / 2**30:.1f} GiB and {have / 2**30:.1f} are free: lower '
            f'micro_batch_size (now {micro}), n_layer or n_embd')
     place = next(p for p in [out_dir.absolute(), *out_dir.absolute().parents] if p.exists())
-    free, checkpoint = shutil.disk_usage(place).free, (12 + 4 * (s.ema > 0)) * total
+    free, checkpoint = shutil.disk_usage(place).free, 16 * total
     refuse(free < 3 * checkpoint + 2 ** 20,
            f'{place} has {free / 2**20:,.0f} MiB free, three checkpoints need '
            f'{3 * checkpoint / 2**20:,.0f}: make room or choose another --out_dir')
-
-
-def open_run(s, out_dir):
-    """The checkpoint to go on from or take weights from, or None; refuses to write over an earlier run."""
-    if blocked := next((p for p in [out_dir, *out_dir.parents] if p.exists() and not p.is_dir()), None):
-        raise UserError(f'{blocked} is a file, and the run would be written to the folder {out_dir}: '
-                        f'choose another --out_dir')
-    finished = (out_dir / 'result.json').exists()
-    saved = (out_dir / 'ckpt.pt').exists() or (out_dir / 'ckpt.prev.pt').exists()   # killed between two moves
-    if s.init_from == 'resume':
-        refuse(finished and not s.overwrite,
-               f'{out_dir} holds a finished run, there is nothing to resume: choose another --out_dir')
-        refuse(not saved, f'{out_dir} has no ckpt.pt to resume from: leave --init_from away to start afresh')
-        checkpoint = sample.read_checkpoint(out_dir)
-        refuse(checkpoint.get('order') != 2, f'{out_dir} was begun by an older train.py, which read the text '
-               f'in another order: start afresh with --overwrite=True, or check that version out')
-        return checkpoint
-    if not (s.overwrite or s.dry_run):
-        refuse(finished, f'{out_dir} holds a finished run: choose another --out_dir, or --overwrite=True')
-        refuse(saved, f'{out_dir} holds an unfinished run: go on with --init_from=resume, choose another '
-               f'--out_dir, or say --overwrite=True')
-    return None if s.init_from == 'scratch' else sample.read_checkpoint(s.init_from)
-
-
-def open_or_build(s, rank):
-    """The data set that the settings name, built first if it is missing."""
-    folder = prepare_data.data_folder(s.dataset, s.tokenizer, s.vocab_size, s.data_dir)
-    if not (folder / 'meta.json').exists() and rank == 0:
-        print(f'{folder} is missing: building it', flush=True)
-        command = [sys.executable, prepare_data.__file__, s.dataset, '--tokenizer', s.tokenizer,
-                   '--vocab_size', str(s.vocab_size), '--data_dir', s.data_dir, *s.prepare.split()]
-        if s.init_from not in ('scratch', 'resume'):           # weights go with the vocabulary they learned
-            command += ['--tokenizer_from', s.init_from]
-        refuse(subprocess.run(command).returncode, f'{s.dataset} could not be prepared, see above')
-    if s.evals == 'all' and rank == 0 and 'files' in prepare_data.DATASETS.get(s.dataset, {}):
-        try:
-            prepare_data.fetch_evals(s.eval_data)
-        except UserError as e:                  # the run is worth more
-            print(f'warning: no BLiMP: {e}', flush=True)
-    if dist.is_initialized():
-        dist.barrier()
-    return prepare_data.open_data(folder, s.dataset)
-
-
-def make_stream(s, data):
-    """The training stream of a run."""
-    weights = prepare_data.source_weights(s.weights, data)
-    if domains := domain_names(s, data):
-        return domain_stream(s, data, weights, domains)
-    if not s.curriculum:
-        return Stream(data.tokens['train'], data.docs['train'], s.seed, weights, s.reshuffle)
-    difficulty = prepare_data.measure(data, 'train', s.curriculum)
-    return Curriculum(data.tokens['train'], data.docs['train'], difficulty, s, weights)
-
-
-# ---- domains -----------------------------------------------------------------------------------------------
-
-def domain_names(s, data):
-    """The names of the run's domains, of the setting; UserError if the data does not have them."""
-    refuse(s.frozen and (s.init_from == 'scratch' or not s.domains),
-           f'frozen is {s.frozen!r}: it needs an --init_from that has domains, and all names of this run in '
-           f'--domains')
-    if not s.domains:
-        return []
-    sources = [*data.meta['splits']['train']['sources']]
-    names = sources if s.domains == 'sources' else s.domains.split(',')
-    learn = [name for name in names if name not in s.frozen.split(',')]
-    named = [source for name in learn for source in name.split('+')]
-    unknown = [source for source in named if source not in sources]
-    refuse(unknown, f'domains names {unknown[0] if unknown else ""!r}, the sources of {data.folder} are '
-                    f'{", ".join(sources)}')
-    refuse(len({*named}) < len(named) or len({*names}) < len(names),
-           f'domains is {s.domains!r}, and names one of them twice')
-    refuse(not learn, f'frozen is {s.frozen!r}, and leaves no domain to learn: name a new one in domains too')
-    return names
-
-
-def split(config, domains):
-    try:
-        return grown_config(config, dict(domains=','.join(domains)))
-    except ValueError as e:
-        raise UserError(f'the model cannot have domains: {e}') from e
-
-
-def domain_stream(s, data, weights, domains):
-    """The stream of a run that has domains: one for each that learns."""
-    refuse(s.curriculum, 'a curriculum reads all sources as one, domains each on its own: leave one away')
-    docs, sources, streams = data.docs['train'], data.meta['sources'], {}
-    weights = weights or [1.0] * len(sources)
-    for number, name in enumerate(domains):
-        if name not in s.frozen.split(','):
-            mine = [w * (source in name.split('+')) for w, source in zip(weights, sources)]
-            refuse(not any(mine), f'weights leave nothing of domain {name!r} to read: leave it away')
-            streams[number] = Stream(data.tokens['train'], docs, s.seed, mine, s.reshuffle)
-    return DomainStream(streams)
-
-
-def nearest_parts(model, config, data):
-    """For each domain of `config` the number of the model's part to begin with: its own, or for a new one
-    that which some of its documents surprise least."""
-    has, tokens, docs = model.config.domains.split(','), data.tokens['train'], data.docs['train']
-    ends = np.append(docs['start'][1:], len(tokens))
-    of = np.array(sample.domain_of(config, data))[docs['source']]
-
-    def nearest(number):
-        some = np.random.default_rng(0).permutation(np.flatnonzero(of == number))[:64]
-        texts = ((doc, tokens[docs['start'][doc]:ends[doc]][:1024]) for doc in some)
-        return int(sum(sample.nats_by_domain(model, texts).values()).argmin())
-    names = config.domains.split(',')
-    return [has.index(name) if name in has else nearest(i) for i, name in enumerate(names)]
-
-
-# ---- objective ---------------------------------------------------------------------------------------------
-
-def make_objective(s, data, config, device, rank):
-    """objective(model, step, progress): the function of a micro-batch whose mean a step makes smaller.
-
-    Chosen once: the plain one is the model's own loss and costs nothing. An idea that changes the loss adds
-    an entry to `extra`: an argument of GPT.forward, and a function of (idx, progress) that makes it. What
-    changes on the way is a tensor there: torch.compile would make a new program for every float.
-    """
-    extra, known, noisy = {}, None, config.dropout or config.layer_drop or s.masked
-    if s.smoothing:
-        table = smoothing_table(s, data).to(device)
-        norm = similarity_norm(table)
-        extra['soft'] = lambda idx, progress: (
-            table, norm, torch.full((), 1 - s.smoothing * (1 - progress), device=device))
-    if s.class_loss:
-        class_of = torch.from_numpy(prepare_data.word_class_table(data).argmax(1)).to(device)
-        extra['classes'] = lambda idx, progress: (
-            class_of, torch.full((), s.class_loss * max(0.0, 1 - progress / s.class_until), device=device))
-    if config.predict_ahead:
-        extra['ahead'] = lambda idx, progress: torch.full((), s.ahead_weight * (1 - progress), device=device)
-    if s.teacher:
-        extra['teach'] = make_teacher(s, data, device)
-    if s.vocabulary_floor < 1:
-        refuse(s.teacher or s.smoothing, 'vocabulary_floor keeps rare ids out of the loss, teacher and '
-               'smoothing put them in: leave one away')
-        known = known_ids(s, data, device)
-    if not extra and not known and not noisy:
-        return lambda model, step, progress: model
-
-    def objective(model, step, progress):
-        if noisy:      # each step's own numbers, another rank's others: a resumed run draws the same again
-            torch.manual_seed(int(np.random.default_rng([s.seed, step, rank]).integers(2 ** 62)))
-
-        def loss_of(idx, targets, *domain):
-            arguments = {k: f(idx, progress) for k, f in extra.items()}
-            pair = known(idx, targets, progress) if known else (idx, targets)
-            return model(*pair, *domain, **arguments)
-        return loss_of
-    return half_masked(objective, s, data, config, device) if s.masked else objective
-
-
-def half_masked(causal, s, data, config, device):
-    """The objective `causal` for most rows. The first share of them reads both ways and predicts hidden
-    tokens, each from the position before it, as the other rows do; 30 % are hidden at first, 15 % in the end
-    (Charpentier 2024, 2410.24159)."""
-    micro = adapt(s, device, int(os.environ.get('WORLD_SIZE', 1)), len(domain_names(s, data)))[2]
-    n, mask = round(s.masked * micro), getattr(data.tokenizer, 'unk', None)
-    refuse(mask is None, f'masked needs a token to mask with, and tokenizer {s.tokenizer} has none: take bpe')
-    refuse(s.vocabulary_floor < 1, 'masked and vocabulary_floor need the same spare token: leave one away')
-    refuse(not 0 < n < micro,
-           f'masked {s.masked:g} is {n} of the {micro} rows of a micro-batch, and both kinds must have some: '
-           f'change it or micro_batch_size')
-
-    def objective(model, step, progress):
-        loss_of = causal(model, step, progress)
-
-        def loss(idx, targets, *domain):
-            rows = idx[:n]
-            hidden = (torch.rand(rows.shape, device=device) < 0.3 - 0.15 * progress) & (rows != config.bos)
-            next_hidden = hidden.roll(-1, 1)
-            next_hidden[:, -1] = False
-            guessed = targets[:n].masked_fill(~next_hidden, -1)
-            filled_in = model(rows.masked_fill(hidden, mask), guessed, *domain, two_way=True)
-            return n / micro * filled_in + (1 - n / micro) * loss_of(idx[n:], targets[n:], *domain)
-        return loss
-    return objective
-
-
-def smoothing_table(s, data):
-    """(V, r) for model.soft_targets: the product of two rows is log2 of how alike their tokens are, by the
-    cosine of their word classes over a temperature (Diehl Martinez 2024, 2410.11462). r is a power of 2, for
-    Triton."""
-    if s.smoothing_by == 'uniform':
-        return torch.zeros(data.meta['vocab_size'], 16)
-    rows = torch.from_numpy(prepare_data.word_class_table(data))
-    rows = F.normalize(rows, dim=1) * (math.log2(math.e) / s.smoothing_temperature) ** 0.5
-    return F.pad(rows, (0, max(16, 2 ** math.ceil(math.log2(rows.shape[1]))) - rows.shape[1]))
-
-
-def known_ids(s, data, device):
-    """(idx, targets, progress) -> both without ids not known yet: unk in the input, and no target."""
-    unk = getattr(data.tokenizer, 'unk', None)
-    refuse(unk is None, f'vocabulary_floor needs an id for what is not known, {s.tokenizer} has none: '
-           f'use bpe')
-    counts = np.bincount(data.tokens['train'][:2 ** 26], minlength=data.meta['vocab_size'])
-    rank = torch.from_numpy((-counts).argsort(kind='stable').argsort()).to(device)
-
-    def known(idx, targets, progress):
-        n = admitted(progress, s, s.vocabulary_floor) * len(rank)
-        # what the document begins with is always known, and -1 is no id
-        return (torch.where((rank[idx] < n) | (idx == data.meta['bos']), idx, unk),
-                torch.where((rank[targets.clamp(min=0)] < n) & (targets >= 0), targets, -1))
-    return known
-
-
-def make_teacher(s, data, device):
-    """What GPT.forward's `teach` is for idx, of the run that s.teacher names."""
-    refuse(Path(s.teacher).resolve() == Path(s.out_dir).resolve(),
-           f'teacher {s.teacher} is where this run goes: choose another --out_dir')
-    teacher, tokenizer = sample.load(s.teacher, device)
-    c, teacher.compute_dtype = teacher.config, getattr(torch, adapt(s, device, 1)[0])
-    refuse(tokenizer.blob != data.tokenizer.blob,
-           f'teacher {s.teacher} has another vocabulary than {data.folder}: choose one with the same')
-    refuse(c.domains, f'teacher {s.teacher} has domains, and nothing tells it which: choose a plain one')
-    refuse(c.block_size < s.block_size,
-           f'teacher {s.teacher} reads {c.block_size} tokens at most: lower block_size (now {s.block_size})')
-    kernel = device == 'cuda' and 'attention' in kernels_named(s.kernels)
-    refuse(kernel and c.head_dim not in (16, 32, 64, 128),
-           f'teacher {s.teacher} has heads of {c.head_dim}, which no kernel takes: say --kernels=-attention')
-
-    @torch.no_grad()
-    def teach(idx, progress):
-        hidden = teacher.trunk(idx).flatten(0, 1)
-        return s.teacher_weight, s.teacher_temperature, hidden, teacher.lm_head.weight, c.logit_softcap
-    return teach
-
-
-# ---- trackers ----------------------------------------------------------------------------------------------
-
-def leaves(value, name=''):
-    """(name, value) of what is not None in dicts of dicts, names joined by slashes."""
-    for key, v in value.items():
-        if isinstance(v, dict):
-            yield from leaves(v, f'{name}{key}/')
-        elif v is not None:
-            yield f'{name}{key}', v
-
-
-def open_tracker(s):
-    """What hands a tracker {name: number} at a step, a table (its name, columns, rows, step) and a file, and
-    what closes it."""
-    name, folder = re.sub(r'[^\w.-]', '-', Path(s.out_dir).name), Path(s.out_dir)
-
-    def as_text(columns, rows):
-        return '\n'.join(' | '.join(map(str, row)) for row in [columns, ['---'] * len(columns), *rows])
-
-    if s.tracker == 'tensorboard':
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(folder / 'tensorboard')
-        return (lambda row, step: [writer.add_scalar(key, v, step) for key, v in row.items()],
-                lambda key, columns, rows, step: writer.add_text(key, as_text(columns, rows), step),
-                lambda path: writer.add_text('file', str(path)), writer.close)     # it keeps none
-    if s.tracker == 'wandb':
-        import wandb
-        run = wandb.init(project='halfhour', name=name, dir=folder, config=vars(s),
-                         settings=wandb.Settings(console='off'))
-
-        def keep(path):
-            artifact = wandb.Artifact(name, 'model')
-            artifact.add_file(str(path))
-            run.log_artifact(artifact)
-        return (lambda row, step: run.log(row, step=step), lambda key, columns, rows, step:
-                run.log({key: wandb.Table(columns=columns, data=rows)}, step=step), keep, run.finish)
-    import mlflow
-    mlflow.set_experiment('halfhour')
-    mlflow.start_run(run_name=name)
-    mlflow.log_params({key: v for key, v in vars(s).items() if v != KEYS[key].default})
-    return (lambda row, step: mlflow.log_metrics(row, step=step),
-            lambda key, columns, rows, step: mlflow.log_text(as_text(columns, rows), f'{key}_{step}.md'),
-            lambda path: mlflow.log_artifact(str(path)), mlflow.end_run)
-
-
-class Tracker(threading.Thread):
-    """Hands the rows of metrics.jsonl, and files, to the tracker that s names. In a thread of its own: one
-    that is slow, away or broken costs the run a warning and, at its end, WAIT seconds."""
-    WAIT, made = 5.0, []
-
-    def __init__(self, s, say):
-        super().__init__(daemon=True)
-        self.s, self.say, self.waiting = s, say, queue.Queue(1000)
-        self.left_out, self.asked, self.done = 0, False, False
-        self.made.append(self)
-        self.start()
-
-    def put(self, item):
-        try:
-            self.waiting.put_nowait(item)
-        except queue.Full:
-            self.left_out += 1
-
-    def run(self):
-        try:
-            numbers, table, keep, close = open_tracker(self.s)
-            while (item := self.waiting.get()) is not None:
-                if isinstance(item, Path):
-                    keep(item)
-                    continue
-                step, found = item.pop('step'), dict(leaves(item))
-                numbers({k: v for k, v in found.items() if not isinstance(v, str)}, step)
-                for key, v in item.items():
-                    if isinstance(v, dict) and v:
-                        rows = [[k, n] for k, n in leaves(v) if not isinstance(n, str)]
-                        table(key, ['name', 'value'], rows, step)
-                    elif isinstance(v, str):
-                        table(key, ['text'], [[v]], step)
-            close()
-            self.done = True
-        except Exception as e:                  # whatever happens to a tracker, the run goes on
-            why = (str(e).strip() or type(e).__name__).splitlines()[0]
-            self.say(f'warning: {self.s.tracker} follows no longer ({why}); metrics.jsonl has everything')
-
-    def finish(self):
-        """Whether everything has arrived; waits for it once, WAIT seconds at most."""
-        if self.is_alive() and not self.asked:
-            self.asked, until = True, time.monotonic() + self.WAIT
-            with contextlib.suppress(queue.Full):
-                self.waiting.put(None, timeout=self.WAIT)
-            self.join(max(0.0, until - time.monotonic()))
-            if self.is_alive() or self.left_out:
-                self.say(f'warning: {self.s.tracker} was too slow and lacks {self.left_out:,} rows, and '
-                         f'{self.waiting.qsize():,} that wait; metrics.jsonl has everything')
-        return self.done
-
-
-# ---- the run -----------------------------------------------------------------------------------------------
-
-LEAVING = 0.8       # seconds from the last line printed to the prompt back, the report's page included
-UNPRINTED = ('evals', 'settings', 'config', 'hardware', 'versions', 'data', 'sample',       # or told below
-             'warnings', 'energy')
-BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
-# settings that a run which goes on may change; all others decide what a step computes
-FREE = set('dataset tokenizer vocab_size prepare data_dir out_dir overwrite init_from budget_minutes '
-           'budget_counts device compile kernels micro_batch_size eval_interval evals eval_data log_interval '
-           'save_minutes sample_prompt sample_tokens dynamics dollars_per_hour country tracker '
-           'dry_run'.split()) | MODEL_KEYS.keys()
-
-
-class Stopped(Exception):
-    """SIGTERM or SIGINT arrived; everything is saved."""
-
-
-class Diverged(Exception):
-    """Steps were not finite again and again, after going back to a checkpoint too."""
-
-
-def train_step(loss_of, model, optimizers, micro_batches, progress, s, world=1, stop=lambda: False):
-    """One optimizer step down the mean of loss_of(*micro-batch): that loss, gradient norm before clipping,
-    learning-rate multiplier, and if any rank must stop; None if a lone rank must, before its last micro-step.
-    Not finite: the weights stay as they are."""
-    device = model.wte.weight.device
-    loss = torch.zeros((), device=device)
-    for batch in micro_batches:
-        if world == 1 and stop():               # a CPU's step can outlast the grace before a machine goes
-            return None
-        micro_loss = loss_of(*(t.to(device, non_blocking=True) for t in batch)) / len(micro_batches)
-        micro_loss.backward()
-        loss += micro_loss.detach()
-    flag = average_over_ranks(model, loss, stop(), world)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf, foreach=True)
-    loss, norm = torch.stack([loss, norm]).tolist()   # the step's one wait for the device: skip or not?
-    rate = set_rates(optimizers, progress, s)
-    if math.isfinite(loss) and math.isfinite(norm):
-        for optimizer in optimizers:
-            optimizer.step()
-    model.zero_grad()
-    return loss, norm, rate, flag
-
-
-def average_over_ranks(model, loss, flag, world):
-    """Average gradients and loss over ranks, in place, in one message; True if any rank raised its flag."""
-    if world == 1:
-        return flag
-    grads = [p.grad for p in model.parameters()]
-    message = torch.cat([g.flatten() for g in grads] + [loss[None], loss.new_tensor([float(flag)])])
-    dist.all_reduce(message)
-    *parts, tail = message.split([g.numel() for g in grads] + [2])
-    for g, part in zip(grads, parts):
-        g.copy_(part.view_as(g)).div_(world)
-    loss.copy_(tail[0]).div_(world)
-    return bool(tail[1] > 0)
-
-
-def main(argv):
-    # ---- setup
-    s = read_settings(argv)
-    refuse(s.tracker and not importlib.util.find_spec(s.tracker),
-           f'tracker {s.tracker} is not installed: pip install {s.tracker}, or leave tracker empty')
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    device, master = choose_device(s), rank == 0
-    signals, told = [], []                      # told: what a reader of the report should know
-
-    def say(line):
-        if master:
-            print(line, flush=True)
-            told.extend([line] * line.startswith(('warning:', 'adapted:', 'overruled:')))
-
-    def heed(number, frame):
-        signals.append(number)
-        if len(signals) > 2:                    # told three times (by Ctrl-C and torchrun is two): at once
-            os._exit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, heed)
-    out_dir, log = Path(s.out_dir), Path(s.out_dir) / 'metrics.jsonl'
-    checkpoint = open_run(s, out_dir)
-    if world > 1:
-        if device == 'cuda':
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        dist.init_process_group('nccl' if device == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=1))
-    energy = sample.Energy(device, STARTED, share=1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-    earlier = np.zeros_like(energy.joules)      # of all ranks, in processes before this one
-
-    def all_reduce(array):
-        """Sum of a numpy array over the ranks."""
-        if world == 1:
-            return array
-        tensor = torch.as_tensor(array, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor)
-        return tensor.cpu().numpy()
-
-    def agreed(value):
-        """Rank 0's number, on every rank."""
-        return float(all_reduce(np.array([value if master else 0.0]))[0])
-
-    # ---- data
-    data = open_or_build(s, rank)
-    train_tokens, val_tokens = len(data.tokens['train']), len(data.tokens['val'])
-    refuse(train_tokens < s.tokens_per_step // 16 or train_tokens <= s.block_size,
-           f'the training split of {data.folder} holds {train_tokens:,} tokens, less than one block of '
-           f'{s.block_size} or a sixteenth of a step of {s.tokens_per_step:,}: bring more text or lower them')
-    sets, others = open_evals(s, data, say)
-
-    # ---- model
-    given, domains = {name for _, name, _ in assignments(argv)}, domain_names(s, data)
-    origin = checkpoint['origin'] if s.init_from == 'resume' else s.init_from
-    if s.init_from == 'resume':
-        vars(s).update({k: checkpoint['settings'].get(k, KEYS[k].default)
-                        for k in [*MODEL_KEYS, 'domains_from']
-                        if k not in given or checkpoint['origin'] != 'scratch'})
-    config = model_config(s, data)
-    if s.init_from not in ('scratch', 'resume'):
-        config = config_from(checkpoint['config'], s, config, given, domains)
-    stages = growth_stages(s, config, domains)
-    largest = stages[-1][1] if stages else config
-    dtype_name, compiling, micro, adapted = adapt(s, device, world, len(domains))
-    check_room(s, largest, micro, device, out_dir)
-    n_grown = checkpoint['grown'] if s.init_from == 'resume' else 0
-    config, stages = [config, *(c for _, c in stages)][n_grown], stages[n_grown:]
-    torch.manual_seed(s.seed)
-    torch.set_float32_matmul_precision('high')
-    model = GPT(config).to(device)
-    model.compute_dtype = getattr(torch, dtype_name)
-    optimizers = make_optimizers(model, s, model.compute_dtype)
-    accum = s.tokens_per_step // (micro * s.block_size * world)
-    at_once = 65536 if device == 'cuda' else 8192       # tokens that an evaluation reads
-
-    # ---- resume
-    step, skipped, tokens, flops_done = 0, 0, 0, 0.0
-    fingerprint = data.meta['fingerprint']
-    times = dict.fromkeys(('startup', 'compile', 'train', 'growth', 'eval', 'save'), 0.0)
-    clock = Clock(s)
-    if checkpoint is not None:
-        refuse(checkpoint['tokenizer'] != data.meta['tokenizer_sha256'],
-               f'the checkpoint was trained with another vocabulary than {data.folder} has: use its data, or '
-               f'data that prepare_data.py made with --tokenizer_from')
-        before = GPT(GPTConfig(**checkpoint['config'])).to(device)
-        theirs, ours = dataclasses.asdict(before.config), dataclasses.asdict(config)
-        differ = [f'{k} {theirs[k]} there, {ours[k]} here' for k in ours if theirs[k] != ours[k]]
-        refuse(differ and s.init_from == 'resume', f'the checkpoint is of another model: {"; ".join(differ)}')
-        averaged = s.init_from != 'resume' and checkpoint.get('average')
-        before.load_state_dict((averaged or checkpoint)['model'])
-        branch = before.config.domains and before.config.domains != config.domains
-        parts = nearest_parts(before, config, data) if branch else ()
-        source = grown(before, (), config, s, 0, parts)[0] if differ else before
-        model.load_state_dict(source.state_dict())
-    average = new_average(model, 0.0) if s.ema else None
-    dynamics = sample.Probe(data, s.block_size, device) if s.dynamics and master else None
-    if s.init_from == 'resume':
-        refuse(checkpoint['fingerprint'] != fingerprint,
-               f'{data.folder} is not the data that {out_dir} began with: restore it, or start afresh')
-        theirs, ours = checkpoint['settings'], vars(s)
-        theirs = {k: theirs.get(k, KEYS[k].default) for k in ours}           # it may be of before k was
-        differ = [f'{k} (was {theirs[k]!r}, now {ours[k]!r})'
-                  for k in ours if k not in FREE and theirs[k] != ours[k]]
-        refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
-        for optimizer, state in zip(optimizers, checkpoint['optimizers']):
-            optimizer.load_state_dict(state)
-        if average:
-            known = {name: w.to(device) for name, w in checkpoint['average']['model'].items()}
-            average = checkpoint['average'] | dict(model=known)
-        if dynamics:
-            dynamics.state = checkpoint.get('dynamics') or dynamics.state
-        step, skipped, tokens, flops_done = (checkpoint[k] for k in ('step', 'skipped', 'tokens', 'flops'))
-        times |= checkpoint['times']
-        told += checkpoint.get('warnings', [])
-        # what a killed run did after its last checkpoint was paid for too
-        spent = max([checkpoint['elapsed']] + [row['elapsed_s'] for row in read_rows(log)])
-        clock = Clock(s, spent, checkpoint['times']['train'] + checkpoint['times']['growth'],
-                      checkpoint['progress'])
-        earlier = np.array(checkpoint.get('joules', earlier)) * spent / checkpoint['elapsed']
-        torch.set_rng_state(checkpoint['rng'])
-    name = hardware(device)
-    peak = peak_flops(name) if device == 'cuda' and dtype_name == 'bfloat16' else None
-    objective = make_objective(s, data, config, device, rank)
-    stream, rows = make_stream(s, data), s.tokens_per_step // s.block_size
-    if s.init_from == 'resume':
-        stream.shares = list(checkpoint['shares'])
-    epoch_tokens = int(stream.epoch(0)[1][-1])
-    early = torch.from_numpy(stream.first_rows(min(64, rows), s.block_size)).to(device)
-    flops = config.flops_per_token(model.attended(early))      # of some rows: documents end before these do
-    changed = {k: v for k, v in vars(s).items() if v != KEYS[k].default}
-    say(f'halfhour: {s.dataset}, {s.budget_minutes:g} minutes on {name}' + f', {world} ranks' * (world > 1))
-    say('settings that differ from the defaults: ' + ', '.join(f'{k}={v!r}' for k, v in changed.items()))
-    for line in overruled(argv):
-        say(f'overruled: {line}')
-    for line in adapted:
-        say(f'adapted: {line}')
-    say(f'data: {data.folder}, {train_tokens:,} training tokens, {val_tokens:,} for validation')
-    if domains:
-        shares = (f'{domains[d]} {n / stream.TURNS:.1%}' for d, n in zip(stream.streams, stream.had[-1]))
-        say(f'domains: {", ".join(shares)} of what is read')
-    say(f'model: {config.describe()}')
-    say(f'step: {s.tokens_per_step:,} tokens = {accum} micro-steps of {micro} x {s.block_size} '
-        f'on {world} rank(s), {dtype_name}, torch.compile {"on" if compiling else "off"}, {s.optimizer}')
-    for line in choose_kernels(s.kernels, config, device, model.compute_dtype):
-        say(f'  {line}')
-    if master and not s.dry_run:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if s.init_from != 'resume':
-            for old in [*out_dir.glob('ckpt*.pt*'), *out_dir.glob('tokenizer.*'), *out_dir.glob('*.json*'),
-                        *out_dir.glob('report.html')]:
-                old.unlink()
-        known = ''.join(json.dumps(row) + '\n' for row in read_rows(log) if row['step'] <= step)
-        write_beside(log, lambda f: f.write(known.encode()))
-        write_beside(out_dir / data.tokenizer.filename, lambda f: f.write(data.tokenizer.blob))
-        metrics = open(log, 'a', buffering=1)
-    tracker = Tracker(s, say) if s.tracker and master and not s.dry_run else None
-
-    def record(**row):
-        if master:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            try:
-                metrics.write(json.dumps(finite) + '\n')
-            except OSError as e:                # a full disk: the run is worth more than its log
-                say(f'warning: metrics.jsonl could not be written ({e.strerror})')
-            if tracker:
-                tracker.put(finite)
-
-    @contextlib.contextmanager
-    def evaluating():
-        """The model as it is measured, without dropout; the time and the energy are evaluation's."""
-        began, doing = time.monotonic(), energy.turn('eval')
-        model.eval()
-        try:
-            yield
-            if world > 1:
-                dist.barrier()                  # ranks that wait for the first do not train
-        finally:
-            model.train()
-            energy.turn(doing)
-            times['eval'] += time.monotonic() - began
-
-    def save():
-        """All that the next batch needs, moved into place whole; the last one is kept. Returns an error."""
-        began, doing = time.monotonic(), energy.turn('idle')
-        try:
-            if master:
-                save_checkpoint(out_dir, dict(
-                    version=2, order=2, step=step, progress=clock.progress, elapsed=clock.elapsed(),
-                    skipped=skipped, origin=origin, grown=n_grown, shares=stream.shares, times=dict(times),
-                    tokens=tokens, flops=flops_done, warnings=told, model=model.state_dict(), average=average,
-                    joules=(earlier + world * energy.joules).tolist(),      # ranks are alike
-                    optimizers=[o.state_dict() for o in optimizers],
-                    rng=torch.get_rng_state(), dynamics=dynamics and dynamics.state,
-                    config=dataclasses.asdict(config), settings=vars(s), fingerprint=fingerprint,
-                    tokenizer=data.meta['tokenizer_sha256'], data=str(data.folder)))
-        except UserError as e:                  # the run is worth more, and the earlier checkpoint is whole
-            say(f'warning: {e}')
-            return e
-        finally:
-            energy.turn(doing)
-        times['save'] += time.monotonic() - began
-
-    def evaluate(slices, stop=None, keep=True):
-        began, known = time.monotonic(), sample.domain_of(config, data) if config.domains else None
-        with evaluating():
-            result = sample.bits_per_byte(model, data.tokens['val'], data.docs['val'], slices, at_once, stop,
-                                          rank, world, all_reduce, known)
-        result['seconds_per_slice'] = (time.monotonic() - began) / (result['share'] * sample.SLICES)
-        for key in ('per_source', 'per_source_error'):
-            result[key] = {data.meta['sources'][i]: v for i, v in result[key].items()}
-        if keep and not signals:                # a signal may have cut it short
-            record(step=step, progress=clock.progress, val_bpb=result['bpb'], val_loss=result['loss'],
-                   share=result['share'], elapsed_s=clock.elapsed())
-        return result
-
-    def record_abilities(evals):
-        record(step=step, progress=clock.progress, elapsed_s=clock.elapsed(), evals={
-            name: {key: e[key] for key in ('accuracy', 'error', 'chance', 'items')}
-            for name, e in evals.items()})
-
-    def judge(counts, often=None):
-        """What the model does on so many items of every evaluation set: on rank 0, the others wait for it."""
-        with evaluating():
-            return {name: sample.judge(model, sets[name], n, max_tokens=at_once, counts=often)
-                    for name, n in counts.items() if master and not signals}
-
-    def judge_writing(n):
-        """The same of n texts, of n programs, and of anisotropy, which has no number of items."""
-        with evaluating():
-            return {name: sample.EVALS[name](model, data.tokenizer, data, s.eval_data, n) for name in others
-                    if master and not signals and (n or name == 'anisotropy')}
-
-    def continuation(length):
-        """What follows sample_prompt, by the same dice every time; on rank 0 alone."""
-        with evaluating():
-            dice = torch.Generator(device=device).manual_seed(s.seed)
-            pieces = sample.stream(model, data.tokenizer, s.sample_prompt, length, 0.8, generator=dice)
-            return ''.join(pieces) if master and length else None
-
-    def probe_layers():
-        doing = energy.turn('eval')
-        bad = dynamics.take(model, step, clock.progress, math.inf if clock.max_steps else clock.budget)
-        times['dynamics'] = dynamics.state['seconds']
-        energy.turn(doing)
-        if bad:
-            say(f'warning: step {step} was probed, not finite: {", ".join(bad)}')
-
-    # ---- warm up: compile, and learn what a step and the closing evaluation will cost
-    def warm_up():
-        """What computes a step, compiled, and the seconds that it takes."""
-        step_model = torch.compile(model, dynamic=False) if compiling else model
-        idx = torch.arange(micro * s.block_size, device=device).view(micro, -1) % config.vocab_size
-        domain = [d.to(device) for d in stream.domain(0)]
-        loss_of = objective(step_model, step, clock.progress)
-        # a clone: one tensor twice would compile another program
-        loss_of(idx, idx.clone(), *domain).backward()
-        seconds = accum * agreed(seconds_of(lambda: loss_of(idx, idx.clone(), *domain).backward(), 1))
-        model.zero_grad()
-        return step_model, seconds
-
-    def growth_to_come():
-        """How many times the FLOPs of a token that is evaluated now the largest model's will be: each domain
-        reads it."""
-        then, now = (c.flops_per_token() * max(1, c.n_domains) for c in (largest, config))
-        return then / now
-
-    times['startup'] += clock.age()
-    batches = Prefetcher(stream, step, rows, micro, s.block_size, rank, world, device)
-    began = time.monotonic()
-    step_model, step_seconds = warm_up()
-    times['compile'] += time.monotonic() - began
-    warm_seconds = agreed(time.monotonic() - began)         # what a growth will take, more or less
-    slices, tenth = sample.SLICES, 0.1 * clock.budget
-    most = tenth if s.budget_counts == 'all' else math.inf      # for the closing bits per byte
-    probe = min(slices, -(-slices * 8192 // val_tokens))
-    evaluate(probe, keep=False)                 # sets things up
-    slice_seconds = growth_to_come() * agreed(
-        min(evaluate(probe, keep=False)['seconds_per_slice'] for _ in range(2)))
-    if slice_seconds * slices > most:
-        slices = 2 ** max(0, int(math.log2(most / slice_seconds)))
-    counts, curve, judge_seconds = {}, {}, 0.0
-    if sets:
-        few = affordable(sets, 1000, len(sets) * (65536 if device == 'cuda' else 2048))
-        token_cost = growth_to_come() * agreed(seconds_of(lambda: judge(few), 2)) / tokens_of(sets, few)
-        counts = affordable(sets, math.inf, tenth / 2 / token_cost)
-        curve = affordable(sets, 1000, tenth * s.eval_interval / 4 / token_cost)
-        judge_seconds = token_cost * tokens_of(sets, counts)
-    start = torch.full((1, 1), config.bos, device=device)
-    token_seconds = growth_to_come() * seconds_of(lambda: list(model.generate(start, 12)), 2) / 12
-    # texts and programs to write: of 128 and 256 tokens, 32 at once, which makes them 4 times as fast
-    n_texts = min(256, int(tenth / 8 / (32 * token_seconds))) if others else 0
-    writing = dict(text=32 * token_seconds, python=64 * token_seconds + 0.3)
-    judge_seconds += n_texts * sum(seconds for name, seconds in writing.items() if name in others)
-    save_seconds = 0.5 + 12 * largest.params()['total'] / 2 ** 30
-    afterwards = judge_seconds + token_seconds * s.sample_tokens + Tracker.WAIT * bool(s.tracker) + LEAVING
-
-    def closing_seconds():
-        # a tenth at most: what proves too slow is cut short there, and the report says so
-        evaluation = min(slice_seconds * slices, most)
-        probes = 3 * dynamics.state['cost'] if dynamics else 0.0
-        return evaluation + probes + save_seconds + afterwards
-
-    # ---- loop
-    if s.dry_run:
-        batches.close()
-        return say_plan(s, clock, epoch_tokens, flops, step_seconds, closing_seconds(), say)
-    until = f'until the clock says {s.budget_minutes:g} minutes'
-    until = f'{clock.max_steps} steps' if clock.max_steps else until
-    share = 'whole' if slices == sample.SLICES else f'{slices}/{sample.SLICES} of it'
-    say(f'training {until}; closing evaluation {share}, about {closing_seconds():.0f} s')
-    say('    step  progress      loss        lr   grad_norm     tok/s       mfu  wait_ms  mem_gb  elapsed_s')
-    bad_steps, rolled_back, stopping = 0, False, False
-    last_save = clock.elapsed()
-    next_eval = s.eval_interval * max(1, math.ceil(clock.progress / (s.eval_interval or 1)))
-    first_step, history = step, []
-    energy.turn('train')
-    while True:
-        # probe if due
-        if dynamics and clock.progress >= dynamics.state['due']:
-            probe_layers()
-
-        # time left? rank 0's clock decides: ranks that stopped at different steps would wait for ever
-        clock.reserve = closing_seconds()
-        decision = [clock.fits(step, step_seconds / accum), clock.progress, clock.left(), step_seconds]
-        go, progress, left, step_seconds = all_reduce(np.array(decision) * master).tolist()
-        if average:
-            follow(average, model, progress, s.ema)
-        if not go:
-            break
-        clock.progress = progress
-
-        # grow if due
-        if stages and progress >= stages[0][0] and (clock.max_steps or left > 2 * warm_seconds):
-            began_growing, n_grown, (_, config) = time.monotonic(), n_grown + 1, stages.pop(0)
-            energy.turn('idle')
-            model, optimizers = grown(model, optimizers, config, s, n_grown)
-            average = new_average(model, progress) if average else None
-            for line in choose_kernels(s.kernels, config, device, model.compute_dtype):
-                say(f'  {line}')
-            step_model, step_seconds = warm_up()
-            flops = config.flops_per_token(model.attended(early))
-            say(f'         grown to {config.describe()}')
-            warm_seconds = agreed(time.monotonic() - began_growing)
-            times['growth'] += warm_seconds
-            clock.trained += warm_seconds
-            energy.turn('train')
-            continue                             # that took time
-
-        began = time.monotonic()
-        stream.pace(step, progress)
-        micro_batches, wait = batches.next(step)
-        short = not clock.max_steps and left < step_seconds      # a last step, made of fewer micro-steps
-        n_micro = max(1, round(accum * left / step_seconds)) if short else accum
-        done = train_step(objective(step_model, step, progress), model, optimizers, micro_batches[:n_micro],
-                          progress, s, world, lambda: bool(signals))
-        if done is None:
-            stopping = True
-            break
-        loss, grad_norm, rate, stopping = done
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        skipped, bad_steps = skipped + (not finite), 0 if finite else bad_steps + 1
-        step += 1
-        if device == 'cuda':
-            torch.cuda.synchronize()
-        seconds = time.monotonic() - began
-        step_seconds = 0.8 * step_seconds + 0.2 * seconds * accum / n_micro
-        clock.add_step(seconds, left, step)
-        times['train'] += seconds
-        tokens += n_micro * s.tokens_per_step // accum
-        flops_done += n_micro * s.tokens_per_step // accum * flops
-        history.append((wait, seconds))
-
-        # log
-        speed = n_micro / accum * s.tokens_per_step / seconds
-        mfu = speed * flops / (peak * world) if peak else None
-        memory = peak_memory_gb(device)
-        record(step=step, progress=progress, train_loss=loss, lr=rate, grad_norm=grad_norm,
-               tok_per_sec=speed, mfu=mfu, data_wait_s=wait, peak_mem_gb=memory, elapsed_s=clock.elapsed(),
-               skipped=skipped)
-        if step % s.log_interval == 0 or step == first_step + 1 or not finite:
-            share = f'{mfu:9.3f}' if mfu else '        -'
-            say(f'{step:8d} {progress:9.4f} {loss:9.4f} {rate:9.4f} {grad_norm:11.4f} {speed:9,.0f} '
-                f'{share} {1000 * wait:8.2f} {memory:7.2f} {clock.elapsed():10.1f}')
-
-        # not finite, again and again: back, once, to the last checkpoint that cannot be the cause itself
-        if bad_steps >= BAD_STEPS:
-            if rolled_back or step == bad_steps or not (out_dir / 'ckpt.pt').exists():
-                again = ', again after going back' if rolled_back else ''
-                raise Diverged(f'{bad_steps} steps in a row were not finite{again}: '
-                               f'lower learning_rate (now {s.learning_rate:g}), or dtype=float32')
-            if world > 1:
-                dist.barrier()
-            good = sample.read_checkpoint(out_dir)
-            if good['step'] == step - bad_steps and (out_dir / 'ckpt.prev.pt').exists():
-                good = sample.read_checkpoint(out_dir / 'ckpt.prev.pt')
-            if good['grown'] < n_grown:
-                raise Diverged(f'{bad_steps} steps in a row were not finite since the model grew: lower '
-                               f'learning_rate (now {s.learning_rate:g})')
-            model.load_state_dict(good['model'])
-            for optimizer, state in zip(optimizers, good['optimizers']):
-                optimizer.load_state_dict(state)
-            rolled_back, bad_steps = True, 0
-            say(f'warning: {BAD_STEPS} steps in a row were not finite: '
-                f'weights and optimizer of step {good["step"]} again, on new batches')
-
-        # save if due, before evaluating
-        if stopping:
-            break
-        if bad_steps == 0 and clock.elapsed() - last_save >= 60 * s.save_minutes:
-            began = time.monotonic()
-            if not save():
-                save_seconds = max(0.5, time.monotonic() - began)
-            last_save = clock.elapsed()
-
-        # evaluate if due
-        if next_eval and next_eval <= progress < 0.95:
-            result = evaluate(max(1, slices // 8))
-            slice_seconds = growth_to_come() * agreed(result['seconds_per_slice'])
-            say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, '
-                f'standard error {result["error"]:.4f}')
-            if abilities := judge(curve):
-                record_abilities(abilities)
-                say('         ' + ', '.join(f'{name} {e["accuracy"]:.4f} +- {e["error"]:.4f}'
-                                            for name, e in abilities.items()))
-            next_eval = s.eval_interval * (progress // s.eval_interval + 1)
-            if text := continuation(min(60, s.sample_tokens)):
-                record(step=step, progress=progress, sample=text, elapsed_s=clock.elapsed())
-
-    # ---- report
-    batches.close()
-    if stages and not stopping:
-        say(f'warning: no time was left for the growth at progress {stages[0][0]:g}')
-    unsaved, saved = save(), f'{out_dir} is saved, go on with --init_from=resume'
-    if stopping:
-        raise unsaved or Stopped(f'stopped by a signal after step {step}; {saved}')
-    deadline = clock.budget + min(0.01 * clock.budget, 5.0) - afterwards
-    energy.turn('idle')
-    if tracker and not unsaved:
-        tracker.put(out_dir / 'ckpt.pt')        # it travels during the evaluation
-    if dynamics:
-        probe_layers()
-        learned = dynamics.finish()
-        times['dynamics'] = dynamics.state['seconds']
-    if average:
-        model.load_state_dict(average['model'])
-
-    def out_of_time():
-        late = s.budget_counts == 'all' and clock.elapsed() + slice_seconds * slices / 16 > deadline
-        return bool(all_reduce(np.array([late * master, bool(signals)], dtype=float)).any())
-
-    result = evaluate(slices, stop=out_of_time)
-    often = sample.frequencies(data.tokens['train'], config.vocab_size) if counts else None
-    evals = judge(counts, often) | judge_writing(n_texts)
-    crowded = evals.pop('anisotropy', {})
-    text = continuation(0 if signals else s.sample_tokens)
-    if all_reduce(np.array([float(bool(signals))]))[0]:
-        raise unsaved or Stopped(f'stopped by a signal during the closing evaluation; {saved}')
-    if evals:
-        record_abilities(evals)
-    paid = sample.energy_report(earlier + all_reduce(energy.read()), energy.how, s.country)
-    if tracker:
-        tracker.put(dict(step=step, bpb_per_source=result['per_source'], evals=evals, sample=text, **paid))
-        tracker.finish()
-    trained, total, sizes = max(times['train'], 1e-9), clock.elapsed() + LEAVING, config.params()
-    speed = flops_done / trained
-    waited, stepped = np.sum(history[1:] or [(0, 1)], axis=0)
-    report = dict(
-        val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
-        val_bpb_text_error=result['text_error'], val_loss=result['loss'],
-        val_bpb_per_source=result['per_source'], val_bpb_per_source_text_error=result['per_source_error'],
-        **({'val_bpb_told': result['bpb_told']} if config.domains else {}), evals=evals, steps=step,
-        **({'anisotropy': crowded['per_layer']} if crowded else {}),
-        tokens=tokens, epochs=tokens / epoch_tokens, **{f'{kind}_params': n for kind, n in sizes.items()},
-        flops=flops_done, flops_per_token=flops,
-        tok_per_sec=tokens / trained, mfu=speed / (peak * world) if peak else None, tflops=speed / 1e12,
-        data_wait_share=float(waited / stepped), skipped_steps=skipped, warnings=[*dict.fromkeys(told)],
-        **{f'{kind}_seconds': t for kind, t in times.items()}, total_seconds=total,
-        **({'dynamics_share': times['dynamics'] / total} if dynamics else {}),
-        budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(device), **paid,
-        dollars=total / 3600 * s.dollars_per_hour or None,
-        hardware=dict(device=device, name=name, ranks=world, dtype=dtype_name),
-        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-        protocol=sample.PROTOCOL, data=dict(folder=str(data.folder), fingerprint=fingerprint,
-                                            val_bytes=data.meta['splits']['val']['bytes']),
-        commit=git_commit(), settings=vars(s), config=dataclasses.asdict(config), sample=text,
-        finished=datetime.datetime.now().isoformat('T', 'seconds'))
-    say_report(report, say)
-    if unsaved:
-        raise unsaved
-    if master:
-        metrics.close()
-        if dynamics:
-            write_beside(out_dir / 'dynamics.json', lambda f: f.write(json.dumps(learned).encode()))
-        write_beside(out_dir / 'result.json', lambda f: f.write(json.dumps(report, indent=1).encode()))
-        try:
-            write_report(out_dir)
-        except UserError as e:                  # result.json is safe
-            say(f'warning: {e}')
 
 
 def seconds_of(work, times):
@@ -1939,63 +507,794 @@ def seconds_of(work, times):
     return best
 
 
-def open_evals(s, data, say):
-    """What evals names, else the data's own pairs: {name: items} of sets, and names in sample.EVALS."""
-    if not s.evals and not (data.folder / 'pairs.jsonl').exists():
-        return {}, []
-    others, sets = sample.evaluation_sets(s.evals or 'coherence', s.eval_data, data.tokenizer, data.folder,
-                                          say)
-    if 'python' in others:
-        sample.read_problems(s.eval_data)       # a mistake there is better known now
-    return sets, [name for name in others if name != 'bpb']              # which is measured anyway
+# ---- the run -----------------------------------------------------------------------------------------------
+
+LEAVING = 0.8       # seconds from the last line printed to the prompt back, the report's page included
+UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', 'data', 'sample',     # or told below
+             'warnings', 'energy', 'ideas')
+BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
+COLUMNS = '    step  progress      loss        lr   grad_norm     tok/s       mfu  wait_ms  mem_gb  elapsed_s'
 
 
-def tokens_of(sets, counts):
-    """Tokens, more or less, in the first counts[name] items of every evaluation set."""
-    return sum(len(sets[name]['ids']) * n / len(sets[name]['seam']) for name, n in counts.items())
+class Stopped(Exception):
+    """SIGTERM or SIGINT arrived; everything is saved."""
 
 
-def affordable(sets, most, tokens):
-    """How many items of each evaluation set, at most `most`, are so many tokens together: 20 at least."""
-    counts = {name: min(most, len(items['seam'])) for name, items in sets.items()}
-    share = min(1.0, tokens / tokens_of(sets, counts))
-    return {name: min(n, max(20, int(share * n))) for name, n in counts.items()}
+class Diverged(Exception):
+    """Steps were not finite again and again, after going back to a checkpoint too."""
 
 
-def say_plan(s, clock, epoch_tokens, flops, step_seconds, closing, say):
-    """What --dry_run found out: how many tokens and epochs the budget buys, and what it costs."""
-    seconds = clock.budget - (closing + clock.age() - clock.trained if s.budget_counts == 'all' else 0)
-    tokens = max(0, int(seconds / step_seconds)) * s.tokens_per_step
-    dollars = clock.budget / 3600 * s.dollars_per_hour
-    price = f'{dollars:.2f} dollars' if s.dollars_per_hour else 'unknown, set dollars_per_hour'
-    say(f'---\ndry_run: data, vocabulary, memory and disk are fine\nstep_seconds: {step_seconds:.3f}\n'
-        f'closing_seconds: {closing:.1f}\ntokens: {tokens:,}\nepochs: {tokens / epoch_tokens:.2f}\n'
-        f'flops: {tokens * flops:.3g}\ndollars: {price}')
+class Run:
+    """One run, from its settings to its report; its methods stand in the order in which a run lives.
+
+    An idea overrides a method, does its part and calls super(). What a step computes: loss, groups, optimizers,
+    rate, decay, micro_steps. What goes with it into a checkpoint and comes back: state, load.
+    """
+
+    # -- open: the machine, the checkpoint, the data
+
+    def __init__(self, s, ideas):
+        self.s, self.ideas, self.out_dir = s, ideas, Path(s.out_dir)
+        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.device, self.master = choose_device(s), self.rank == 0
+        self.signals, self.told = [], []         # told: what a reader of the report should know
+        self.steps, self.rows_read, self.skipped, self.tokens, self.flops = 0, 0, 0, 0, 0.0
+        self.bad_steps, self.rolled_back, self.stopping, self.metrics = 0, False, False, None
+        self.times = dict.fromkeys(('startup', 'compile', 'train', 'eval', 'save'), 0.0)
+        self.history = []                        # (seconds waited for data, seconds) of every step
+        self.log_path = self.out_dir / 'metrics.jsonl'
+
+    def open(self):
+        """Takes the machine and opens all that the run reads; refuses what it could not end with."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.heed)
+        self.checkpoint = self.find_checkpoint()
+        if self.world > 1:
+            if self.device == 'cuda':
+                torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+            dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=1))
+        self.energy = sample.Energy(self.device, STARTED, share=1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+        self.earlier = np.zeros_like(self.energy.joules)         # of all ranks, in processes before this one
+        self.data = self.open_data()
+        self.measure = self.ideas.seam(sample.Measure)(self.s, self.data.tokenizer, self.data, self.say)
+
+    def heed(self, number, frame):
+        self.signals.append(number)
+        if len(self.signals) > 2:                # told three times (by Ctrl-C and torchrun is two): at once
+            os._exit(128 + number)
+
+    def say(self, line):
+        if self.master:
+            print(line, flush=True)
+            self.told.extend([line] * line.startswith(('warning:', 'adapted:', 'overruled:')))
+
+    def all_reduce(self, array):
+        """Sum of a numpy array over the ranks."""
+        if self.world == 1:
+            return array
+        tensor = torch.as_tensor(array, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+    def agreed(self, *values):
+        """Rank 0's numbers, on every rank."""
+        values = self.all_reduce(np.array(values, float) * self.master).tolist()
+        return values if len(values) > 1 else values[0]
+
+    @property
+    def resuming(self):
+        return self.s.init_from == 'resume'
+
+    def find_checkpoint(self):
+        """The checkpoint to go on from, or None; refuses to write over an earlier run."""
+        s, out = self.s, self.out_dir
+        blocked = next((p for p in [out, *out.parents] if p.exists() and not p.is_dir()), None)
+        refuse(blocked, f'{blocked} is a file, and the run would be written to the folder {out}: choose another '
+               f'--out_dir')
+        finished = (out / 'result.json').exists()
+        saved = (out / 'ckpt.pt').exists() or (out / 'ckpt.prev.pt').exists()   # killed between two moves
+        if self.resuming:
+            refuse(finished and not s.overwrite,
+                   f'{out} holds a finished run, there is nothing to resume: choose another --out_dir')
+            refuse(not saved, f'{out} has no ckpt.pt to resume from: leave --init_from away to start afresh')
+            checkpoint = sample.read_checkpoint(out)
+            self.take_settings(checkpoint)
+            return checkpoint
+        if not (s.overwrite or s.dry_run):
+            refuse(finished, f'{out} holds a finished run: choose another --out_dir, or --overwrite')
+            refuse(saved, f'{out} holds an unfinished run: go on with --init_from=resume, choose another '
+                   f'--out_dir, or say --overwrite')
+
+    def take_settings(self, checkpoint):
+        """On resuming: what the command line leaves open is as it was, and what it says must be."""
+        s, theirs = self.s, checkpoint['settings']
+        before, now = ([(name, digest) for name, digest, named in ideas if named]
+                       for ideas in (checkpoint['ideas'], self.ideas.sources()))
+        refuse(sorted(n for n, _ in before) != sorted(n for n, _ in now), f'{self.out_dir} was begun with '
+               + (', '.join(f'{name}.py' for name, _ in before) or 'no idea') + ', and the command line names '
+               + (', '.join(f'{name}.py' for name, _ in now) or 'none') + ': name the same')
+        for name in [name for name, digest in now if (name, digest) not in before]:
+            self.say(f'warning: {name}.py is not what it was as this run began')
+        adopted = SHAPE if checkpoint['origin'] != 'scratch' else ()
+        for name in [k for k in theirs if k in vars(s) and k not in FREE]:
+            if name not in self.ideas.set_at or name in adopted:
+                setattr(s, name, theirs[name])
+        differ = [f'{k} (was {theirs[k]!r}, now {v!r})' for k, v in vars(s).items()
+                  if k not in FREE and k in theirs and theirs[k] != v]
+        refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
+
+    def open_data(self):
+        """The data set, built first if it is missing; refused where it is too small for a step."""
+        s, corpus = self.s, self.ideas.seam(prepare_data.Corpus)(self.s)
+        if self.master:
+            corpus.open()
+        if self.world > 1:
+            dist.barrier()
+        data = corpus.open()
+        n = len(data.tokens['train'])
+        refuse(n < s.tokens_per_step // 16 or n <= s.block_size,
+               f'the training split of {data.folder} holds {n:,} tokens, less than one block of {s.block_size} or a '
+               f'sixteenth of a step of {s.tokens_per_step:,}: bring more text or lower them')
+        return data
+
+    # -- build: the model, and what trains it
+
+    def build(self):
+        s = self.s
+        self.config, before = self.shape(), None
+        if s.init_from not in ('scratch', 'resume'):
+            before, tokenizer = sample.load(s.init_from, self.device)
+            self.same_vocabulary(tokenizer, s.init_from)
+            self.config = self.shape_from(before)
+        dtype, self.compiling, self.micro, self.adapted = adapt(s, self.device, self.world, self.rows_limit())
+        self.dtype = getattr(torch, dtype)
+        check_room(s, self.largest(), self.micro, self.device, self.out_dir)
+        torch.manual_seed(s.seed)
+        torch.set_float32_matmul_precision('high')
+        self.take_model(self.new_model(self.config))
+        if before is not None:
+            self.start_from(before)
+        self.stream = self.ideas.seam(Stream)(self.data, s)
+        self.accum = s.tokens_per_step // (self.micro * s.block_size * self.world)
+        self.at_once = 65536 if self.device == 'cuda' else 8192  # tokens that an evaluation reads
+        self.clock, self.origin = Clock(s), s.init_from
+        if self.resuming:
+            self.load(self.checkpoint)
+        self.early = torch.from_numpy(self.stream.first_rows(min(64, s.tokens_per_step // s.block_size), s.block_size))
+        self.checkpoint = None                   # its memory
+
+    def shape(self):
+        """The model's config: that of a run which goes on, else of the settings."""
+        kind, s, meta = models.configured(self.ideas), self.s, self.data.meta
+        if self.resuming:
+            return kind(**self.checkpoint['config'])
+        names = [f.name for f in dataclasses.fields(kind) if f.name not in ('vocab_size', 'bos')]
+        try:
+            kernels_named(s.kernels)
+            config = kind(vocab_size=meta['vocab_size'], bos=meta['bos'], **{k: getattr(s, k) for k in names})
+            models.blueprint(config)
+        except ValueError as e:
+            raise UserError(f'the model cannot be built: {e}') from e
+        return config
+
+    def shape_from(self, before):
+        """The config where weights come from another run: that run's shape, which the settings follow."""
+        theirs, ours, given = before.config, self.config, self.ideas.set_at
+        differ = [f'{k} {getattr(theirs, k)} there, {getattr(ours, k)} here' for k in SHAPE
+                  if k in given and getattr(theirs, k) != getattr(ours, k)]
+        refuse(differ, f'{self.s.init_from} is of another model: {"; ".join(differ)}: give its shape, or none')
+        shape = {k: getattr(theirs, k) for k in SHAPE}
+        vars(self.s).update(shape)
+        return dataclasses.replace(ours, **shape)
+
+    def same_vocabulary(self, tokenizer, run):
+        refuse(tokenizer.blob != self.data.tokenizer.blob, f'{run} was trained with another vocabulary than '
+               f'{self.data.folder} has: use its data, or data that was prepared with --tokenizer_from={run}')
+
+    def largest(self):
+        """The config of the largest model that this run will have."""
+        return self.config
+
+    def rows_limit(self):
+        """Sequences of a micro-batch, at most, for a reason of the stream's."""
+        return self.s.micro_batch_size
+
+    def new_model(self, config):
+        model = config.GPT(config).to(self.device)
+        model.compute_dtype = self.dtype
+        return model
+
+    def take_model(self, model):
+        self.model, self.config = model, model.config
+        self.optimizers = self.make_optimizers(model)
+
+    def start_from(self, before):
+        """Takes the weights of another run's model, as far as it has them."""
+        missing, left = self.model.load_state_dict(before.state_dict(), strict=False)
+        if missing or left:
+            self.say(f'warning: from {self.s.init_from}: {", ".join(missing) or "nothing"} begins afresh, '
+                     f'{", ".join(left) or "nothing"} is left')
+
+    def groups(self, model):
+        """{name: dict(params, base_lr, base_decay, AdamW's options)}; 'matrices' are Muon's."""
+        s, head, slim = self.s, model.lm_head.weight, 256 / model.config.n_embd
+        matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
+        tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not head]
+        scalars = [p for p in model.parameters() if p.ndim < 2]
+        lr, decay = ((s.learning_rate, s.weight_decay) if s.optimizer == 'muon' else
+                     (0.05 * s.learning_rate * slim, s.weight_decay / slim))
+        return dict(heads=dict(params=[head], base_lr=s.head_lr * slim),
+                    tables=dict(params=tables, base_lr=s.embedding_lr),
+                    scalars=dict(params=scalars, base_lr=s.scalar_lr),
+                    matrices=dict(params=matrices, base_lr=lr, base_decay=decay))
+
+    def make_optimizers(self, model):
+        s, made = self.s, []
+        groups = {name: dict(base_decay=0.0) | g for name, g in self.groups(model).items() if g['params']}
+        if s.optimizer == 'muon':
+            matrices = groups.pop('matrices')
+            made.append(Muon(matrices.pop('params'), s.momentum, self.dtype))
+            for group in made[0].param_groups:
+                group.update(matrices)
+        made.append(torch.optim.AdamW([*groups.values()], lr=0.0, betas=(s.beta1, s.beta2), eps=1e-10,
+                                      weight_decay=0.0, fused=True))
+        return made
+
+    # -- what a checkpoint keeps
+
+    def state(self):
+        """All that the next batch needs, as plain numbers and tensors."""
+        return dict(
+            version=3, steps=self.steps, rows_read=self.rows_read, progress=self.clock.progress,
+            elapsed=self.clock.elapsed(), trained=self.clock.trained, skipped=self.skipped, tokens=self.tokens,
+            flops=self.flops, times=dict(self.times), warnings=self.told, origin=self.origin,
+            stream=self.stream.state(), joules=(self.earlier + self.world * self.energy.joules).tolist(),    # ranks are alike
+            model=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers],
+            config=dataclasses.asdict(self.config), settings=vars(self.s), ideas=self.ideas.sources(),
+            fingerprint=self.data.meta['fingerprint'], tokenizer=self.data.meta['tokenizer_sha256'],
+            data=str(self.data.folder))
+
+    def load(self, state):
+        """Goes on from what `state` said in another process."""
+        refuse(state['tokenizer'] != self.data.meta['tokenizer_sha256'] or
+               state['fingerprint'] != self.data.meta['fingerprint'],
+               f'{self.data.folder} is not the data that {self.out_dir} began with: restore it, or start afresh')
+        self.model.load_state_dict(state['model'])
+        for optimizer, known in zip(self.optimizers, state['optimizers']):
+            optimizer.load_state_dict(known)
+        self.steps, self.rows_read, self.skipped, self.tokens, self.flops, self.origin = (
+            state[k] for k in ('steps', 'rows_read', 'skipped', 'tokens', 'flops', 'origin'))
+        self.times |= state['times']
+        self.told += state['warnings']
+        self.stream.load(state['stream'])
+        # what a killed run did after its last checkpoint was paid for too
+        spent = max([state['elapsed']] + [row['elapsed_s'] for row in read_rows(self.log_path)])
+        self.clock = Clock(self.s, spent, state['trained'], state['progress'])
+        self.earlier = np.array(state['joules']) * spent / state['elapsed']
+
+    # -- announce: what this run is, and a folder for it
+
+    def announce(self):
+        s, data, say = self.s, self.data, self.say
+        self.changed = {k: v for k, v in vars(s).items() if k in self.ideas.known and v != self.ideas.known[k].default}
+        say(f'halfhour: {s.dataset}, {s.budget_minutes:g} minutes on {hardware(self.device)}'
+            + f', {self.world} ranks' * (self.world > 1))
+        say('settings that differ from the defaults: ' + ', '.join(f'{k}={v!r}' for k, v in self.changed.items()))
+        for line in self.ideas.overruled:
+            say(f'overruled: {line}')
+        for line in self.adapted:
+            say(f'adapted: {line}')
+        train, val = (len(data.tokens[split]) for split in ('train', 'val'))
+        say(f'data: {data.folder}, {train:,} training tokens, {val:,} for validation')
+        say(f'model: {self.model.describe()}')
+        say(f'step: {s.tokens_per_step:,} tokens = {self.accum} micro-steps of {self.micro} x {s.block_size} '
+            f'on {self.world} rank(s), {str(self.dtype)[6:]}, torch.compile {"on" if self.compiling else "off"}, '
+            f'{s.optimizer}')
+        self.choose_kernels()
+        if self.master and not s.dry_run:
+            self.make_folder()
+
+    def choose_kernels(self):
+        for line in choose_kernels(self.s.kernels, self.config, self.device, self.dtype):
+            self.say(f'  {line}')
+
+    def make_folder(self):
+        """The run's folder: what another run left there is gone, what the resumed one logged stays."""
+        out, tokenizer = self.out_dir, self.data.tokenizer
+        out.mkdir(parents=True, exist_ok=True)
+        if not self.resuming:
+            for old in [*out.glob('ckpt*.pt*'), *out.glob('tokenizer.*'), *out.glob('*.json*'), *out.glob('report.html')]:
+                old.unlink()
+        known = ''.join(json.dumps(row) + '\n' for row in read_rows(self.log_path) if row['step'] <= self.steps)
+        write_beside(self.log_path, lambda f: f.write(known.encode()))
+        write_beside(out / tokenizer.filename, lambda f: f.write(tokenizer.blob))
+        for path, text in self.ideas.files.items():              # to read and to compare, never to run
+            (out / 'config').mkdir(exist_ok=True)
+            write_beside(out / 'config' / path.name, lambda f, text=text: f.write(text.encode()))
+        self.metrics = open(self.log_path, 'a', buffering=1)
+
+    def record(self, **row):
+        """Adds a row to metrics.jsonl."""
+        if self.metrics:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            try:
+                self.metrics.write(json.dumps(finite) + '\n')
+            except OSError as e:                # a full disk: the run is worth more than its log
+                self.say(f'warning: metrics.jsonl could not be written ({e.strerror})')
+
+    # -- warm up: compile, and learn what a step and the closing evaluation will cost
+
+    def warm_up(self):
+        self.times['startup'] += self.clock.age()
+        s, began = self.s, time.monotonic()
+        self.batches = Prefetcher(self.stream, self.rows_read, self.micro, s.block_size, self.rank, self.world,
+                                  self.device, 3 * self.accum)
+        self.get_going()
+        self.times['compile'] += time.monotonic() - began
+        self.measure_evaluation()
+        self.save_seconds = 0.5 + 12 * models.blueprint(self.largest()).params()['total'] / 2 ** 30
+        self.last_save = self.clock.elapsed()
+        self.next_eval = s.eval_interval * max(1, math.ceil(self.clock.progress / (s.eval_interval or 1)))
+        self.first_step = self.steps
+
+    def get_going(self):
+        """Makes what computes a step, compiled, and learns how many seconds it takes."""
+        self.step_model = torch.compile(self.model, dynamic=False) if self.compiling else self.model
+        self.flops_per_token = self.model.flops_per_token(self.model.attended(self.early.to(self.device)))
+        batch = self.stream.batch(0, self.micro, self.s.block_size)      # its ids do not matter, its kinds do
+        shape, size = batch['idx'].shape, batch['idx'].numel()
+        batch['idx'] = torch.arange(size).view(shape) % self.config.vocab_size
+        batch['targets'] = batch['idx'].clone()      # one tensor twice would compile another program
+        batch = {k: t.to(self.device) for k, t in batch.items()}
+        self.progress = self.clock.progress
+        self.make_noise()
+        self.loss(**batch).backward()
+        seconds = seconds_of(lambda: self.loss(**batch).backward(), 1)
+        self.step_seconds = self.accum * self.agreed(seconds)
+        self.model.zero_grad()
+
+    def dearer(self):
+        """How many times as dear as now the closing evaluation will be, by the model that it will be of."""
+        return 1.0
+
+    def measure_evaluation(self):
+        """What the closing evaluation may have: shares of the validation text and of every evaluation set."""
+        s, clock, measure = self.s, self.clock, self.measure
+        tenth, val_tokens = 0.1 * clock.budget, len(self.data.tokens['val'])
+        self.slices, most = sample.SLICES, tenth if clock.counts_all else math.inf
+        probe = min(self.slices, -(-self.slices * 8192 // val_tokens))
+        self.bits(probe, keep=False)             # sets things up
+        self.slice_seconds = self.dearer() * self.agreed(
+            min(self.bits(probe, keep=False)['seconds_per_slice'] for _ in range(2)))
+        if self.slice_seconds * self.slices > most:
+            self.slices = 2 ** max(0, int(math.log2(most / self.slice_seconds)))
+        self.counts, self.curve, self.judge_seconds = {}, {}, 0.0
+        if measure.sets:
+            few = measure.affordable(1000, len(measure.sets) * (65536 if self.device == 'cuda' else 2048))
+            seconds = seconds_of(lambda: self.judge(few), 2)
+            token_cost = self.dearer() * self.agreed(seconds) / measure.tokens_of(few)
+            self.counts = measure.affordable(math.inf, tenth / 2 / token_cost)
+            self.curve = measure.affordable(1000, tenth * s.eval_interval / 4 / token_cost)
+            self.judge_seconds = token_cost * measure.tokens_of(self.counts)
+        start = torch.full((1, 1), self.config.bos, device=self.device)
+        self.token_seconds = self.dearer() * seconds_of(lambda: list(self.model.generate(start, 12)), 2) / 12
+        self.others = measure.plan(tenth / 8, self.token_seconds)       # {name: (items, seconds)}
+
+    def closing_seconds(self):
+        """What follows the last step will take: a tenth of the budget for bits per byte at most; what proves too
+        slow is cut short there, and the report says so."""
+        most = 0.1 * self.clock.budget if self.clock.counts_all else math.inf
+        return min(self.slice_seconds * self.slices, most) + self.save_seconds + self.afterwards()
+
+    def afterwards(self):
+        """Seconds that follow bits per byte."""
+        return (self.judge_seconds + sum(seconds for _, seconds in self.others.values())
+                + self.token_seconds * self.s.sample_tokens + LEAVING)
+
+    def say_plan(self):
+        """What --dry_run found out: how many tokens and epochs the budget buys, and what it costs."""
+        s, clock, closing = self.s, self.clock, self.closing_seconds()
+        self.batches.close()
+        seconds = clock.budget - (closing + clock.age() - clock.trained if clock.counts_all else 0)
+        tokens = max(0, int(seconds / self.step_seconds)) * s.tokens_per_step
+        dollars = clock.budget / 3600 * s.dollars_per_hour
+        price = f'{dollars:.2f} dollars' if s.dollars_per_hour else 'unknown, set dollars_per_hour'
+        self.say(f'---\ndry_run: data, vocabulary, memory and disk are fine\nstep_seconds: {self.step_seconds:.3f}\n'
+                 f'closing_seconds: {closing:.1f}\ntokens: {tokens:,}\nepochs: {tokens / self.stream.epoch_tokens():.2f}\n'
+                 f'flops: {tokens * self.flops_per_token:.3g}\ndollars: {price}')
+
+    # -- step
+
+    def say_start(self):
+        s, clock = self.s, self.clock
+        until = f'{clock.max_steps} steps' if clock.max_steps else f'until the clock says {s.budget_minutes:g} minutes'
+        share = 'whole' if self.slices == sample.SLICES else f'{self.slices}/{sample.SLICES} of it'
+        self.say(f'training {until}; closing evaluation {share}, about {self.closing_seconds():.0f} s\n{COLUMNS}')
+        self.energy.turn('train')
+
+    def time_left(self):
+        """Whether to make another step. Rank 0's clock decides: ranks that stopped at different steps would wait for
+        ever."""
+        clock = self.clock
+        clock.reserve = self.closing_seconds()
+        go, self.progress, self.left, self.step_seconds = self.agreed(
+            clock.fits(self.steps, self.step_seconds / self.accum), clock.progress, clock.left(), self.step_seconds)
+        return bool(go)
+
+    def rate(self, progress):
+        """Multiplier of the learning rates at progress in [0, 1]: a short rise, a level, a linear fall."""
+        s = self.s
+        rise = 0.1 + 0.9 * progress / s.warmup_frac if progress < s.warmup_frac else 1.0
+        fall = (1 - progress) / s.cooldown_frac if progress > 1 - s.cooldown_frac else 1.0
+        return rise * (s.final_lr_frac + (1 - s.final_lr_frac) * fall)
+
+    def decay(self, progress):
+        """Multiplier of weight decay."""
+        return 1 - progress
+
+    def micro_steps(self, progress):
+        """How many micro-batches make a step."""
+        return self.accum
+
+    def loss(self, idx, targets, **extras):
+        """That of a micro-batch, whose mean a step makes smaller; extras go to the model by keyword."""
+        return self.step_model(idx, targets, **extras)
+
+    def make_noise(self):
+        """Each step's own random numbers, another rank's others: a resumed run draws the same again."""
+        torch.manual_seed(int(np.random.default_rng([self.s.seed, self.steps, self.rank]).integers(2 ** 62)))
+
+    def step(self):
+        """One step of the optimizer, accounted for and logged; a signal may end it before."""
+        clock, began = self.clock, time.monotonic()
+        clock.progress = self.progress
+        self.stream.pace(self.steps, self.progress)
+        short = not clock.max_steps and self.left < self.step_seconds    # a last step, made of fewer micro-steps
+        n_micro = self.micro_steps(self.progress)
+        n_micro = max(1, min(n_micro, round(self.accum * self.left / self.step_seconds))) if short else n_micro
+        self.make_noise()
+        loss, wait = self.gradients(n_micro)
+        if loss is None:
+            self.stopping = True
+            return
+        loss, norm, rate = self.descend(loss)
+        if self.device == 'cuda':
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - began
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.steps, self.skipped = self.steps + 1, self.skipped + (not finite)
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        self.step_seconds = 0.8 * self.step_seconds + 0.2 * seconds * self.accum / n_micro
+        clock.add_step(seconds, self.left, self.steps)
+        self.count(n_micro, seconds, wait)
+        self.log(loss, norm, rate, finite)
+
+    def gradients(self, n_micro):
+        """Gradients of the mean loss of so many micro-batches: that loss, and seconds waited for data; None for the
+        loss if a lone rank must stop before the last of them."""
+        total, waited = torch.zeros((), device=self.device), 0.0
+        for _ in range(n_micro):
+            batch, wait = self.batches.next()
+            if self.world == 1 and self.signals:     # a CPU's step can outlast the grace before a machine goes
+                self.model.zero_grad()
+                return None, waited
+            loss = self.loss(**{k: t.to(self.device, non_blocking=True) for k, t in batch.items()}) / n_micro
+            loss.backward()
+            total += loss.detach()
+            waited += wait
+        return total, waited
+
+    def descend(self, loss):
+        """Makes the step that the gradients say: the loss, gradient norm before clipping, multiplier of the rates.
+        Not finite: the weights stay as they are."""
+        self.stopping = self.average_over_ranks(loss, bool(self.signals))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.grad_clip or math.inf, foreach=True)
+        loss, norm = torch.stack([loss, norm]).tolist()   # the step's one wait for the device: skip or not?
+        rate, factor = self.rate(self.progress), self.decay(self.progress)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group['lr'], group['weight_decay'] = rate * group['base_lr'], group['base_decay'] * factor
+            if math.isfinite(loss) and math.isfinite(norm):
+                optimizer.step()
+        self.model.zero_grad()
+        return loss, norm, rate
+
+    def average_over_ranks(self, loss, flag):
+        """Average gradients and loss over ranks, in place, in one message; True if any rank raised its flag."""
+        if self.world == 1:
+            return flag
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        message = torch.cat([g.flatten() for g in grads] + [loss[None], loss.new_tensor([float(flag)])])
+        dist.all_reduce(message)
+        *parts, tail = message.split([g.numel() for g in grads] + [2])
+        for g, part in zip(grads, parts):
+            g.copy_(part.view_as(g)).div_(self.world)
+        loss.copy_(tail[0]).div_(self.world)
+        return bool(tail[1] > 0)
+
+    def count(self, n_micro, seconds, wait):
+        """Accounts for a step's text, time and arithmetic."""
+        rows = n_micro * self.micro * self.world
+        self.rows_read += rows
+        self.tokens += rows * self.s.block_size
+        self.flops += rows * self.s.block_size * self.flops_per_token
+        self.times['train'] += seconds
+        self.speed = rows * self.s.block_size / seconds
+        self.history.append((wait, seconds))
+
+    def log(self, loss, norm, rate, finite):
+        peak, (wait, _), elapsed = self.peak(), self.history[-1], self.clock.elapsed()
+        mfu, memory = self.speed * self.flops_per_token / peak if peak else None, peak_memory_gb(self.device)
+        self.record(step=self.steps, progress=self.progress, train_loss=loss, lr=rate, grad_norm=norm,
+                    tok_per_sec=self.speed, mfu=mfu, data_wait_s=wait, peak_mem_gb=memory, elapsed_s=elapsed,
+                    skipped=self.skipped)
+        if self.steps % self.s.log_interval == 0 or self.steps == self.first_step + 1 or not finite:
+            share = f'{mfu:9.3f}' if mfu else '        -'
+            self.say(f'{self.steps:8d} {self.progress:9.4f} {loss:9.4f} {rate:9.4f} {norm:11.4f} {self.speed:9,.0f} '
+                     f'{share} {1000 * wait:8.2f} {memory:7.2f} {elapsed:10.1f}')
+
+    def peak(self):
+        """FLOPs a second that all ranks could do at most, where that is known."""
+        name = hardware(self.device)
+        known = peak_flops(name) if self.device == 'cuda' and self.dtype == torch.bfloat16 else None
+        return known and known * self.world
+
+    def roll_back(self):
+        """Not finite, again and again: back, once, to the last checkpoint that cannot be the cause itself."""
+        if self.bad_steps < BAD_STEPS:
+            return
+        lower = f'lower learning_rate (now {self.s.learning_rate:g})'
+        if self.rolled_back or self.steps == self.bad_steps or not (self.out_dir / 'ckpt.pt').exists():
+            again = ', again after going back' if self.rolled_back else ''
+            raise Diverged(f'{self.bad_steps} steps in a row were not finite{again}: {lower}, or dtype=float32')
+        if self.world > 1:
+            dist.barrier()
+        good = sample.read_checkpoint(self.out_dir)
+        if good['steps'] == self.steps - self.bad_steps and (self.out_dir / 'ckpt.prev.pt').exists():
+            good = sample.read_checkpoint(self.out_dir / 'ckpt.prev.pt')
+        if good['config'] != dataclasses.asdict(self.config):
+            raise Diverged(f'{self.bad_steps} steps in a row were not finite since the model has another shape: {lower}')
+        self.model.load_state_dict(good['model'])
+        for optimizer, state in zip(self.optimizers, good['optimizers']):
+            optimizer.load_state_dict(state)
+        self.rolled_back, self.bad_steps = True, 0
+        self.say(f'warning: {BAD_STEPS} steps in a row were not finite: weights and optimizer of step {good["steps"]} '
+                 f'again, on new batches')
+
+    # -- save
+
+    def save_if_due(self):
+        if self.bad_steps == 0 and self.clock.elapsed() - self.last_save >= 60 * self.s.save_minutes:
+            began = time.monotonic()
+            if not self.save():
+                self.save_seconds = max(0.5, time.monotonic() - began)
+            self.last_save = self.clock.elapsed()
+
+    def save(self):
+        """The state, moved into place whole; the last one is kept. Returns an error, which costs no run."""
+        with self.busy('save'):
+            try:
+                if self.master:
+                    save_checkpoint(self.out_dir, self.state())
+            except UserError as e:              # the run is worth more, and the earlier checkpoint is whole
+                self.say(f'warning: {e}')
+                return e
+
+    @contextlib.contextmanager
+    def busy(self, part):
+        """The time and the energy of what is done inside are those of a part that is not training."""
+        began, doing = time.monotonic(), self.energy.turn('eval' if part == 'eval' else 'idle')
+        try:
+            yield
+        finally:
+            self.energy.turn(doing)
+            self.times[part] += time.monotonic() - began
+
+    # -- evaluate
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        """The model as it is measured; an idea may put other weights there. Other ranks wait for the first."""
+        with self.busy('eval'):
+            self.model.eval()
+            try:
+                yield
+                if self.world > 1:
+                    dist.barrier()
+            finally:
+                self.model.train()
+
+    def bits(self, slices, stop=None, keep=True):
+        """Bits per byte of so many of 1,024 stratified parts of the validation text, dealt out to all ranks."""
+        began = time.monotonic()
+        with self.evaluating():
+            result = self.measure.bpb(self.model, slices, self.at_once, stop, self.rank, self.world, self.all_reduce)
+        result['seconds_per_slice'] = (time.monotonic() - began) / (result['share'] * sample.SLICES)
+        if keep and not self.signals:           # a signal may have cut it short
+            self.record(step=self.steps, progress=self.clock.progress, val_bpb=result['bpb'], val_loss=result['loss'],
+                        share=result['share'], elapsed_s=self.clock.elapsed())
+        return result
+
+    def judge(self, counts, stop=None):
+        """What the model does on so many items of every evaluation set: on rank 0."""
+        with self.evaluating():
+            return {name: self.measure.judge(self.model, name, n, self.at_once, stop)
+                    for name, n in counts.items() if self.master and not self.signals}
+
+    def continuation(self, length, deadline=math.inf):
+        """What follows sample_prompt, by the same dice every time, as far as it gets in time; on rank 0."""
+        pieces = []
+        with self.evaluating():
+            dice = torch.Generator(device=self.device).manual_seed(self.s.seed)
+            for piece in (sample.stream(self.model, self.data.tokenizer, self.s.sample_prompt, length, 0.8, generator=dice)
+                          if self.master and length else ()):
+                pieces.append(piece)
+                if self.clock.elapsed() > deadline:
+                    break
+        return ''.join(pieces) or None
+
+    def record_abilities(self, evals):
+        self.record(step=self.steps, progress=self.clock.progress, elapsed_s=self.clock.elapsed(), evals={
+            name: {key: e[key] for key in ('accuracy', 'error', 'chance', 'items')}
+            for name, e in evals.items() if 'accuracy' in e})
+
+    def evaluate_if_due(self):
+        """On the way: an eighth of the closing validation, some items of every set, a short sample."""
+        s, progress = self.s, self.progress
+        if not (self.next_eval and self.next_eval <= progress < 0.95):
+            return
+        result = self.bits(max(1, self.slices // 8))
+        self.slice_seconds = self.dearer() * self.agreed(result['seconds_per_slice'])
+        self.say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, '
+                 f'standard error {result["error"]:.4f}')
+        if abilities := self.judge(self.curve):
+            self.record_abilities(abilities)
+            self.say('         ' + ', '.join(f'{name} {e["accuracy"]:.4f} +- {e["error"]:.4f}'
+                                             for name, e in abilities.items()))
+        self.next_eval = s.eval_interval * (progress // s.eval_interval + 1)
+        if text := self.continuation(min(60, s.sample_tokens)):
+            self.record(step=self.steps, progress=progress, sample=text, elapsed_s=self.clock.elapsed())
+
+    # -- report
+
+    def finish(self):
+        """The end: save first, then the closing evaluation, cut where the clock wants it, then the report."""
+        self.batches.close()
+        unsaved, saved = self.save(), f'{self.out_dir} is saved, go on with --init_from=resume'
+        if self.stopping:
+            raise unsaved or Stopped(f'stopped by a signal after step {self.steps}; {saved}')
+        self.energy.turn('idle')
+        found = self.closing_evaluation()
+        if self.all_reduce(np.array([float(bool(self.signals))]))[0]:
+            raise unsaved or Stopped(f'stopped by a signal during the closing evaluation; {saved}')
+        report = self.results(*found)
+        self.say_report(report)
+        if unsaved:
+            raise unsaved
+        if self.master:
+            self.keep_report(report)
+
+    def deadline(self, kept=0.0):
+        """When a part of the closing must end, on the clock, so that `kept` seconds remain for what follows it."""
+        grace = min(0.01 * self.clock.budget, 5.0)
+        return self.clock.budget + grace - kept if self.clock.counts_all else math.inf
+
+    def closing_evaluation(self):
+        """Bits per byte, evaluation sets, what else is measured, and a sample: each within what is left."""
+        def late(deadline, ahead=0.0):
+            return self.clock.elapsed() + ahead > deadline or bool(self.signals)
+
+        def out_of_time():                       # asked of all ranks alike
+            now = late(self.deadline(self.afterwards()), self.slice_seconds * self.slices / 16)
+            return bool(self.all_reduce(np.array([now * self.master, bool(self.signals)], float)).any())
+
+        result = self.bits(self.slices, stop=out_of_time)
+        kept, evals, last = self.afterwards(), {}, self.token_seconds * self.s.sample_tokens + LEAVING
+        for name, n in self.counts.items():
+            kept -= self.judge_seconds * self.measure.tokens_of({name: n}) / self.measure.tokens_of(self.counts)
+            evals |= self.judge({name: n}, stop=functools.partial(late, self.deadline(kept)))
+        for name, (n, seconds) in self.others.items():
+            kept -= seconds
+            with self.evaluating():
+                if self.master and not late(self.deadline(last)):
+                    evals[name] = self.measure.other(name, self.model, n, functools.partial(late, self.deadline(kept)))
+                elif self.master:
+                    self.say(f'warning: no time was left for {name}')
+        text = self.continuation(0 if self.signals else self.s.sample_tokens, self.deadline(LEAVING))
+        for name, e in evals.items():
+            if e.get('items', 0) < (self.counts.get(name) or self.others.get(name, (0,))[0] or 0):
+                self.say(f'warning: {name} was cut to {e["items"]:,} items, for the time that was left')
+        if evals:
+            self.record_abilities(evals)
+        return result, evals, text
+
+    def results(self, result, evals, text):
+        """What result.json holds."""
+        s, clock, data = self.s, self.clock, self.data
+        trained, total, sizes = max(self.times['train'], 1e-9), clock.elapsed() + LEAVING, self.model.params()
+        speed, peak = self.flops / trained, self.peak()
+        waited, stepped = np.sum(self.history[1:] or [(0, 1)], axis=0)
+        paid = sample.energy_report(self.earlier + self.all_reduce(self.energy.read()), self.energy.how, s.country)
+        return dict(
+            val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
+            val_bpb_text_error=result['text_error'], val_loss=result['loss'],
+            val_bpb_per_source=result['per_source'], val_bpb_per_source_text_error=result['per_source_error'],
+            evals=evals, steps=self.steps, tokens=self.tokens, epochs=self.tokens / self.stream.epoch_tokens(),
+            **{f'{kind}_params': n for kind, n in sizes.items()},
+            flops=self.flops, flops_per_token=self.flops_per_token, tok_per_sec=self.tokens / trained,
+            mfu=speed / peak if peak else None, tflops=speed / 1e12, data_wait_share=float(waited / stepped),
+            skipped_steps=self.skipped, warnings=[*dict.fromkeys(self.told)],
+            **{f'{kind}_seconds': t for kind, t in self.times.items()}, total_seconds=total,
+            budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(self.device), **paid,
+            dollars=total / 3600 * s.dollars_per_hour or None,
+            hardware=dict(device=self.device, name=hardware(self.device), ranks=self.world, dtype=str(self.dtype)[6:]),
+            versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+            protocol=sample.PROTOCOL, data=dict(folder=str(data.folder), fingerprint=data.meta['fingerprint'],
+                                                val_bytes=data.meta['splits']['val']['bytes']),
+            commit=git_commit(), ideas=[name for name, _, named in self.ideas.sources() if named], settings=vars(s),
+            changed=self.changed, config=dataclasses.asdict(self.config), sample=text,
+            finished=datetime.datetime.now().isoformat('T', 'seconds'))
+
+    def keep_report(self, report):
+        self.metrics.close()
+        write_beside(self.out_dir / 'result.json', lambda f: f.write(json.dumps(report, indent=1).encode()))
+        try:
+            write_report(self.out_dir, self.page_blocks())
+        except UserError as e:                  # result.json is safe
+            self.say(f'warning: {e}')
+
+    def page_blocks(self):
+        """What an idea adds to the run's page: blocks as write_page has them."""
+        return []
+
+    def say_report(self, report):
+        """The closing report, `key: value`, one a line."""
+        self.say('---')
+        for key, value in report.items():
+            if key in UNPRINTED:
+                continue
+            if isinstance(value, dict):
+                value = ', '.join(f'{k} {v:.4f}' for k, v in value.items())
+            elif isinstance(value, float):
+                value = f'{value:.6g}'
+            self.say(f'{key}: {"not measured" if value is None else value}')
+        for name, e in report['evals'].items():
+            self.say(self.measure.line(name, e))
+        e = report['energy']
+        self.say('energy: ' + ', '.join(f'{k} {e[k]:.0f} J' for k in sample.ACTIVITIES) + '; '
+                 + ', '.join(f'{k} {e[k]:.0f} J {e["how"][k]}' for k in sample.DEVICES)
+                 + f'; {e["g_per_kwh"]:g} g of CO2e a kWh ({e["country"]}), without cooling and the making of it all')
+        self.say(f'hardware: {report["hardware"]["name"]}, {report["hardware"]["dtype"]}')
+        if report['sample']:
+            self.say(f'sample:\n{report["sample"]}')
+
+    def close(self):
+        """Lets go of what holds the process."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def say_report(report, say):
-    """The closing report, `key: value`, one a line."""
-    say('---')
-    for key, value in report.items():
-        if key in UNPRINTED:
-            continue
-        if isinstance(value, dict):
-            value = ', '.join(f'{k} {v:.4f}' for k, v in value.items())
-        elif isinstance(value, float):
-            value = f'{value:.6g}'
-        say(f'{key}: {"not measured" if value is None else value}')
-    for name, e in report['evals'].items():
-        kinds = ', '.join(f'{k} {v:.3f}' for k, v in (e.get('per_field') or e['per_kind']).items())
-        more = ''.join(f', {k} {e[k]:.4g}' for k in ('chance', 'shortest', 'ties', 'frequency_bias')
-                       if e.get(k) is not None)
-        say(f'{name}: {e["accuracy"]:.4f} +- {e["error"]:.4f} on {e["items"]:,} items{more} ({kinds})')
-    e = report['energy']
-    say('energy: ' + ', '.join(f'{k} {e[k]:.0f} J' for k in sample.ACTIVITIES) + '; '
-        + ', '.join(f'{k} {e[k]:.0f} J {e["how"][k]}' for k in sample.DEVICES)
-        + f'; {e["g_per_kwh"]:g} g of CO2e a kWh ({e["country"]}), without cooling and the making of it all')
-    say(f'hardware: {report["hardware"]["name"]}, {report["hardware"]["dtype"]}')
-    if report['sample']:
-        say(f'sample:\n{report["sample"]}')
+def main(argv):
+    s, ideas = read_settings(argv)
+    if s.show:
+        return print(prepare_data.shown(ideas))
+    run = ideas.seam(Run)(s, ideas)
+    run.open()
+    run.build()
+    run.announce()
+    run.warm_up()
+    if s.dry_run:
+        return run.say_plan()
+    run.say_start()
+    while run.time_left():
+        run.step()
+        if run.stopping:
+            break
+        run.roll_back()
+        run.save_if_due()
+        run.evaluate_if_due()
+    run.finish()
+    run.close()
 
 
 if __name__ == '__main__':
@@ -2006,9 +1305,5 @@ if __name__ == '__main__':
         code = 75 if isinstance(e, Stopped) else 3 if isinstance(e, Diverged) else 2
         if os.environ.get('RANK', '0') == '0':
             print(f'train.py: {e}', file=sys.stderr)
-    if dist.is_initialized() and code == 0:
-        dist.destroy_process_group()
     sys.stdout.flush()
-    if not all([tracker.finish() for tracker in Tracker.made]):
-        os._exit(code)                          # what a tracker leaves behind may hang as Python ends
     sys.exit(code)
