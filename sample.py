@@ -41,7 +41,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import house                 # STAND-IN: goes with house.py once model.py and prepare_data.py have its parts
 import prepare_data
 from model import GPT, IN_USE, KVCache, configured
 from prepare_data import UserError
