@@ -439,7 +439,7 @@ def ideas_of(recorded, settings, argv=()):
         refuse(name not in paths and not (CONFIG / f'{name}.py').is_file(), f'the run was made with {name}.py, and config/ '
                f'has no such file: put it there, or name its path too')
     files = [paths.pop(name, CONFIG / f'{name}.py') for name in named] + [*paths.values()]
-    ideas = Ideas(map(str, files), [], strict=False, values=settings)
+    ideas = Ideas([*map(str, files)], [], strict=False, values=settings)
     now = {name: digest for name, digest, _ in ideas.sources()}
     ideas.changed = [name for name, digest, _ in recorded if now.get(name) != digest]
     return ideas

@@ -1,4 +1,4 @@
-"""sample.py: what it prints, and the two measures that train.py reports."""
+"""sample.py: what it prints, and what train.py measures by it."""
 import contextlib
 import io
 import json
@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-import model as model_file
 import prepare_data
 import sample
 from conftest import ROOT, script
@@ -49,6 +48,33 @@ class Costs(torch.nn.Module):
     def forward(self, idx, targets, reduction):
         assert reduction == 'none' and idx.shape == targets.shape and idx.shape[1] <= self.config.block_size
         return torch.where(targets >= 0, self.table[targets.clamp(min=0)], 0.0)
+
+
+class Writes(Says):
+    """Stands for a model that writes the same text after every prompt."""
+    config = SimpleNamespace(doc_mask=True)
+
+    def __init__(self, text, ends=True):
+        super().__init__(*text.encode(), *[BYTES.bos] * ends)
+
+
+def measure(evals='', kind=sample.Measure, data=None, tokenizer=BYTES, **settings):
+    return kind(SimpleNamespace(evals=evals, eval_data='nowhere', **settings), tokenizer, data)
+
+
+def of_sets(bos=True, **sets):
+    """A Measure of evaluation sets that are given."""
+    made = measure()
+    made.sets, made.bos = sets, bos
+    return made
+
+
+def judge(model, items, n=None, bos=True, **options):
+    return of_sets(bos, x=items).judge(model, 'x', n, **options)
+
+
+def costs_of(model, items, **options):
+    return measure().option_costs(model, items, **options)
 
 
 @pytest.fixture
@@ -94,10 +120,10 @@ def test_interactive_until_an_empty_line(ask, monkeypatch):
     assert 'Mia' in out and 'Tom' in out and 'never' not in out
 
 
-@pytest.mark.parametrize('latent, values', [(dict(), 768), (dict(kv_latent=192, rotary_dim=16), 208)])
-def test_stats_say_what_the_cache_holds(latent, values, monkeypatch, capsys):
-    model = GPT(GPTConfig(vocab_size=257, bos=256, n_layer=2, n_embd=384, n_head=6, mlp_hidden=32, block_size=16, **latent))
-    monkeypatch.setattr(sample, 'load', lambda *args: (model, BYTES))
+@pytest.mark.parametrize('kv_heads, values', [(6, 768), (2, 256)])
+def test_stats_say_what_the_cache_holds(kv_heads, values, monkeypatch, capsys):
+    model = GPT(GPTConfig(vocab_size=257, bos=256, n_layer=2, n_embd=384, n_head=6, n_kv_head=kv_heads, mlp_hidden=32, block_size=16))
+    monkeypatch.setattr(sample, 'open_run', lambda *args: sample.Asked('run', model, BYTES, None, {}, {}))
     sample.main(['run', 'Mia', '--stats', '--max_new_tokens=2', '--device=cpu'])
     assert capsys.readouterr().out.splitlines()[-1] == f'KV cache: {values} values a token and layer'
 
@@ -119,6 +145,74 @@ def test_arguments_that_are_none(ask, wrong):
     with pytest.raises(SystemExit) as e:
         ask(wrong)
     assert e.value.code == 2
+
+
+def test_settings_that_no_idea_declares(ask):
+    with pytest.raises(UserError, match='no setting is called nonsense'):
+        ask('--nonsense=1')
+    assert ask('Mia', '--temp=0') == ask('Mia', '--temperature=0')             # argparse knows the name by its beginning
+
+
+def test_a_checkpoint_of_before_names_the_commit_that_reads_it(finished, tmp_path):
+    state = torch.load(finished[0] / 'ckpt.pt', weights_only=True)
+    for version, said in ((2, 'git checkout fb45184'), (4, 'reads version 3$')):
+        torch.save(state | dict(version=version), tmp_path / 'ckpt.pt')
+        with pytest.raises(UserError, match=said):
+            sample.read_checkpoint(tmp_path)
+
+
+IDEA = '''"""A measure of a test: how often a letter stands in the validation text."""
+import sample
+
+letter: str = 'a'        # what is counted
+LATER = 3
+
+
+class Measure(sample.Measure):
+    def known(self):
+        return super().known() | dict(letters=self.letters)
+
+    def seconds(self, name, token_seconds):
+        return LATER * token_seconds if name == 'letters' else super().seconds(name, token_seconds)
+
+    def letters(self, model, n, stop):
+        if stop and stop():
+            return None
+        if self.s.letter == 'q':
+            raise sample.UserError('q is not counted')
+        return dict(count=self.tokenizer.decode(self.data.tokens['val'][1:100].tolist()).count(self.s.letter), n=n)
+
+    def lines(self, name, result):
+        yield from super().lines(name, result)
+        yield from [f'that was {self.s.letter}'] * (name == 'letters')
+'''
+
+
+def test_an_idea_measures(finished, corpus, tmp_path, capsys):
+    (tmp_path / 'letters.py').write_text(IDEA)
+    said = []
+    for more in [], ['--letter=e'], ['--letter=q']:
+        sample.main([str(finished[0]), str(tmp_path / 'letters.py'), '--eval=letters', '--eval_items=7', '--device=cpu', *more])
+        said.append(capsys.readouterr().out.splitlines())
+    text = BYTES.decode(corpus.open().tokens['val'][1:100].tolist())
+    for letter, lines in zip('ae', said):
+        assert lines == [f'letters count: {text.count(letter)}', 'letters n: 7', f'that was {letter}']
+    assert said[2] == ['left out: q is not counted'] and text.count('a') != text.count('e')
+    for wrong, why in (('--letters=e', 'did you mean letter?'), ('--temperatur=1', '')):
+        with contextlib.nullcontext() if not why else pytest.raises(UserError, match=re.escape(why)):
+            sample.main([str(finished[0]), str(tmp_path / 'letters.py'), '--eval=letters', '--device=cpu', wrong])
+
+
+def test_weights_that_were_measured_are_those_that_are_asked(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / 'run')
+    state = torch.load(tmp_path / 'run' / 'ckpt.pt', weights_only=True)
+    others = {name: weight + 1 for name, weight in state['model'].items()}
+    torch.save(state | dict(evaluated=others), tmp_path / 'run' / 'ckpt.pt')
+    asked, _ = sample.load(tmp_path / 'run')
+    assert torch.equal(asked.wte.weight, state['model']['wte.weight'] + 1)
+    torch.save(state | dict(config=state['config'] | dict(n_embd=128)), tmp_path / 'run' / 'ckpt.pt')
+    with pytest.raises(UserError, match='does not fit config/ as it is now .*size mismatch'):
+        sample.load(tmp_path / 'run')
 
 
 def test_a_run_is_whole_by_itself(finished, corpus, tmp_path, monkeypatch):
@@ -155,7 +249,38 @@ def test_the_end_of_a_document_ends_a_sample(capsys):
     assert capsys.readouterr().out == '--- 1\nxab\n--- 2\nxab\n'
 
 
-# ---- measuring
+@pytest.mark.parametrize('doc_mask', [True, False])
+def test_continuations_are_those_of_each_prompt_alone(doc_mask):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=257, bos=256, block_size=64, n_layer=2, n_head=2, n_embd=32, doc_mask=doc_mask)).eval()
+    torch.nn.init.normal_(model.lm_head.weight)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.proj.weight)
+    prompts = [[256, *text.encode()] for text in ('', 'Mia', 'Tom', 'Mia lost the kite', 'x')]
+    for limit in (20, 60):                              # 60: past the block
+        made, ended = sample.continuations(model, BYTES, prompts[:5 if limit == 20 else 1], limit, 0, None, rows=4)
+        for prompt, ids, end in zip(prompts, made, ended):
+            alone = [new.item() for new in model.generate(torch.tensor([prompt]), limit, 0)]
+            alone = alone[:alone.index(256)] if 256 in alone else alone
+            assert ids == alone and end == (len(ids) < limit)
+    assert len({tuple(ids) for ids in made}) == len(made)
+
+
+def test_continuations_end_with_the_document_or_when_done():
+    assert sample.continuations(Writes('abc'), BYTES, [[256]] * 3, 9, 0, None, rows=2) == ([[*b'abc']] * 3, [True] * 3)
+    assert sample.continuations(Writes('abc'), BYTES, [[256]], 3, 0, None) == ([[*b'abc']], [False])
+    assert sample.continuations(Writes('abc'), BYTES, [[256]], 9, 0, None, done=lambda text: 'b' in text) == ([[*b'ab']], [False])
+
+
+def test_continuations_that_are_stopped():
+    """What is not through by then is None, the batches before are whole; longer prompts come first."""
+    asked = []
+    made, ended = sample.continuations(Writes('abc'), BYTES, [[256], [256, 97], [256, 98]], 9, 0, None, rows=2,
+                                       stop=lambda: asked.append(1) or len(asked) > 6)
+    assert made == [None, [*b'abc'], [*b'abc']] and ended[1:] == [True, True] and len(asked) == 7
+
+
+# ---- bits per byte
 
 def split(n=400, sources=2, seed=0):
     """Documents of random bytes and lengths; later sources are rarer."""
@@ -219,6 +344,26 @@ def test_slices_are_stratified_and_nested():
     assert np.array_equal(part, sample.deal(docs)) and len(np.unique(part[:64])) > 50
 
 
+def test_documents_that_are_read_in_several_ways():
+    tokens, docs = split(300)
+    model, doubled = Costs(torch.rand(257)), Costs(torch.rand(257))
+
+    class Two(sample.Measure):
+        further = ('other',)
+
+        def read(self, model, texts, max_tokens):
+            texts = [*texts]
+            one, two = (sample.document_nats(m, texts, max_tokens) for m in (model, doubled))
+            return {doc: [one[doc], two[doc]] for doc in one}
+    data = SimpleNamespace(tokens=dict(val=tokens), docs=dict(val=docs), meta=dict(sources=['a', 'b']), folder=sample.Path('nowhere'))
+    found = measure('bpb', Two, data).bpb(model)
+    plain, other = (sample.bits_per_byte(m, tokens, docs) for m in (model, doubled))
+    assert found.pop('bpb_other') == pytest.approx(other['bpb'], rel=1e-12)
+    assert found.pop('per_source') == dict(zip('ab', plain.pop('per_source').values()))
+    found.pop('per_source_error'), plain.pop('per_source_error')
+    assert found == plain
+
+
 def test_stop_and_ranks():
     tokens, docs = split(300)
     model = Costs(torch.rand(257))
@@ -240,11 +385,11 @@ def pairs(n=40):
 
 
 def items_of(pairs, tokenizer=BYTES):
-    return prepare_data.tokenize_items([prepare_data.eval_item(pair, 'x') for pair in pairs], tokenizer)
+    return sample.tokenize_items([sample.eval_item(pair, 'x') for pair in pairs], tokenizer)
 
 
 def score(model, tokenizer, pairs, **options):
-    return sample.judge(model, items_of(pairs, tokenizer), **options)
+    return judge(model, items_of(pairs, tokenizer), **options)
 
 
 def table(**costs):
@@ -304,8 +449,8 @@ def test_the_batch_does_not_change_a_score(finished):
     model, tokenizer = sample.load(finished[0])
     many = [dict(kind='x', context='Mia ' * (i % 7), good=' lost' * (1 + i % 3), bad=' kite' * (1 + i % 2)) for i in range(30)]
     items = items_of(many, tokenizer)
-    one = sample.option_costs(model, items, max_tokens=1)
-    assert one == pytest.approx(sample.option_costs(model, items), rel=1e-5) and one.std() > 1
+    one = costs_of(model, items, max_tokens=1)
+    assert one == pytest.approx(costs_of(model, items), rel=1e-5) and one.std() > 1
 
 
 def test_shuffled_labels_give_chance():
@@ -318,7 +463,56 @@ def test_shuffled_labels_give_chance():
     assert 0.4 < score(model, BYTES, made)['accuracy'] < 0.6
 
 
-# ---- minimal pairs from files, frequency bias, anisotropy
+def test_a_judge_that_is_stopped():
+    """It says the share of the items that it judged, the first of any part, and does the first part in any case."""
+    items = items_of([p | dict(kind=f'{i % 4}') for i, p in enumerate(pairs(800))])
+    model, asked = Costs(table(a=0.5)), []
+    stopped = judge(model, items, stop=lambda: asked.append(1) or len(asked) == 4, max_tokens=64)
+    assert stopped['items'] == 200 and stopped['share'] == 0.25 and len(stopped['per_kind']) == 4
+    assert judge(model, items, stop=lambda: True, max_tokens=64)['items'] == 50
+    n = -(-8192 * 800 // len(items['ids']))                            # what is read at once is more than a sixteenth
+    assert judge(model, items, stop=lambda: True) == judge(model, items, n=n) | dict(share=n / 800) and 100 < n < 300
+    whole = judge(model, items, stop=lambda: False, max_tokens=64)
+    assert whole == judge(model, items) and 'share' not in whole
+    two = of_sets(x=items, y=items)
+    late = iter([False, True, True])
+    assert [name for name, _ in two.ask(model, dict(x=40, y=40), lambda: next(late))] == ['x']
+
+
+def test_what_a_clock_affords():
+    few = of_sets(x=items_of(pairs(100)), y=items_of(pairs(30)))
+    each = few.tokens_of(dict(x=1))
+    assert few.tokens_of(dict(x=100, y=30)) == pytest.approx(len(few.sets['x']['ids']) + len(few.sets['y']['ids']))
+    assert few.affordable(math.inf, 1e9) == dict(x=100, y=30) and few.affordable(50, 1e9) == dict(x=50, y=30)
+    assert few.affordable(math.inf, 65 * each) == dict(x=50, y=20) and few.affordable(math.inf, 1) == dict(x=20, y=20)
+    assert measure().affordable(1000, 1e9) == {}
+
+
+def test_measures_of_ideas_are_planned_by_what_they_cost():
+    class Slow(sample.Measure):
+        def known(self):
+            return super().known() | dict(texts=None, states=None, long=None)
+
+        def seconds(self, name, token_seconds):
+            return dict(texts=32, long=9000).get(name, 0) * token_seconds
+    made = measure(kind=Slow)
+    assert made.named == ['texts', 'states', 'long']                 # what ideas add is measured unless something is named
+    assert made.plan(4.0, 0.01) == dict(texts=(12, pytest.approx(12 * 0.32)), states=(0, 0))
+    assert {name: n for name, (n, _) in made.plan(4.0, 1e-5).items()} == dict(texts=256, states=0, long=44)
+    assert measure('bpb,texts', Slow).named == ['bpb', 'texts'] and measure('bpb', Slow).plan(1, 1) == {}
+    with pytest.raises(UserError, match='other is no evaluation and no file: put it into nowhere, or name some of bpb, texts'):
+        measure('texts,other', Slow)
+
+
+def test_a_line_of_a_report():
+    result = judge(Costs(table(a=0.5)), items_of(pairs()))
+    assert measure().line('x', result | dict(more=12345)) == (
+        'x: 1.0000 +- 0.0329 on 40 items, chance 0.5, shortest 0.5, ties 0, more 12,345 (odd 1.000, even 1.000)')
+    assert measure().line('x', dict(per_layer=[0.5, 0.25])) == 'x per_layer: 0.5, 0.25'
+
+
+# ---- evaluation sets from files
+
 
 def test_pairs_from_files_folders_and_tars(tmp_path):
     rows = [dict(sentence_good=f'Good {i}.', sentence_bad=f'Bad {i}.', UID='agreement') for i in range(3)]
@@ -330,59 +524,20 @@ def test_pairs_from_files_folders_and_tars(tmp_path):
         tar.add(tmp_path / 'blimp' / 'agreement.jsonl', 'blimp/agreement.jsonl')
     expected = [dict(kind='agreement', field='', context='', options=[f'Good {i}.', f'Bad {i}.']) for i in range(3)]
     for name in ('blimp', 'agreement.jsonl.xz', 'blimp.tar.xz', 'blimp/agreement.jsonl'):
-        assert prepare_data.read_items(tmp_path / name) == (expected, [])
+        assert sample.read_items(tmp_path / name) == (expected, [])
     ours = dict(kind='place', context='Mia left.', good=' She did.', bad=' He did.')
     (tmp_path / 'pairs.jsonl').write_text(json.dumps(ours) + '\n')
     made = dict(kind='place', field='', context='Mia left.', options=[' She did.', ' He did.'])
-    assert prepare_data.read_items(tmp_path / 'pairs.jsonl') == ([made], [])
+    assert sample.read_items(tmp_path / 'pairs.jsonl') == ([made], [])
     (tmp_path / 'cut.jsonl').write_bytes(text + b'{"sentence_good": "A lo\n')
-    assert prepare_data.read_items(tmp_path / 'cut.jsonl') == (expected, ['cut.jsonl line 4'])
+    assert sample.read_items(tmp_path / 'cut.jsonl') == (expected, ['cut.jsonl line 4'])
     for name, content in {'no.jsonl': b'{"text": "x"}\n', 'empty.jsonl': b'', 'bad.jsonl': b'{', 'cut.jsonl.xz': text[:20],
                           'list.jsonl': b'[1]\n', 'x.tar.xz': b'no tar'}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f'{name} (holds no items|cannot be read)'):
-            prepare_data.read_items(tmp_path / name)
+            sample.read_items(tmp_path / name)
     with pytest.raises(UserError, match='gone.jsonl'):
-        prepare_data.read_items(tmp_path / 'gone.jsonl')
-
-
-def test_frequency_bias_of_a_judge_that_goes_by_frequency():
-    tokenizer, counts = prepare_data.ByteTokenizer(), np.ones(257)
-    counts[[ord(c) for c in 'abcdef']] = [1, 10, 100, 1000, 10_000, 100_000]
-    pairs = [dict(context='', good=x + 'z', bad=y + 'z') for x in 'abcdef' for y in 'abcdef' if x != y]
-    items = items_of(pairs, tokenizer)
-    often = -counts[items['ids'][items['start'][:-1] + 1]]               # each option's first byte, after BOS
-    assert sample.frequency_bias(often, items, counts) == dict(frequency_bias=1.0, replaced=30)
-    assert sample.frequency_bias(-often, items, counts) == dict(frequency_bias=-1.0, replaced=30)
-    knows = np.array([0.0, 1.0] * 30)
-    assert sample.frequency_bias(knows, items, counts)['frequency_bias'] == 0.0
-    longer = [dict(context='', good='abz', bad='az')] * 4                # an insertion: nothing is replaced
-    assert sample.frequency_bias(knows[:8], items_of(longer, tokenizer), counts) == dict(frequency_bias=0.0, replaced=0)
-
-
-def test_anisotropy_of_states_that_are_known(corpus):
-    data = corpus.open()
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=257, bos=256, block_size=64, n_layer=2, n_head=2, n_embd=64))
-    one_way = torch.ones(64)
-
-    def narrow(_, __, out):
-        return out + 1e4 * one_way                    # after the second layer all point nearly one way
-    hook = model.blocks[1].register_forward_hook(narrow)
-    first, second = sample.anisotropy(model, data.tokens['val'], data.docs['val'])
-    hook.remove()
-    assert -0.1 < first < 0.9 and second > 0.999
-    assert sample.anisotropy(model, data.tokens['val'], data.docs['val']) == pytest.approx([first, first], abs=0.2)
-
-
-def test_pairs_on_the_command_line(finished, tmp_path):
-    (tmp_path / 'p.jsonl').write_text(''.join(json.dumps(dict(sentence_good=f'Mia lost the kite by the {a}.',
-                                                              sentence_bad=f'Mia lost the kite by the {b}.')) + '\n'
-                                              for a in ('tree', 'lake') for b in ('xqzw', 'kjvv')))
-    code, out, err = script('sample.py', finished[0], '--eval', f'{tmp_path}/p.jsonl,anisotropy', '--device=cpu', cwd=tmp_path)
-    assert code == 0, err
-    assert re.search(r'^p +1.0000 .* 0.5000 +0.5000 +4 +0$', out, re.M) and re.search(r'frequency_bias .* on the 4 pairs', out)
-    assert len(re.search('anisotropy per_layer: (.*)', out)[1].split(', ')) == 2
+        sample.read_items(tmp_path / 'gone.jsonl')
 
 
 # ---- evaluations
@@ -426,7 +581,7 @@ def test_accuracies_agree_with_a_direct_computation(finished, bos, choices):
     for item in items:
         first, *others = [plain_sum(model, item['context'] + option, bos) for option in item['options']]
         hits.setdefault(item['kind'], []).append(all(first > other for other in others))
-    result = sample.judge(model, prepare_data.tokenize_items(items, BYTES), bos=bos)
+    result = judge(model, sample.tokenize_items(items, BYTES), bos=bos)
     assert result['per_kind'] == pytest.approx({kind: np.mean(x) for kind, x in hits.items()})
     assert result['accuracy'] == pytest.approx(np.mean([np.mean(x) for x in hits.values()])) and result['items'] == 60
     assert 0.1 < result['accuracy'] < 0.9 and result['chance'] == 1 / choices
@@ -438,18 +593,18 @@ def test_last_words_agree_with_greedy_continuation(finished):
     said = [bytes(new.item() for new in model.generate(torch.tensor([[BYTES.bos, *text.encode()]]), 3, temperature=0))
             for text in texts]
     items = [dict(kind='x', context=text, options=[word]) for text, new in zip(texts, said) for word in (new.decode(), 'xqz')]
-    made = prepare_data.tokenize_items(items, BYTES)
-    result = sample.judge(model, made)
+    made = sample.tokenize_items(items, BYTES)
+    result = judge(model, made)
     assert result['accuracy'] == 0.5 and result['chance'] == 0 and result['items'] == 8 and result['ties'] == 0
     constant = small_model()
     constant.lm_head.weight.data.zero_()                      # every token as likely: none is the model's word
-    assert sample.judge(constant, made)['accuracy'] == 0
+    assert judge(constant, made)['accuracy'] == 0
 
 
 @pytest.mark.parametrize('choices', [2, 3, 5])
 def test_untrained_models_and_shuffled_labels_are_at_chance(finished, choices):
     for model in (small_model(), sample.load(finished[0])[0]):
-        result = sample.judge(model, prepare_data.tokenize_items(made_items(800, choices), BYTES))
+        result = judge(model, sample.tokenize_items(made_items(800, choices), BYTES))
         assert result['chance'] == pytest.approx(1 / choices)
         assert abs(result['accuracy'] - result['chance']) < 1.96 * result['error'] < 0.05, result
 
@@ -457,7 +612,7 @@ def test_untrained_models_and_shuffled_labels_are_at_chance(finished, choices):
 def test_ties_and_kinds_of_unequal_size():
     costs = Costs(table(a=0.5, c=0.5))
     rows = [dict(kind='big', context='', options=['xa', 'xb', 'xd'])] * 6 + [dict(kind='small', context='', options=['xa', 'xc'])] * 2
-    result = sample.judge(costs, prepare_data.tokenize_items(rows, BYTES))
+    result = judge(costs, sample.tokenize_items(rows, BYTES))
     assert result['accuracy'] == 0.5 and result['ties'] == 2 and result['per_kind'] == dict(big=1.0, small=0.0)
     assert result['chance'] == pytest.approx((1 / 3 + 1 / 2) / 2) and result['error'] > 0.05      # not 0 where all are alike
     fields = [dict(sentence_good='xa', sentence_bad='xb' if i else 'xc', UID=f'u{i}', linguistics_term='f' * (i > 1) or 'g')
@@ -466,12 +621,12 @@ def test_ties_and_kinds_of_unequal_size():
 
 
 def test_evaluation_is_in_float32_and_leaves_the_model_as_it_was():
-    model, items = small_model(), prepare_data.tokenize_items(made_items(40, 2), BYTES)
-    costs = sample.option_costs(model, items)
+    model, items = small_model(), sample.tokenize_items(made_items(40, 2), BYTES)
+    costs = costs_of(model, items)
     model.compute_dtype = torch.bfloat16
     torch.set_float32_matmul_precision('high')
     try:
-        assert np.array_equal(sample.option_costs(model, items), costs)
+        assert np.array_equal(costs_of(model, items), costs)
         assert model.compute_dtype == torch.bfloat16 and torch.get_float32_matmul_precision() == 'high'
     finally:
         torch.set_float32_matmul_precision('highest')
@@ -492,24 +647,24 @@ def test_the_text_error_is_that_of_another_sample_of_such_text():
 
 def test_texts_longer_than_the_model_looks_back_are_scored_whole():
     options = ['Mia' + ' saw a kite' * 12, 'Ned' + ' saw a kite' * 12]                  # they differ in what a last window lacks
-    costs, items = Costs(table(M=0.5)), prepare_data.tokenize_items([dict(kind='', context='', options=options)] * 3, BYTES)
+    costs, items = Costs(table(M=0.5)), sample.tokenize_items([dict(kind='', context='', options=options)] * 3, BYTES)
     assert len(options[0]) > costs.config.block_size
-    result = sample.judge(costs, items)
+    result = judge(costs, items)
     assert result['accuracy'] == 1 and result['ties'] == 0
     whole = small_model(block_size=16)
-    long = prepare_data.tokenize_items([dict(kind='', context='', options=['a' * 40, 'b' * 200])], BYTES)
-    assert sample.option_costs(whole, long)[1] > 4 * sample.option_costs(whole, long)[0]
+    long = sample.tokenize_items([dict(kind='', context='', options=['a' * 40, 'b' * 200])], BYTES)
+    assert costs_of(whole, long)[1] > 4 * costs_of(whole, long)[0]
 
 
 def test_a_model_without_numbers_knows_no_last_word():
-    model, items = small_model(), prepare_data.tokenize_items([dict(kind='', context='Mia lost', options=[' it'])] * 3, BYTES)
+    model, items = small_model(), sample.tokenize_items([dict(kind='', context='Mia lost', options=[' it'])] * 3, BYTES)
     model.wte.weight.data.fill_(math.nan)
-    assert sample.judge(model, items)['accuracy'] == 0
+    assert judge(model, items)['accuracy'] == 0
 
 
 def test_any_first_part_holds_every_kind():
     items = [dict(kind=f'k{i // 7}', context='', options=[f'{i}a', f'{i}b']) for i in range(7 * 30)]
-    kind = prepare_data.tokenize_items(items, BYTES)['kind']
+    kind = sample.tokenize_items(items, BYTES)['kind']
     first = np.bincount(kind[:30], minlength=30)
     assert (first > 0).sum() > 12 and first.max() <= 2                         # couples come together
     assert set(np.bincount(kind[:60], minlength=30)) <= {1, 2, 3, 4} and len({*kind[:10:2].tolist()} - {0, 1, 2, 3, 4}) > 0
@@ -527,13 +682,13 @@ def test_odd_evaluation_files_are_named(tmp_path):
     (tmp_path / 'folder' / 'x.jsonl').mkdir()
     for name in ('odd.tar', 'deep.jsonl', 'folder'):
         with pytest.raises(UserError, match='holds no items|cannot be read'):
-            prepare_data.eval_set(tmp_path / name, BYTES, tmp_path / 'cache')
+            sample.eval_set(tmp_path / name, BYTES, tmp_path / 'cache')
 
 
 def test_what_taking_the_shortest_option_gets():
     items = [dict(kind=kind, context='Mia ', options=options) for kind, options in (
         ('a', ['ran', 'walked']), ('a', ['walked', 'ran']), ('b', ['sat', 'ran']), ('c', ['saw', 'ran', 'and', 'stayed']))]
-    result = sample.judge(Costs(torch.ones(257)), prepare_data.tokenize_items(items, BYTES))
+    result = judge(Costs(torch.ones(257)), sample.tokenize_items(items, BYTES))
     assert result['shortest'] == pytest.approx((0.5 + 0.5 + 1 / 3) / 3) and result['chance'] == pytest.approx((0.5 + 0.5 + 0.25) / 3)
 
 
@@ -555,7 +710,7 @@ def test_eval_on_the_command_line(finished, corpus, tmp_path):
     code, out, err = script('sample.py', *common, '--eval=all', '--json=told.json', '--eval_items=30', cwd=tmp_path)
     assert code == 0, err
     told = json.loads((tmp_path / 'told.json').read_text())
-    assert [*told] == ['choices', 'pairs', 'words', 'bpb', 'anisotropy', 'text'] and told['choices']['items'] == 30
+    assert [*told] == ['choices', 'pairs', 'words', 'bpb'] and told['choices']['items'] == 30
     assert told['bpb']['per_source'].keys() == told['bpb']['per_source_error'].keys() == {'tales', 'notes'}
     assert f'{told["pairs"]["accuracy"]:.4f}' in out and 'left out: ' in out and 'other.jsonl holds no items' in out
     assert {p.name for p in (corpus.folder / 'eval').iterdir()} >= {'choices.npz', 'pairs.npz', 'words.npz'}
@@ -573,12 +728,12 @@ BLIMP = ROOT.parent / 'shared' / 'data' / 'eval' / 'blimp.tar.xz'
 @pytest.mark.skipif(not BLIMP.exists(), reason='BLiMP is not here')
 def test_blimp_agrees_with_a_direct_computation(finished):
     model, _ = sample.load(finished[0])
-    short = [i for i in prepare_data.read_items(BLIMP)[0] if max(map(len, i['options'])) < 40][::90][:200]
+    short = [i for i in sample.read_items(BLIMP)[0] if max(map(len, i['options'])) < 40][::90][:200]
     right, kinds = {}, {i['kind'] for i in short}
     for item in short:
         good, bad = (plain_sum(model, text, True) for text in item['options'])
         right.setdefault(item['kind'], []).append(good > bad)
-    result = sample.judge(model, prepare_data.tokenize_items(short, BYTES))
+    result = judge(model, sample.tokenize_items(short, BYTES))
     assert len(short) > 100 and len(kinds) > 20 and result['per_kind'] == {kind: np.mean(ok) for kind, ok in right.items()}
     assert result['accuracy'] == pytest.approx(np.mean([np.mean(ok) for ok in right.values()]))
 
@@ -586,13 +741,115 @@ def test_blimp_agrees_with_a_direct_computation(finished):
 @pytest.mark.slow
 @pytest.mark.skipif(not BLIMP.exists(), reason='BLiMP is not here')
 def test_untrained_and_shuffled_on_blimp():
-    items, bad = prepare_data.read_items(BLIMP)
+    items, bad = sample.read_items(BLIMP)
     assert len(items) == 66_995 and len(bad) == 1
     assert len({i['kind'] for i in items}) == 67 and len({i['field'] for i in items}) == 12
     coin = np.random.default_rng(0).random(len(items)) < 0.5
     shuffled = [i | dict(options=i['options'][::-1]) if flip else i for i, flip in zip(items, coin)]
-    result = sample.judge(small_model(block_size=256), prepare_data.tokenize_items(shuffled, BYTES), n=20_000)
+    result = judge(small_model(block_size=256), sample.tokenize_items(shuffled, BYTES), n=20_000)
     assert abs(result['accuracy'] - 0.5) < 1.96 * result['error'] < 0.01
+
+
+# ---- evaluation sets, tokenized
+
+ROWS = [(dict(sentence_good='a', sentence_bad='b', linguistics_term='s-selection', UID='u'), '', ['a', 'b']),
+        (dict(context='c', good=' a', bad=' b'), 'c', [' a', ' b']),
+        (dict(sentence1='one', sentence2='two', label=1), '', ['two', 'one']),
+        (dict(sentence='Why?\nA: x\nB: y z\nC: w', label='B'), 'Why?', [' y z', ' x', ' w']),
+        (dict(input_prefix='Box 1 contains ', options=['a', 'b', 'c'], numops=2), 'Box 1 contains ', ['a', 'b', 'c']),
+        (dict(context='c', options=['a', 'b', 'c'], label=2), 'c', ['c', 'a', 'b']),
+        (dict(prompt='He said "yes, {answer}."', answer='Ann'), 'He said "yes,', [' Ann'])]
+NO_ITEMS = [dict(text='x'), [1], 'x', dict(sentence_good='a'), dict(sentence_good='', sentence_bad='b'), dict(good=' ', bad=' '),
+            dict(sentence_good='a', sentence_bad=1), dict(good='\ud800', bad='b'), dict(sentence='A: x\nB: y', label='D'),
+            dict(options=['a', 'b'], label=2), dict(options=['a', 'b'], label=-1), dict(options='ab'), dict(options=['a']),
+            dict(sentence1='a', sentence2='b', label='0'), dict(prompt='x', answer='')]
+
+
+def test_every_form_of_an_evaluation_file_puts_the_right_option_first(tmp_path):
+    for row, context, options in ROWS:
+        (tmp_path / 'x.jsonl').write_text(json.dumps(row) + '\n')
+        (item,), bad = sample.read_items(tmp_path / 'x.jsonl')
+        assert (item['context'], item['options'], bad) == (context, options, [])
+    items = [sample.eval_item(row, 'file') for row, _, _ in ROWS]
+    assert [item['kind'] for item in items] == ['u', 'file', 'file', 'file', 'file_2_ops', 'file', 'file']
+    assert items[0]['field'] == 'argument_structure'
+
+
+def test_lines_that_hold_no_item_are_left_out_and_named(tmp_path):
+    good = json.dumps(ROWS[0][0]).encode()
+    for row in NO_ITEMS:
+        (tmp_path / 'x.jsonl').write_bytes(json.dumps(row).encode() + b'\n\n' + good + b'\n{"good": "\xff", "bad": "b"}\n')
+        items, bad = sample.read_items(tmp_path / 'x.jsonl')
+        assert len(items) == 1 and bad == ['x.jsonl line 1', 'x.jsonl line 4'], row
+    (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, NO_ITEMS)))
+    with pytest.raises(UserError, match='x.jsonl holds no items'):
+        sample.read_items(tmp_path / 'x.jsonl')
+    (tmp_path / 'x.jsonl').write_text('\n'.join(json.dumps(row) for row, _, _ in ROWS))
+    with pytest.raises(UserError, match='mixes last words and choices'):
+        sample.read_items(tmp_path / 'x.jsonl')
+
+
+def test_the_first_items_hold_every_kind_in_proportion_and_neighbours_together():
+    rows = [dict(kind=k, good=f'{k} {i} a', bad=f'{k} {i} b') for k, n in (('x', 60), ('y', 30), ('z', 7)) for i in range(n)]
+    tokenizer = prepare_data.ByteTokenizer()
+    items = sample.tokenize_items([sample.eval_item(row, '') for row in rows], tokenizer)
+    texts = [tokenizer.decode(ids.tolist()) for ids in np.split(items['ids'], items['start'][1:-1])]
+    assert sorted(texts) == sorted(row[side] for row in rows for side in ('good', 'bad'))
+    kinds = items['kinds'][items['kind']]
+    assert [text.split()[0] for text in texts[::2]] == kinds.tolist()
+    for n in (24, 48, 72):
+        assert abs((kinds[:n] == 'x').sum() - n * 60 / 97) <= 3 and abs((kinds[:n] == 'z').sum() - n * 7 / 97) <= 2
+    number = [int(text.split()[1]) for text in texts[::2]]
+    of_x = [i for i, kind in zip(number, kinds) if kind == 'x']
+    assert of_x != sorted(of_x) and all(b == a + 1 for a, b in zip(of_x[::2], of_x[1::2]))
+    assert all(items['ids'][items['start'][i] + seam] == ord('a') for i, seam in zip(range(0, 2 * len(rows), 2), items['seam']))
+
+
+def test_tokenized_evaluation_sets_are_kept_until_something_changes(tmp_path, monkeypatch, capsys):
+    tokenizer, file, cache = prepare_data.ByteTokenizer(), tmp_path / 'p.jsonl', tmp_path / 'data' / 'eval'
+    cache.parent.mkdir()
+    file.write_text(json.dumps(ROWS[0][0]) + '\nnone\n')
+    calls, tokenize = [], sample.tokenize_items
+    monkeypatch.setattr(sample, 'tokenize_items', lambda *args: calls.append(1) or tokenize(*args))
+    first, again = (sample.eval_set(file, tokenizer, cache) for _ in 'ab')
+    assert len(calls) == 1 and [p.name for p in cache.iterdir()] == ['p.npz']
+    assert first.keys() == again.keys() and all(np.array_equal(first[key], again[key]) for key in first)
+    (cache / 'p.npz').write_bytes((cache / 'p.npz').read_bytes()[:100])                  # damaged
+    sample.eval_set(file, tokenizer, cache)
+    file.write_text(json.dumps(ROWS[1][0]) + '\n')                                        # changed
+    assert len(sample.eval_set(file, tokenizer, cache)['ids']) == 8 and len(calls) == 3
+    other = prepare_data.ByteTokenizer(b'another')
+    assert sample.eval_set(file, other, cache) and sample.eval_set(file, other) and len(calls) == 5
+    assert sample.eval_files(tmp_path) == {'p': file} and sample.eval_files(tmp_path / 'none') == {}
+    with pytest.raises(UserError, match='gone.jsonl does not exist'):
+        sample.eval_set(tmp_path / 'gone.jsonl', tokenizer)
+
+
+def test_evaluation_sets_of_a_prepared_data_set(tmp_path, capsys):
+    (tmp_path / 'sets').mkdir()
+    (tmp_path / 'sets' / 'p.jsonl').write_text(json.dumps(ROWS[0][0]) + '\nnone\n')
+    (tmp_path / 'text.txt').write_text('\n\n'.join(f'{i} a line of text that is long enough' for i in range(400)))
+    folder = prepare_data.build(f'files:{tmp_path}/text.txt', tokenizer='bytes', data_dir=tmp_path / 'data', quiet=True)
+    sample.main([str(folder), '--eval=all', f'--eval_data={tmp_path}/sets'])
+    assert capsys.readouterr().out == ('p: left out 1 line without an item, the first is p.jsonl line 2\n'
+                                       'p: 1 items, 1 kinds, 4 tokens\n')
+    assert (folder / 'eval' / 'p.npz').exists()
+    with pytest.raises(UserError, match='no evaluation sets'):
+        sample.main([str(folder), '--eval=all', f'--eval_data={tmp_path}/data'])
+
+
+def test_evaluation_sets_are_fetched_once(tmp_path, monkeypatch):
+    (tmp_path / 'blimp.tar.gz').write_bytes(b'an archive')
+    monkeypatch.setattr(sample, 'BLIMP', (tmp_path / 'blimp.tar.gz').as_uri())
+    sample.fetch_evals(tmp_path / 'sets')
+    assert (tmp_path / 'sets' / 'blimp.tar.gz').read_bytes() == b'an archive'
+    (tmp_path / 'own').mkdir()
+    monkeypatch.setattr(sample, 'BLIMP', (tmp_path / 'gone').as_uri())
+    monkeypatch.setattr(prepare_data, 'PATIENCE', 0)
+    sample.fetch_evals(tmp_path / 'own')                                            # a folder is left as it is
+    with pytest.raises(UserError, match='could not be downloaded'):
+        sample.fetch_evals(tmp_path / 'new')
+    assert not (tmp_path / 'new').exists() and not [*(tmp_path / 'own').iterdir()]
 
 
 # ---- energy
@@ -755,410 +1012,3 @@ def test_stats_count_what_was_generated(ask):
         ask('Mia', '--country=Atlantis')
 
 
-# ---- learning dynamics
-
-def numpy_pwcca(x, y):
-    """PWCCA by inverse square roots of covariances, as the paper has it, in numpy."""
-    x, y = (v - v.mean(0) for v in (x, y))
-
-    def whiten(v):
-        power, turn = np.linalg.eigh(v.T @ v)
-        return turn @ np.diag(power ** -0.5) @ turn.T
-    u, rho, _ = np.linalg.svd(whiten(x) @ (x.T @ y) @ whiten(y))
-    h, _ = np.linalg.qr(x @ whiten(x) @ u[:, :len(rho)])
-    alpha = np.abs(h.T @ x).sum(1)
-    return (alpha / alpha.sum() * rho).sum()
-
-
-def test_measures_against_numpy_in_float64():
-    dice = np.random.default_rng(3)
-    x, y = dice.standard_normal((200, 12)) * np.logspace(0, 2, 12) + 5, dice.standard_normal((200, 9))
-    y[:, :4] += x[:, :4] - x[:, 4:8] ** 2 / 100
-    a, b = torch.from_numpy(x), torch.from_numpy(y)
-    h = np.eye(200) - 1 / 200
-    k, l = h @ x @ x.T @ h, h @ y @ y.T @ h                                        # by n x n Gram matrices: HSIC
-    assert sample.linear_cka(a, b) == pytest.approx((k * l).sum() / ((k * k).sum() * (l * l).sum()) ** 0.5, rel=1e-10)
-    assert sample.pwcca(a, b) == pytest.approx(numpy_pwcca(x, y), rel=1e-10) and sample.pwcca(a, b) < 0.9
-    s = np.linalg.svd(x, compute_uv=False)
-    p = s / s.sum()
-    for turned in (a, a.T):
-        ours = sample.describe(turned, turned)
-        assert ours['effective_rank'] == pytest.approx(np.prod(p ** -p) / 12, rel=1e-9)
-        assert ours['condition_number'] == pytest.approx(np.linalg.cond(x), rel=1e-9)
-        assert ours['gini'] == pytest.approx(np.abs(np.abs(x)[:, :, None, None] - np.abs(x)).mean() / 2 / np.abs(x).mean(), rel=1e-9)
-        assert ours['hoyer'] == pytest.approx((2400 ** 0.5 - np.abs(x).sum() / (x ** 2).sum() ** 0.5) / (2400 ** 0.5 - 1), rel=1e-9)
-        assert ours['frobenius'] == pytest.approx(np.linalg.norm(x), rel=1e-9) and ours['max_abs'] == np.abs(x).max()
-        assert ours['nuclear'] == pytest.approx(np.linalg.norm(x, 'nuc'), rel=1e-9)
-    for height in (1e3, 1e5):                                         # float64 Gram matrices keep the smallest singular values
-        q, r = (np.linalg.qr(dice.standard_normal((40, 40)))[0] for _ in 'qr')
-        ill = torch.from_numpy((q * np.geomspace(1, 1 / height, 40)) @ r)
-        assert sample.condition_number(sample.singular_values(ill)) == pytest.approx(height, rel=1e-3)
-
-
-def test_measures_in_closed_form():
-    torch.manual_seed(0)
-    x = torch.randn(400, 10, dtype=torch.float64)
-    turn = torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64)).Q
-    other = torch.randn(400, 10, dtype=torch.float64)
-    assert sample.linear_cka(x, 3 * x @ turn + 7) == pytest.approx(1) and sample.linear_cka(x, other) < 0.1
-    assert sample.pwcca(x, x @ torch.randn(10, 10, dtype=torch.float64) - 2) == pytest.approx(1) and sample.pwcca(x, other) < 0.3
-    half = torch.linalg.qr(x - x.mean(0)).Q
-    assert sample.pwcca(half, half[:, :5]) == pytest.approx(1) and sample.linear_cka(half, half[:, :5]) == pytest.approx(0.5 ** 0.5)
-    for matrix, rank, condition in ((torch.eye(6), 1, 1), (torch.outer(torch.arange(1., 5), torch.ones(7)), 1 / 4, math.inf),
-                                    (torch.diag(torch.tensor([8., -2.])), math.exp(-.8 * math.log(.8) - .2 * math.log(.2)) / 2, 4)):
-        s = sample.singular_values(matrix)
-        assert sample.effective_rank(s) == pytest.approx(rank) and sample.condition_number(s) == pytest.approx(condition)
-    flat, spike = -torch.ones(5, 20), torch.zeros(5, 20)
-    spike[2, 3] = -4
-    assert sample.gini(flat) == pytest.approx(0) and sample.gini(spike) == pytest.approx(99 / 100)
-    assert sample.hoyer(flat) == pytest.approx(0) and sample.hoyer(spike) == pytest.approx(1)
-    assert sample.norms(spike, sample.singular_values(spike)) == dict(frobenius=4, nuclear=4, max_abs=4)
-    out, value = torch.randn(30, 4), torch.randn(4, 20)
-    whole, core = sample.ov_circuit(out, value)
-    assert torch.allclose(whole, out @ value) and core.shape == (4, 4)
-    assert torch.allclose(sample.singular_values(core), torch.linalg.svdvals(whole.double())[:4], rtol=1e-5)
-
-
-def test_sketches_keep_cka():
-    torch.manual_seed(0)
-    falls = torch.diag(torch.arange(1., 193) ** -0.7)                              # a spectrum as flat as activations have
-    x, noise = (torch.randn(256, 192) @ falls @ torch.linalg.qr(torch.randn(192, 192)).Q for _ in 'xn')
-    for y in (x, x + 0.2 * noise, x + noise, noise[:, :100]):
-        assert abs(sample.linear_cka(sample.sketch(x), sample.sketch(y)) - sample.linear_cka(x, y)) < 0.01
-    narrow = torch.randn(256, 40) + 3                                              # exact but for fp16
-    assert sample.linear_cka(sample.sketch(narrow), narrow) == pytest.approx(1, abs=1e-6)
-    assert sample.sketch(x).shape == (256, 64) and sample.sketch(1e9 * x).isfinite().all()
-    nothing = sample.sketch(torch.ones(256, 192))                                  # as an MLP's output before its first step
-    assert nothing.isfinite().all() and all(math.isnan(value) for value in sample.alike(nothing, sample.sketch(x), 'final').values())
-
-
-def small(**options):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**dict(vocab_size=257, bos=256, block_size=64, n_layer=2, n_head=4, n_embd=64) | options))
-    with torch.no_grad():
-        for block in model.blocks:
-            sample.projection(block.mlp).normal_(std=0.05)                         # it begins as 0
-    return model
-
-
-@pytest.mark.parametrize('options', [dict(n_kv_head=2), dict(kv_latent=32, rotary_dim=8), dict(mlp='swiglu', dropout=0.5)])
-def test_what_a_probe_sees(corpus, options):
-    """Activations, weights and gradients are the model's own; a circuit is what its head adds alone."""
-    probe, model = sample.Probe(corpus.open(), 64, 'cpu'), small(**options)
-    hooks = [len(m._forward_hooks) for m in model.modules()]
-    seen = probe.look(model)
-    assert model.training and all(p.grad is None for p in model.parameters())
-    assert hooks == [len(m._forward_hooks) for m in model.modules()]
-    model.eval()
-    outs, heard = {}, [model.blocks[1].attn.proj, model.blocks[1].mlp.down]
-    hooks = [m.register_forward_hook(lambda m, args, out: outs.update({m: (args[0], out)})) for m in heard]
-    model(probe.idx, probe.targets).backward()
-    for name, module in zip(('1.attn.proj', '1.mlp.down'), heard):
-        (activations, _), (weight, _), (gradient, _) = seen[name]
-        assert torch.equal(activations, outs[module][1][:, ::2].flatten(0, 1)) and activations.shape == (256, 64)
-        assert torch.equal(weight, module.weight) and torch.allclose(gradient, module.weight.grad, atol=1e-7)
-    attn, value, group = model.blocks[1].attn, seen['1.attn.v'][0][0], 4 // model.config.n_kv_head
-    D, w_v, w_o = 16, attn.v.weight, attn.proj.weight
-    idx = torch.tensor([[256, 65]])                                     # the first position attends to itself alone
-    first = {}
-    hooks += [attn.proj.register_forward_hook(lambda m, args, out: first.update(mixed=args[0][0, 0]))]
-    probe.idx, probe.targets = idx, idx
-    assert torch.allclose(probe.look(model)['1.attn.v'][0][0][0], first['mixed'].view(-1, group, D)[:, 0].flatten() if group == 2
-                          else first['mixed'], atol=1e-6)
-    for head in range(4):
-        o, k = slice(head * D, head * D + D), slice(head // group * D, head // group * D + D)
-        (writes, _), (circuit, core), (change, core_of_change) = seen[f'1.attn.ov.{head}']
-        assert torch.allclose(writes, value[:, k] @ w_o[:, o].T, atol=1e-6) and torch.allclose(circuit, w_o[:, o] @ w_v[k], atol=1e-6)
-        along = w_o[:, o] @ w_v.grad[k] + attn.proj.weight.grad[:, o] @ w_v[k]
-        assert torch.allclose(change, along, atol=1e-7)
-        for whole, part in ((circuit, core), (change, core_of_change)):
-            s = torch.linalg.svdvals(whole.double())
-            assert torch.allclose(sample.singular_values(part)[:16], s[:16], rtol=1e-3, atol=1e-6 * s[0].item())
-
-
-@pytest.mark.skipif(torch.cuda.is_available() or not model_file.triton, reason='kernels are interpreted only where there is no GPU')
-def test_a_probe_sees_the_same_through_kernels(corpus, monkeypatch):
-    probe, model = sample.Probe(corpus.open(), 64, 'cpu'), small(n_embd=32, n_head=2, n_layer=1)
-    probe.idx, probe.targets = probe.idx[:1, :16].contiguous(), probe.targets[:1, :16].contiguous()
-    plain = probe.look(model)
-    monkeypatch.setattr(model_file, 'IN_USE', {'qk_norm', 'attention', 'cross_entropy', 'mlp'})
-    for name, parts in probe.look(model).items():
-        for (x, _), (y, _) in zip(parts, plain[name]):
-            assert torch.allclose(x, y, atol=1e-5) and x.any()
-
-
-def test_tokens_have_no_circuits(corpus):
-    seen = sample.Probe(corpus.open(), 64, 'cpu').look(small(attn_tokens=32, mlp_tokens=48))
-    assert list(seen) == ['0.attn.v', '0.attn.proj', '0.mlp.down', '1.attn.v', '1.attn.proj', '1.mlp.down']
-    assert seen['1.mlp.down'][1][0].shape == (64, 48) and seen['1.attn.v'][0][0].shape == (256, 64)
-
-
-def test_a_probe_over_growth_and_what_is_not_finite(corpus):
-    """Sketches compare across widths; a layer that came later has no past; NaN is named and leaves the rest alone."""
-    probe, narrow, wide = sample.Probe(corpus.open(), 64, 'cpu'), small(n_head=2), small(n_embd=128, n_layer=3)
-    dice = torch.get_rng_state()
-    assert probe.take(narrow, 0, 0.0, math.inf) == [] and probe.state['due'] == 0.00625
-    assert probe.take(narrow, 0, 0.0, math.inf) == [] and len(probe.state['rows']) == 1
-    with torch.no_grad():
-        narrow.blocks[1].attn.v.weight[3, 5] = math.nan
-    bad = probe.take(narrow, 10, 0.3, math.inf)
-    assert {'1.attn.v activation', '1.attn.v weight', '1.attn.ov.0 weight', '1.mlp.down activation', '0.attn.v gradient'} <= {*bad}
-    assert not {'0.attn.v activation', '0.attn.v weight', '1.mlp.down weight', '1.attn.ov.1 weight'} & {*bad} and probe.state['due'] == 0.4
-    probe.take(wide, 20, 0.4, math.inf)
-    probe.take(wide, 30, 0.95, math.inf)
-    assert probe.state['due'] == math.inf
-    found = json.loads(json.dumps(probe.finish()))
-    assert torch.equal(dice, torch.get_rng_state())                                # a run draws what it would have
-    assert (found['steps'], found['progress']) == ([0, 10, 20, 30], [0, 0.3, 0.4, 0.95])
-    names, of = found['names'], found['measures']
-    assert names[:4] == ['0.attn.v', '0.attn.proj', '0.mlp.down', '0.attn.ov.0'] and names[-1] == '2.attn.ov.3' and len(names) == 21
-    place = names.index
-    assert all(len(row) == 21 for rows in of.values() for row in rows)
-    assert of['cka_final'][2][place('2.mlp.down')] == 1 and of['cka_final'][0][place('2.mlp.down')] is None
-    assert 0 < of['cka_final'][0][place('1.mlp.down')] < 1 and of['cka_final'][1][place('1.mlp.down')] is None
-    assert of['cka_previous'][0][0] is None and of['cka_previous'][1][0] == 1 and 0 < of['cka_previous'][2][0] < 1
-    assert of['cka_previous'][2][place('1.attn.v')] is None and of['weight_gini'][1][place('1.attn.v')] is None
-    assert of['weight_gini'][1][0] == of['weight_gini'][0][0] > 0 and of['gradient_gini'][1][0] is None
-    assert {'pwcca_final', 'gradient_effective_rank', 'weight_condition_number', 'activation_hoyer'} <= {*of}
-
-
-@pytest.mark.parametrize('affordable, taken', [(100, 14), (20, 14), (19, 13), (13, 7), (8, 2), (2, 1)])
-def test_probes_that_cost_more_than_their_share_are_fewer(corpus, monkeypatch, affordable, taken):
-    """Here the first look takes 3 seconds, each after it one, and three are for the end."""
-    probe, seconds = sample.Probe(corpus.open(), 64, 'cpu'), [0.0]
-    monkeypatch.setattr(sample.time, 'monotonic', lambda: seconds[0])
-
-    def look(model):
-        seconds[0] += 1 if seconds[0] else 3
-        return {}
-    probe.look = look
-    for step in range(1000):
-        if step / 1000 >= probe.state['due']:
-            probe.take(None, step, step / 1000, affordable / sample.PROBE_SHARE)
-    at = [row['progress'] for row in probe.state['rows']]
-    assert len(at) == taken and probe.state['seconds'] == taken + 3 and (taken == 1 or taken + 3 <= affordable - 3)
-
-
-def test_a_compiled_model_is_not_compiled_again_for_a_probe(corpus):
-    import torch._dynamo
-    programs, model, probe = [], small(n_layer=1, n_embd=32), sample.Probe(corpus.open(), 64, 'cpu')
-    compiled = torch.compile(model, dynamic=False, backend=lambda graph, _: programs.append(graph) or graph.forward)
-    idx = torch.randint(257, (2, 64))
-    for step in range(2):
-        compiled(idx, idx.clone()).backward()
-        model.zero_grad()
-        probe.take(model, step, step / 2, math.inf)
-        made = made if step else len(programs)
-    compiled(idx, idx.clone()).backward()
-    assert len(programs) == made > 0
-
-
-# ---- judging what it writes
-
-class Writes(Says):
-    """Stands for a model that writes the same text after every prompt."""
-    config = SimpleNamespace(doc_mask=True, domains='')
-
-    def __init__(self, text, ends=True):
-        super().__init__(*text.encode(), *[BYTES.bos] * ends)
-
-
-@pytest.mark.parametrize('doc_mask', [True, False])
-def test_continuations_are_those_of_each_prompt_alone(doc_mask):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=257, bos=256, block_size=64, n_layer=2, n_head=2, n_embd=32, doc_mask=doc_mask)).eval()
-    torch.nn.init.normal_(model.lm_head.weight)
-    for block in model.blocks:
-        torch.nn.init.normal_(block.attn.proj.weight)
-    prompts = [[256, *text.encode()] for text in ('', 'Mia', 'Tom', 'Mia lost the kite', 'x')]
-    for limit in (20, 60):                              # 60: past the block
-        made, ended = sample.continuations(model, BYTES, prompts[:5 if limit == 20 else 1], limit, 0, None, rows=4)
-        for prompt, ids, end in zip(prompts, made, ended):
-            alone = [new.item() for new in model.generate(torch.tensor([prompt]), limit, 0)]
-            alone = alone[:alone.index(256)] if 256 in alone else alone
-            assert ids == alone and end == (len(ids) < limit)
-    assert len({tuple(ids) for ids in made}) == len(made)
-
-
-def test_continuations_end_with_the_document_or_when_done():
-    assert sample.continuations(Writes('abc'), BYTES, [[256]] * 3, 9, 0, None, rows=2) == ([[*b'abc']] * 3, [True] * 3)
-    assert sample.continuations(Writes('abc'), BYTES, [[256]], 3, 0, None) == ([[*b'abc']], [False])
-    assert sample.continuations(Writes('abc'), BYTES, [[256]], 9, 0, None, lambda text: 'b' in text) == ([[*b'ab']], [False])
-
-
-@pytest.mark.parametrize('chunk', [50, 1000, 1 << 18])
-def test_what_stands_in_the_training_text(corpus, chunk):
-    data = corpus.open()
-    tokens, starts = data.tokens['train'][:8_000], data.docs['train']['start']
-    docs = [sample.WORD.findall(BYTES.decode(ids).lower()) for ids in np.split(tokens, starts[(starts > 0) & (starts < 8_000)])]
-    there = {gram for n in (1, 8) for gram in sample.ngrams(docs[:-1], n)}
-    across = {tuple(a[-4:] + b[:4]) for a, b in zip(docs, docs[1:])} - there
-    other = {gram[:7] + ('zebra',) for gram in there if len(gram) == 8} | {gram[::-1] for gram in there if len(gram) == 8} - there
-    assert len(there) > 300 and len(across) > 50 and not any('🙂' in word for gram in there for word in gram)
-    grams = there | across | other | {('zebra',), ('\0',)}
-    assert sample.in_training(tokens, BYTES, grams, chunk) == there
-
-
-def test_text_quality_of_a_text_counted_by_hand():
-    result = sample.text_quality(Writes('The cat sat. The cat sat. The cat sat.'), BYTES, n=10)
-    assert (result['accuracy'], result['items'], result['chance']) == (1, 10, None) and 0 < result['error'] < 0.1
-    assert result['per_kind'] == pytest.approx(dict(ends_properly=1, ends=1, repeated_4=0.5, distinct_1=3 / 90,
-                                                    distinct_2=3 / 80, distinct_3=3 / 70))
-    cut = sample.text_quality(Writes('The cat sat. The ca'), BYTES, n=4, length=19)          # the last word is none
-    assert cut['accuracy'] == cut['per_kind']['ends'] == 0 and cut['per_kind']['distinct_1'] == 3 / 16
-    assert sample.text_quality(Writes('The cat sat. The cat sat.'), BYTES, n=4, length=12)['accuracy'] == 0
-    assert sample.text_quality(Writes('and then'), BYTES, n=4)['per_kind']['ends'] == 1
-    assert sample.text_quality(Writes('and then'), BYTES, n=4)['accuracy'] == 0
-
-
-def test_text_quality_beside_the_held_out_text(corpus):
-    data = corpus.open()
-    text = BYTES.decode(data.tokens['train'][:data.docs['train']['start'][1]].tolist())
-    copy = sample.text_quality(Writes(' ' + text), BYTES, data, n=40, length=250)
-    assert copy['per_kind']['copied_8'] == copy['per_kind']['known_words'] == 1 and copy['per_kind']['ends'] == 1
-    real = copy['held_out']
-    assert real['ends'] == 1 and real['copied_8'] < 0.9 < real['known_words'] and real['distinct_2'] > 0.1
-    odd = sample.text_quality(Writes(' xq zv kj bb xq zv kj bb.'), BYTES, data, n=40, length=250)
-    assert odd['per_kind']['copied_8'] == odd['per_kind']['known_words'] == 0 and odd['held_out'].keys() == real.keys()
-    halves = sample.text_quality(Writes('xq kite by the.'), BYTES, data, n=40)       # after a prompt, xq may end a word
-    assert halves['per_kind']['known_words'] == (20 * 3 + 20 * 3) / (20 * 4 + 20 * 3)
-    whole = sample.text_quality(Writes('x'), BYTES, data, n=10, length=10_000)['held_out']
-    assert whole['ends'] == 1 and whole['ends_properly'] == 0         # these end in a smiling face
-    prompts, (rest, ended) = sample.held_out(data, 40, 110, 1)
-    assert {len(p) for p in prompts} == {1, 9} and all(p[0] == 256 for p in prompts)
-    assert max(map(len, rest)) == 110 and [len(ids) < 110 for ids in rest] == ended and 5 < sum(ended) < 35
-
-
-FINE = 'def f():\n    return 1\n'
-ESCAPES = dict(
-    fork='import os\nfor _ in range(4):\n    os.fork()',
-    starts='import subprocess\nsubprocess.run(["touch", "OUT/new"])', system='import os\nos.system("touch OUT/new")',
-    writes='open("OUT/new", "w").write("x")', removes='import os\nos.remove("OUT/there")', renames='import os\nos.rename("OUT/there", "x")',
-    links='import os\nos.symlink("OUT", "x")\nopen("x/new", "w")', up='import os\nos.mkdir("../new")', bytes_='import os\nos.open(b"OUT/new", os.O_CREAT)',
-    socket='import socket\nsocket.socket()', kills='import os\nos.kill(os.getppid(), 9)', group='import os\nos.killpg(os.getpgid(os.getppid()), 9)')
-ENDLESS = dict(loop='while True: pass', prints='while True: print("x" * 10 ** 6)', sleeps='import time\ntime.sleep(9)')
-OTHERS = dict(
-    memory='x = bytearray(1 << 29)', recursion='def g(): return g()\ng()',
-    deep='import sys\nsys.setrecursionlimit(10 ** 9)\ndef g(): return g()\ng()', leaves='import sys\nsys.exit(0)', drops='import os\nos._exit(0)',
-    files='for i in range(100): open(str(i), "w")', large='open("x", "wb").write(bytes(1 << 25))',
-    threads='import threading\nthreading.Thread(target=print).start()')
-
-
-def nothing_held(folder):
-    return []
-
-
-def left_behind(folder):
-    """Processes that were started with a temporary folder below `folder`."""
-    def belongs(pid):
-        with contextlib.suppress(OSError):
-            return f'TMPDIR={folder}'.encode() in sample.Path('/proc', pid, 'environ').read_bytes()
-    return [pid for pid in os.listdir('/proc') if pid.isdigit() and belongs(pid)]
-
-
-def contained(program, tmp_path, monkeypatch, **limits):
-    out, temp = tmp_path / 'out', tmp_path / 'temp'
-    out.mkdir(), temp.mkdir()
-    (out / 'there').write_text('x')
-    monkeypatch.setattr(sample.tempfile, 'tempdir', str(temp))
-    stages, held = sample.judged(FINE + program.replace('OUT', str(out)) + '\n', 'assert f() == 1', **limits)
-    assert [p.name for p in out.iterdir()] == ['there'] and not any(temp.iterdir()) and not left_behind(temp)
-    return stages, held
-
-
-linux = pytest.mark.skipif(sys.platform != 'linux', reason='programs are judged on Linux alone')
-
-
-@linux
-@pytest.mark.parametrize('layer', ['kernel', 'python'])
-@pytest.mark.parametrize('name', ESCAPES)
-def test_each_layer_alone_contains_an_escape(name, layer, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, 'kernel_confines' if layer == 'python' else 'python_confines', nothing_held)
-    source = sample.inspect.getsource
-    monkeypatch.setattr(sample.inspect, 'getsource', lambda function: source(function).replace(
-        'def nothing_held', f'def {"kernel" if layer == "python" else "python"}_confines'))
-    stages, held = contained(ESCAPES[name], tmp_path, monkeypatch)
-    if layer == 'kernel' and ('Landlock' not in held or 'seccomp' not in held):
-        pytest.skip('the kernel has no Landlock or no seccomp')
-    assert stages == ['parses']
-
-
-@linux
-@pytest.mark.parametrize('name', [*ENDLESS, *OTHERS])
-def test_what_takes_too_much_is_contained(name, tmp_path, monkeypatch):
-    assert contained((ENDLESS | OTHERS)[name], tmp_path, monkeypatch, seconds=1, memory=1 << 28)[0] == ['parses']
-
-
-@linux
-def test_a_program_reaches_its_stages():
-    assert sample.judged(FINE, 'assert f() == 1')[0] == ['parses', 'runs', 'passes']
-    assert sample.judged(FINE, 'assert f() == 2')[0] == ['parses', 'runs']
-    assert sample.judged(FINE + 'import sys\ndef f(): sys.exit(0)\n', 'assert f() == 1')[0] == ['parses', 'runs']
-    assert sample.judged(FINE + '1 / 0\n', 'assert f() == 1')[0] == ['parses']
-    for text in ('def f(:', '(' * 100_000, 'x = "\0"', 'return 1', 'no body'):
-        assert sample.judged(text, '')[0] == []
-    own = 'import math, json, dataclasses, tempfile\nwith open("x", "w") as f: f.write("x")\ntempfile.TemporaryFile().write(b"x")\n'
-    assert sample.judged(own + FINE, 'assert f() == 1')[0] == ['parses', 'runs', 'passes']
-
-
-TASKS = [dict(task_id=f'{kind}/0', prompt='\n\ndef f(n):\n    """ n + 1 """\n', entry_point='f', test=test)
-         for kind, test in dict(Right='def check(c):\n    assert c(1) == 2', Wrong='def check(c):\n    assert c(1) == 3').items()]
-
-
-@linux
-def test_python_tasks_by_hand(monkeypatch):
-    result = sample.python_tasks(Writes('\n    return n + 1\nprint(f(3)\n'), BYTES, TASKS, n=2)
-    assert result['accuracy'] == 0.5 and result['error'] == pytest.approx(0.5 / math.sqrt(2)) and result['items'] == 2
-    assert result['per_kind'] == dict(Right=1, Wrong=0) and result['parses'] == result['runs'] == 1 and result['chance'] is None
-    assert sum(result['held_by'].values()) == 4 and all('audit hook' in held for held in result['held_by'])
-    for text in ('\n    return n +', '', '\nprint(3)', ')'):
-        none = sample.python_tasks(Writes(text), BYTES, TASKS[:1])
-        assert none['accuracy'] == none['parses'] == none['runs'] == 0 and none['flagged'] is None
-    monkeypatch.setattr(sample.importlib.util, 'find_spec', lambda name: None)
-    assert sample.flagged([FINE]) is None
-    monkeypatch.setattr(sys, 'platform', 'win32')
-    with pytest.raises(UserError, match='Linux'):
-        sample.python_tasks(Writes(''), BYTES, TASKS)
-
-
-def test_programs_that_bandit_flags():
-    pytest.importorskip('bandit')
-    assert sample.flagged([FINE, 'eval(input())\n', FINE, FINE]) == 0.25
-
-
-def test_problems_from_files_and_folders(tmp_path):
-    text = ''.join(json.dumps(task | dict(more=1)) + '\n' for task in TASKS).encode()
-    for name, content in {'own.jsonl': text, 'HumanEval.jsonl': text, 'mbpp_v1.jsonl.xz': lzma.compress(text)}.items():
-        (tmp_path / name).write_bytes(content)
-    assert sample.read_problems(tmp_path / 'own.jsonl') == TASKS and sample.read_problems(tmp_path) == TASKS * 2
-    (tmp_path / 'empty').mkdir()
-    for name, content in {'cut.jsonl': b'{"task_id', 'other.jsonl': b'{"task_id": "x"}\n', 'none.jsonl': b'', 'list.jsonl': b'[]\n',
-                          'number.jsonl': json.dumps(TASKS[0] | dict(test=1)).encode(), 'cut.jsonl.xz': lzma.compress(text)[:40]}.items():
-        (tmp_path / 'empty' / name).write_bytes(content)
-        with pytest.raises(UserError, match=f'{name} (holds|has) no'):
-            sample.read_problems(tmp_path / 'empty' / name)
-    for name in ('empty', 'gone'):
-        with pytest.raises(UserError, match=name):
-            sample.read_problems(tmp_path / name)
-
-
-HUMANEVAL = ROOT.parent / 'shared' / 'data' / 'code' / 'humaneval.jsonl.xz'
-
-
-@linux
-@pytest.mark.skipif(not HUMANEVAL.exists(), reason='HumanEval is not here')
-def test_reference_solutions_pass():
-    rows = [json.loads(line) for line in lzma.open(HUMANEVAL)]
-    assert len(sample.read_problems(HUMANEVAL)) == len(rows) == 164
-    for row in rows[::40]:
-        program, test = row['prompt'] + row['canonical_solution'], f'{row["test"]}\ncheck({row["entry_point"]})'
-        assert sample.judged(program, test)[0] == ['parses', 'runs', 'passes'], row['task_id']
-        assert sample.judged(row['prompt'] + '    return None\n', test)[0] == ['parses', 'runs'], row['task_id']
-
-
-def test_evaluations_on_the_command_line(ask, tmp_path):
-    out = ask('--eval=text', f'--json={tmp_path}/told.json')
-    result = json.loads((tmp_path / 'told.json').read_text())['text']
-    assert re.search(r'known_words +0.\d+   held-out text 1.0000', out) and result['items'] > 50 and result['held_out']['known_words'] > 0.5
-    with pytest.raises(UserError, match='problems'):
-        ask('--eval=python', f'--eval_data={tmp_path}')
