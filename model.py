@@ -310,8 +310,12 @@ class GPT(nn.Module):
 
     def loss(self, x, targets, reduction, **extras):
         """That of hidden states x (B, T, C), as forward has it."""
-        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction)
+        loss = self.cross_entropy(x.flatten(0, 1), targets.flatten(), reduction, **extras)
         return loss.view_as(targets) if reduction == 'none' else loss
+
+    def cross_entropy(self, x, targets, reduction, **extras):
+        """That of targets (N,) under the logits of x (N, C)."""
+        return linear_cross_entropy(x, self.lm_head.weight, targets, reduction)
 
     def logits(self, x):
         """Logits (..., V) in fp32 of hidden states (..., C)."""
