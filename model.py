@@ -1161,7 +1161,7 @@ attend_forward.register_autograd(attend_gradient, setup_context=attend_save)
 #   z = x W^T     p = softmax(z)     loss = lse - z_target     lse = log sum_j e^z_j     dz = (p - onehot) / count
 
 @jit
-def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, n_rows, V: constexpr, GRAD: constexpr,
+def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, V: constexpr, GRAD: constexpr,
                          BLOCK_V: constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -1196,7 +1196,7 @@ def cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, grad: bool
     for i in range(0, N, rows):
         xs, ys = x[i:i + rows], targets[i:i + rows]
         z = xs @ w.t()
-        launch(cross_entropy_kernel, (len(xs),), z, ys, losses[i:i + rows], count, len(xs), V, grad,
+        launch(cross_entropy_kernel, (len(xs),), z, ys, losses[i:i + rows], count, V, grad,
                BLOCK_V=min(triton.next_power_of_2(V), 4096), num_warps=8)
         if grad:
             torch.mm(z, w, out=dx[i:i + rows])
