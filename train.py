@@ -848,8 +848,8 @@ class Run:
         batch = {k: t.to(self.device) for k, t in batch.items()}
         self.progress = self.clock.progress
         self.make_noise()
-        self.loss(**batch).backward()
-        seconds = seconds_of(lambda: self.loss(**batch).backward(), 1)
+        self.batch_loss(**batch).backward()
+        seconds = seconds_of(lambda: self.batch_loss(**batch).backward(), 1)
         self.step_seconds = self.accum * self.agreed(seconds)
         self.model.zero_grad()
 
@@ -936,8 +936,12 @@ class Run:
         """How many micro-batches make a step."""
         return self.accum
 
+    def batch_loss(self, **batch):
+        """That of a micro-batch, whose mean a step makes smaller; of rows of several kinds an idea asks one by one."""
+        return self.loss(**batch)
+
     def loss(self, idx, targets, **extras):
-        """That of a micro-batch, whose mean a step makes smaller; extras go to the model by keyword."""
+        """That of rows of one kind; extras go to the model by keyword."""
         return self.step_model(idx, targets, **extras)
 
     def make_noise(self):
@@ -978,7 +982,7 @@ class Run:
             if self.world == 1 and self.signals:     # a CPU's step can outlast the grace before a machine goes
                 self.model.zero_grad()
                 return None, waited
-            loss = self.loss(**{k: t.to(self.device, non_blocking=True) for k, t in batch.items()}) / n_micro
+            loss = self.batch_loss(**{k: t.to(self.device, non_blocking=True) for k, t in batch.items()}) / n_micro
             loss.backward()
             total += loss.detach()
             waited += wait
