@@ -807,142 +807,20 @@ def git_commit():
 
 # ---- pages -------------------------------------------------------------------------------------------------
 
-def write_page(path, title, blocks):
-    """One HTML page that needs nothing else. A block is a dict of kind, title, maybe note, and by its kind
-
-    facts: rows [[key, value]]; text: text; table: columns [dict(key, label, digits)], rows [dict], sort: key;
-    lines: x, y (what the axes are), log_x, log_y, series [dict(name, points [[x, y]])]; dots: the same with
-    points [[x, y, label]] and a line `path` [[x, y]], of the block or of a series;
-    heat: x, y (labels), values (a row for each of y, a number for each of x), low, high. None is a gap.
-    """
-    def finite(v):
-        if isinstance(v, dict):
-            return {k: finite(x) for k, x in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [finite(x) for x in v]
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-
-    # without a '<', a sample that says </script> stays text
-    data = json.dumps(finite(dict(title=title, blocks=blocks))).replace('<', '\\u003c')
-    page = Path(__file__).parent / 'web' / 'page.html'
-    write_beside(path, lambda f: f.write(page.read_text('utf-8').replace('{}</script>', f'{data}</script>', 1)
-                                         .encode()))
+def write_page(path, title, **data):
+    """One HTML page that needs nothing else: web/page.html, which says what it draws, with its data in it."""
+    data = json.loads(json.dumps(dict(title=title, **data)), parse_constant=lambda _: None)     # NaN is no JSON
+    data = json.dumps(data).replace('<', '\\u003c')         # a sample that says </script> stays text
+    page = (Path(__file__).parent / 'web' / 'page.html').read_text('utf-8')
+    write_beside(path, lambda f: f.write(page.replace('{}</script>', f'{data}</script>', 1).encode()))
 
 
-def thinned(points, most=300):
-    """Means of as many neighbours as leave `most` points at most; None where all of them lack a value."""
-    n = -(-len(points) // most) or 1
-    groups = [points[i:i + n] for i in range(0, len(points), n)]
-    known = [[y for _, y in group if y is not None] for group in groups]
-    return [[sum(x for x, _ in group) / len(group), sum(ys) / len(ys) if ys else None]
-            for group, ys in zip(groups, known)]
-
-
-def in_words(value):
-    """A value of the report: numbers short, what a dict holds on a line each."""
-    if isinstance(value, dict):
-        return '\n'.join(f'{k.replace("_", " ")}: {in_words(v)}' for k, v in value.items())
-    if isinstance(value, float):
-        return f'{value:,.0f}' if 1000 <= abs(value) < 1e9 else f'{value:.4g}'
-    return 'not measured' if value is None else f'{value:,}' if type(value) is int else str(value)
-
-
-def curve_blocks(rows, tokens_per_step):
-    """The charts of what a run's metrics.jsonl says along the way."""
-    steps, seen = [r for r in rows if 'train_loss' in r], [r for r in rows if 'val_bpb' in r]
-    asked, means = [r for r in rows if r.get('evals')], -(-len(steps) // 300)
-    note = f'Training: means of {means} steps.' * (means > 1)
-    ways = (('time', 'minutes', lambda r: r['elapsed_s'] / 60),
-            ('tokens', 'training tokens', lambda r: r['step'] * tokens_per_step))
-
-    def lines(title, note, x, at, y, *series, **more):
-        return dict(kind='lines', title=title, note=note, x=x, y=y, **more, series=[
-            dict(name=name, points=thinned([[at(r), r.get(key)] for r in of])) for name, of, key in series])
-
-    for over, *way in ways:
-        yield lines(f'Loss over {over}', note, *way, 'nats per token', ('training', steps, 'train_loss'),
-                    ('validation', seen, 'val_loss'), log_y=True)
-    for over, *way in ways if len(seen) > 1 else ():
-        yield lines(f'Bits per byte over {over}', 'On a part of the validation text before the end.', *way,
-                    'bits per byte', ('validation', seen, 'val_bpb'))
-    for title, key, y in (('Learning rate', 'lr', 'share of its peak'),
-                          ('Gradient norm', 'grad_norm', 'before clipping')):
-        yield lines(title, note, *ways[0][1:], y, (title, steps, key), log_y=key == 'grad_norm')
-    if asked:
-        names = dict.fromkeys(name for r in asked for name in r['evals'])
-        yield dict(kind='lines', title='Abilities', x='progress', y='accuracy', series=[
-            dict(name=name, points=[[r['progress'], r['evals'][name]['accuracy']] for r in asked
-                                    if name in r['evals']]) for name in names])
-
-
-RESULT = dict(model='model', total_params='parameters', non_embedding_params='outside embeddings',
-              active_params='active for a token', tokens='training tokens', epochs='epochs', steps='steps',
-              tok_per_sec='tokens a second of training', flops='model FLOPs', mfu='MFU',
-              peak_mem_gb='peak memory, GiB', total_seconds='seconds in all',
-              budget_seconds='seconds of its budget', dollars='dollars', finished='finished',
-              warnings='warnings')
-
-
-def report_blocks(r, rows, dynamics):
-    """A finished run's page, of its result.json, the rows of metrics.jsonl, and dynamics.json or None."""
-    def facts(title, pairs):
-        return dict(kind='facts', title=title, rows=[[k, in_words(v)] for k, v in pairs.items()])
-
-    def table(title, digits, *rows):
-        columns = [dict(key=key, digits=n) for i, (key, n) in enumerate(digits.items())
-                   if any(row[i] is not None for row in rows)]
-        return dict(kind='table', title=title, columns=columns, rows=[dict(zip(digits, row)) for row in rows])
-
-    c, s, sampled = r['config'], r['settings'], [row for row in rows if row.get('sample')]
-    part = f'{r["val_bpb"]:.4f}' + (f' on {r["val_share"]:.1%} of the validation text, standard error '
-                                    f'{r["val_bpb_error"]:.4f}') * (r['val_share'] < 1)
-    warnings = [*r.get('warnings', []), *[f'bits per byte are {part}'] * (r['val_share'] < 1)]
-    if r['skipped_steps']:
-        warnings.append(f'{r["skipped_steps"]} steps were not finite and changed no weights')
-    r = r | dict(warnings='see below' if warnings else 'none', model=f'{c["n_layer"]} layers, {c["n_embd"]} '
-                 f'wide, {c["n_head"]} heads, context {c["block_size"]}, vocabulary {c["vocab_size"]:,}')
-    yield facts('Result', {'bits per byte': part} | {
-        name: r[key] for key, name in RESULT.items() if r.get(key) is not None})
-    yield facts('Settings that differ from the defaults', {
-        k: str(v) for k, v in s.items() if k in KEYS and v != json.loads(json.dumps(KEYS[k].default))})
-    if warnings:
-        yield dict(kind='text', title='Warnings', text='\n'.join(warnings))
-    yield from curve_blocks(rows, s['tokens_per_step'])
-    ends = []
-    for name, e in r['evals'].items():
-        parts = e.get('per_field') or e.get('per_kind', {})
-        for kind, v in [('all', e), *(parts.items() if len(parts) > 1 else ())]:
-            v = v if isinstance(v, dict) else dict(accuracy=v)
-            ends.append((name, kind, v['accuracy'], v.get('error'), e.get('chance'), v.get('items')))
-    if ends:
-        digits = dict(ability=None, kind=None, accuracy=4, error=4, chance=2, items=0)
-        yield table('Abilities at the end', digits, *ends)
-    sources = {'source': None, 'bits per byte': 4}
-    yield table('Bits per byte by source', sources, *r['val_bpb_per_source'].items())
-    for name, probes in dynamics['measures'].items() if dynamics else ():
-        yield dict(kind='heat', title=name.replace('_', ' ').capitalize(), note='Along progress.',
-                   y=dynamics['names'], x=[f'{p:.2f}' for p in dynamics['progress']], values=[*zip(*probes)])
-    for title, text in (('Samples along training', '\n\n'.join(
-            f'progress {row["progress"]:.2f}, step {row["step"]}:\n{row["sample"]}' for row in sampled)),
-                        ('Sample at the end', r['sample'])):
-        if text:
-            yield dict(kind='text', title=title, text=text)
-    yield facts('Energy', dict(joules=r['joules']) | {'grams of CO2': r['co2_g']} | r.get('energy', {}))
-    parts = [(k[:-8], v, v / r['total_seconds']) for k, v in r.items()
-             if k.endswith('_seconds') and k != 'budget_seconds']
-    yield table('Where the time went', dict(part=None, seconds=1, share=3), *parts)
-    yield facts('Machine, versions, data', r['hardware'] | r['versions'] | r['data'] | dict(
-        commit=r['commit'] or 'not known', protocol=f'bits per byte, version {r["protocol"]}'))
-
-
-def write_report(out_dir):
-    """Make report.html of a finished run, from the files that it left."""
+def write_report(out_dir, blocks=()):
+    """Make report.html of a finished run from the files that it left, and blocks that ideas add (page.html)."""
     out_dir = Path(out_dir)
-    report = json.loads((out_dir / 'result.json').read_text())
-    dynamics = out_dir / 'dynamics.json'
-    dynamics = json.loads(dynamics.read_text()) if dynamics.exists() else None
-    blocks = [*report_blocks(report, read_rows(out_dir / 'metrics.jsonl'), dynamics)]
-    write_page(out_dir / 'report.html', f'{out_dir.name}: {report["val_bpb"]:.4f} bits per byte', blocks)
+    result, rows = json.loads((out_dir / 'result.json').read_text()), read_rows(out_dir / 'metrics.jsonl')
+    write_page(out_dir / 'report.html', f'{out_dir.name}: {result["val_bpb"]:.4f} bits per byte',
+               result=result, rows=rows, blocks=[*blocks])
 
 
 # ---- what the hardware decides -----------------------------------------------------------------------------
