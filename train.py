@@ -809,14 +809,15 @@ def git_commit():
 
 def write_page(path, title, **data):
     """One HTML page that needs nothing else: web/page.html, which says what it draws, with its data in it."""
-    data = json.loads(json.dumps(dict(title=title, **data)), parse_constant=lambda _: None)     # NaN is no JSON
-    data = json.dumps(data).replace('<', '\\u003c')         # a sample that says </script> stays text
+    text = json.dumps(dict(title=title, **data))
+    text = json.dumps(json.loads(text, parse_constant=lambda _: None))      # NaN and infinities are no JSON
+    text = text.replace('<', '\\u003c')                     # without one, a sample with </script> stays text
     page = (Path(__file__).parent / 'web' / 'page.html').read_text('utf-8')
-    write_beside(path, lambda f: f.write(page.replace('{}</script>', f'{data}</script>', 1).encode()))
+    write_beside(path, lambda f: f.write(page.replace('{}</script>', f'{text}</script>', 1).encode()))
 
 
 def write_report(out_dir, blocks=()):
-    """Make report.html of a finished run from the files that it left, and blocks that ideas add (page.html)."""
+    """Make report.html of a finished run from the files that it left, and of blocks that ideas add."""
     out_dir = Path(out_dir)
     result, rows = json.loads((out_dir / 'result.json').read_text()), read_rows(out_dir / 'metrics.jsonl')
     write_page(out_dir / 'report.html', f'{out_dir.name}: {result["val_bpb"]:.4f} bits per byte',

@@ -1410,72 +1410,17 @@ def test_every_idea_adds_what_it_needs_of_the_data(tmp_path):
     assert train.read_settings([one, '--prepare=--dedup']).prepare == '--dedup' and not [*train.overruled([one, two])]
 
 
-# ---- a run's page
-
-def blocks_of(path):
-    """{title: block} of a page."""
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', Path(path).read_text('utf-8'), re.S)[1]
-    return {block['title']: block for block in json.loads(data)['blocks']}
-
-
-def test_a_finished_run_has_a_page(finished):
-    blocks, steps = blocks_of(finished[0] / 'report.html'), [row for row in rows(finished[0]) if 'train_loss' in row]
-    training, validation = blocks['Loss over tokens']['series']
-    assert training['points'] == [[4096 * row['step'], row['train_loss']] for row in steps] and len(validation['points']) == 2
-    assert blocks['Gradient norm']['series'][0]['points'][-1] == [steps[-1]['elapsed_s'] / 60, steps[-1]['grad_norm']]
-    assert dict(blocks['Settings that differ from the defaults']['rows'])['seed'] == '3'
-    assert 'block_size' in finished[1] and ['growth', '()'] not in blocks['Settings that differ from the defaults']['rows']
-    result = json.loads((finished[0] / 'result.json').read_text())
-    assert blocks['Sample at the end']['text'] == result['sample'] and dict(blocks['Result']['rows'])['warnings'] == 'none'
-    clock = {row['part']: row['seconds'] for row in blocks['Where the time went']['rows']}
-    assert clock['train'] == result['train_seconds'] and clock['total'] == result['total_seconds'] and 'budget' not in clock
-
-
-def test_a_page_shows_what_a_run_recorded_and_all_text_stays_text(finished, tmp_path):
-    evil = '</script><img src=x onerror=alert(1)><!-- \ud800 \u2028 &lt;'
-    result = json.loads((finished[0] / 'result.json').read_text()) | dict(
-        sample=evil, warnings=['no room'], skipped_steps=2, val_share=0.25, val_bpb_error=math.nan, joules=5.5, co2_g=None, energy=dict(cpu=dict(how=evil)),
-        evals=dict(blimp=dict(accuracy=0.75, error=0.01, chance=0.5, items=100, per_kind=dict(npi=0.5, anaphor=dict(accuracy=1, error=0)))))
-    dynamics = dict(steps=[1, 2], progress=[0.1, 0.9], names=['q', 'k', 'v'], measures=dict(rank_share=[[1, 2, 3], [4, None, math.inf]]))
-    along = [dict(step=n, progress=p, elapsed_s=60 * p, evals=dict(blimp=dict(accuracy=p))) for n, p in ((1, 0.1), (2, 0.9))]
-    along += [dict(step=2, progress=0.9, elapsed_s=54, sample=evil)]
-    for name, text in (('result.json', result), ('dynamics.json', dynamics)):
-        (tmp_path / name).write_text(json.dumps(text))
-    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in along))
-    train.write_report(tmp_path)
-    page, blocks = (tmp_path / 'report.html').read_bytes(), blocks_of(tmp_path / 'report.html')
-    template = (ROOT / 'web' / 'page.html').read_text('utf-8').encode()
-    assert page.count(b'</script>') == template.count(b'</script>') and page.count(b'<!--') == template.count(b'<!--')
-    assert b'onerror' in page and b'<img' not in page and not re.search(rb'https?://(?!www\.w3\.org/2000/svg)', page)
-    assert blocks['Sample at the end']['text'] == evil and evil in blocks['Samples along training']['text']
-    assert blocks['Rank share']['values'] == [[1, 4], [2, None], [3, None]] and blocks['Rank share']['x'] == ['0.10', '0.90']
-    assert blocks['Abilities']['series'] == [dict(name='blimp', points=[[0.1, 0.1], [0.9, 0.9]])]
-    ends = {row['kind']: row for row in blocks['Abilities at the end']['rows']}
-    assert ends['all'] == dict(ability='blimp', kind='all', accuracy=0.75, error=0.01, chance=0.5, items=100)
-    assert ends['npi']['accuracy'] == 0.5 and ends['npi']['error'] is None and ends['anaphor']['error'] == 0
-    said = blocks['Warnings']['text'].split('\n')
-    assert said[0] == 'no room' and '25.0% of the validation text' in said[1] and said[2].startswith('2 steps were not finite')
-    assert dict(blocks['Energy']['rows']) == {'joules': '5.5', 'grams of CO2': 'not measured', 'cpu': f'how: {evil}'}
-
-
-def test_long_curves_are_thinned_to_means():
-    points = [[i, None if 300 <= i < 400 else i % 2] for i in range(1000)]
-    few = train.thinned(points, 10)
-    assert few == [[99.5 / 2 - 0.25 + 100 * i, None if i == 3 else 0.5] for i in range(10)]
-    assert train.thinned(points[:10], 10) == points[:10] and train.thinned([]) == []
-    assert len(train.thinned(points[:301])) == 151
-
+# ---- what a run keeps of itself; its page is in test_page.py
 
 def test_a_run_keeps_what_it_warned_of(main, tmp_path, monkeypatch):
     broken_steps(monkeypatch, lambda n: 4 <= n < 4 + train.BAD_STEPS)
     in_two_parts(main, monkeypatch, 20, '--max_steps=12')
     kept = json.loads((tmp_path / 'parts' / 'result.json').read_text())['warnings']
     assert [line[:30] for line in kept if 'finite' in line] == ['warning: 5 steps in a row were'] and len({*kept}) == len(kept)
-    assert '\n'.join(kept) in blocks_of(tmp_path / 'parts' / 'report.html')['Warnings']['text']
 
 
 def test_a_page_that_finds_no_room_costs_no_run(main, tmp_path, monkeypatch):
-    def full(*args):
+    def full(*args, **data):
         raise UserError('no space left')
     monkeypatch.setattr(train, 'write_page', full)
     assert 'warning: no space left' in main() and (tmp_path / 'run' / 'result.json').exists()
