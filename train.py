@@ -425,15 +425,35 @@ def git_commit():
         return None
 
 
-def write_page(path, title, blocks):
-    raise NotImplementedError
+def write_page(path, title, **data):
+    """One HTML page that needs nothing else: web/page.html, which says what it draws, with its data in it."""
+    text = json.dumps(dict(title=title, **data))
+    text = json.dumps(json.loads(text, parse_constant=lambda _: None))      # NaN and infinities are no JSON
+    text = text.replace('<', '\\u003c')                     # without one, a sample with </script> stays text
+    page = (Path(__file__).parent / 'web' / 'page.html').read_text('utf-8')
+    write_beside(path, lambda f: f.write(page.replace('{}</script>', f'{text}</script>', 1).encode()))
 
 
 def write_report(out_dir, blocks=()):
-    pass
+    """Make report.html of a finished run from the files that it left, and of blocks that ideas add."""
+    out_dir = Path(out_dir)
+    result, rows = json.loads((out_dir / 'result.json').read_text()), read_rows(out_dir / 'metrics.jsonl')
+    write_page(out_dir / 'report.html', f'{out_dir.name}: {result["val_bpb"]:.4f} bits per byte',
+               result=result, rows=thinned(rows), blocks=[*blocks])
 
 
-# ---- what the hardware decides -----------------------------------------------------------------------------
+def thinned(rows, most=3000):
+    """The rows of metrics.jsonl, and of steps at most so many: each the mean of as many neighbours."""
+    steps = [row for row in rows if 'train_loss' in row]
+    if len(steps) <= most:
+        return rows
+    n, means = -(-len(steps) // most), []
+    for group in (steps[i:i + n] for i in range(0, len(steps), n)):
+        known = {key: [row[key] for row in group if row[key] is not None] for key in group[-1]}
+        means.append({key: sum(values) / len(values) if values else None for key, values in known.items()}
+                     | dict(step=group[-1]['step'], averaged=n))
+    return sorted([*means, *(row for row in rows if 'train_loss' not in row)], key=lambda row: row['step'])
+
 
 def choose_device(s):
     refuse(s.device == 'cuda' and not torch.cuda.is_available(),
