@@ -123,7 +123,7 @@ def test_interactive_until_an_empty_line(ask, monkeypatch):
 @pytest.mark.parametrize('kv_heads, values', [(6, 768), (2, 256)])
 def test_stats_say_what_the_cache_holds(kv_heads, values, monkeypatch, capsys):
     model = GPT(GPTConfig(vocab_size=257, bos=256, n_layer=2, n_embd=384, n_head=6, n_kv_head=kv_heads, mlp_hidden=32, block_size=16))
-    monkeypatch.setattr(sample, 'open_run', lambda *args: sample.Asked('run', model, BYTES, None, {}, {}))
+    monkeypatch.setattr(sample, 'open_run', lambda *args: SimpleNamespace(model=model, tokenizer=BYTES))
     sample.main(['run', 'Mia', '--stats', '--max_new_tokens=2', '--device=cpu'])
     assert capsys.readouterr().out.splitlines()[-1] == f'KV cache: {values} values a token and layer'
 
