@@ -1,35 +1,29 @@
 """Turns text into what the trainer reads: documents, a tokenizer, memory-mapped bins.
 
-    python prepare_data.py stories                       a generated world; no download
-    python prepare_data.py babylm                        BabyLM's 10M words: downloaded, or data/raw/babylm
-    python prepare_data.py files:texts --tokenizer gpt2  your own .txt, .md, .jsonl, .parquet; .gz and .xz too
-    python prepare_data.py babylm --inspect              a page about what was prepared
-    python prepare_data.py babylm --compare_tokenizers 2048,8192   a table; builds nothing
-    python prepare_data.py babylm --evals data/eval      tokenize evaluation sets for it before a run has to
+    python prepare_data.py config/quickstart.py          the data set of that file
+    python prepare_data.py files:texts --tokenizer=gpt2  your own .txt, .md, .jsonl, .parquet; .gz and .xz too
+    python prepare_data.py config/quickstart.py --inspect    a page about what was prepared
+    python prepare_data.py --help                        all settings, and the files that bring text
 
-It writes a folder such as data/babylm-bpe8192:
+It writes a folder such as data/files-texts-bpe8192:
 
     train.bin val.bin test.bin     token ids back to back; each document is BOS and its tokens
     <split>.docs.npy               a row a document: first token, raw bytes, source, difficulty or 0
-    <split>.scores.npy             with --scores, a row a document and a field a measure
-    classes.npy                    with --classes, a row an id: how often it occurs in words of each class
-    pairs.jsonl                    generated worlds only: endings that fit and endings that do not
     tokenizer.*                    all that is needed to read the ids again
     meta.json                      counts, licences, what was dropped and why, the fingerprint
 
 The text is read twice: once to check it, to find what validation holds and to sample text for the tokenizer,
-once to encode. Both passes stream, so memory does not grow with the corpus.
+once to encode. Both passes stream, so memory does not grow with the corpus. Where text comes from and what
+becomes of it is decided by one class, Corpus, which files of config/ derive from.
 """
-import argparse
 import ast
 import base64
+import contextlib
 import difflib
 import errno
 import functools
 import gzip
 import hashlib
-import heapq
-import html
 import http.client
 import importlib.machinery
 import importlib.util
@@ -41,26 +35,17 @@ import lzma
 import math
 import operator
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
-import tarfile
-import tempfile
 import time
-import tokenize
 import traceback
 import types
-import unicodedata
 import urllib.request
-import warnings
-import zipfile
 import zlib
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,78 +56,37 @@ SAMPLE_BYTES = 24_000_000    # the tokenizer learns from at most this; 8 MB give
 MAX_LINE = 1 << 27           # bytes of a row of .jsonl, the one thing that must fit into memory
 MIN_TRAIN_TOKENS = 256       # fewer cannot fill one block of any model worth training
 BATCH_BYTES = 4_000_000      # text encoded at once: enough to keep every thread busy, little enough to hold
-VAL_STORIES, PAIRS = 1000, 2000
-LAYERS = 7                   # of config/babylm.py, for the share of embeddings in --compare_tokenizers
-NOT_TEXT = {'.', '__pycache__'}          # folders that hold none; a dot begins a hidden one
-NOT_CODE = {'site-packages', 'dist-packages', 'test', 'tests'}   # of Python's library: others' code, data
 PATIENCE = 1.0               # seconds before a server is asked a second time
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 COUNTS = ('documents', 'words', 'bytes', 'tokens')
 META = set('dataset tokenizer vocab_size bos dtype sources splits files tokenizer_sha256 fingerprint'.split())
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DOC = np.dtype([('start', '<i8'), ('bytes', '<i4'), ('source', '<i2'), ('difficulty', '<f4')])
-
 HUGGING_FACE = 'https://huggingface.co/datasets'
-BABYLM_SOURCES = ('aochildes', 'bnc_spoken', 'cbt', 'children_stories', 'gutenberg', 'open_subtitles', 'qed',
-                  'simple_wikipedia', 'switchboard', 'wikipedia')
-BABYLM_FILES = {size: {f'{source}.{split}': f'clean/{folder}/{source}.txt' for source in BABYLM_SOURCES
-                       for split, folder in (('train', size), ('dev', 'dev'), ('test', 'test'))}
-                for size in ('10M', '100M')}
-BABYLM_2026_FILES = {f'{source}.train': f'{source}.train.txt' for source in
-                     ('bnc_spoken', 'childes', 'gutenberg', 'open_subtitles', 'simple_wiki', 'switchboard')}
-PARTED = 'a document ends at a title or blank line'
-BABYLM_TERMS = 'differs by source; BNC, and EWoK of the evaluation, have terms of their own'
-WORLD = dict(licence='generated by this program, MIT like it', files={}, mb=30)
-DATASETS = {                 # files: name in data/raw/<dataset> -> path in the repository on Hugging Face
-                             # world: config/<world>.txt tells it, with questions or without
-    'stories': WORLD | dict(
-        about='a generated world of small stories, seeded and endless; a document is a story',
-        world='stories', questions=False),
-    'stories_sv': WORLD | dict(
-        about='the same world in Swedish; a document is a story', world='stories_sv', questions=False),
-    'instructions': WORLD | dict(
-        about='stories with a question and its answer, for what read `stories`; a document is a story',
-        world='stories', questions=True),
-    'instructions_sv': WORLD | dict(
-        about='the same in Swedish, for what read `stories_sv`; a document is a story',
-        world='stories_sv', questions=True),
-    'babylm': dict(
-        about=f'BabyLM strict-small (2023), ten sources, 10M words; {PARTED}', mb=160,
-        licence=BABYLM_TERMS, repo='cambridge-climb/BabyLM', files=BABYLM_FILES['10M']),
-    'babylm_100m': dict(
-        about=f'BabyLM strict (2023), the same sources, 100M words; {PARTED}', mb=650,
-        licence=BABYLM_TERMS, repo='cambridge-climb/BabyLM', files=BABYLM_FILES['100M']),
-    'babylm_2026': dict(
-        about=f'BabyLM strict-small (2026, detoxified), 10M words; {PARTED}', mb=55,
-        licence=BABYLM_TERMS, repo='BabyLM-community/BabyLM-2026-Strict-Small', files=BABYLM_2026_FILES),
-    'babylm_2026_100m': dict(
-        about=f'BabyLM strict (2026, detoxified), 100M words; {PARTED}', mb=550,
-        licence=f'MIT says its card; {BABYLM_TERMS}',
-        repo='BabyLM-community/BabyLM-2026-Strict', files=BABYLM_2026_FILES),
-    'tinystories': dict(
-        about='TinyStories (Eldan and Li 2023, arXiv 2305.07759); a document is a story', mb=1940,
-        licence='CDLA-Sharing-1.0', repo='roneneldan/TinyStories',
-        files={name: name for name in ('TinyStories-train.txt', 'TinyStories-valid.txt')}),
-    'tinystories_v2': dict(
-        about='TinyStories by GPT-4 alone: another text, another loss; a document is a story', mb=2250,
-        licence='CDLA-Sharing-1.0', repo='roneneldan/TinyStories',
-        files={name: name for name in ('TinyStoriesV2-GPT4-train.txt', 'TinyStoriesV2-GPT4-valid.txt')},
-        sha256={'TinyStoriesV2-GPT4-valid.txt':
-                '6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d'}),
-    'simplestories': dict(
-        about='SimpleStories (Finke et al. 2025, arXiv 2504.09184), Parquet; a document is a story', mb=1680,
-        licence='MIT', repo='SimpleStories/SimpleStories',
-        files={f'simplestories.train-{i:05d}-of-00007.parquet': f'data/train-{i:05d}-of-00007.parquet'
-               for i in range(7)} | {'simplestories.dev.parquet': 'data/test-00000-of-00001.parquet'}),
-    'swedish': dict(
-        about='Swedish Wikipedia, November 2023, one Parquet file of five; a document is an article', mb=554,
-        licence='CC BY-SA 4.0, GFDL', repo='wikimedia/wikipedia',
-        files={'wikipedia_sv.parquet': '20231101.sv/train-00000-of-00005.parquet'},
-        sha256={'wikipedia_sv.parquet': 'd1b63dc7d7db0a71f06f59eee2376d8040b9690ac053f3e5275e94b483d5b4c4'}),
-    'python': dict(
-        about="the running Python's own library, or the .py files in data/raw/python; a document is a file",
-        mb=13, licence='PSF-2.0 for the library', files={}),
-}
+NO_BAR = SimpleNamespace(update=lambda n: None)
+
+
+@dataclass
+class Options:
+    """The settings of every data set; those from tokenizer to data_seed decide its content."""
+    dataset: str = ''             # a name that a file of config/ sets, or files:<path>
+    tokenizer: str = 'bpe'        # bpe|bytes|gpt2
+    vocab_size: int = 8192        # 2..1048576: ids in all, for bpe
+    val_fraction: float = 0.02    # 1e-12..0.999: documents held out, by hash, where no file is for that
+    max_doc_bytes: int = 16384    # 256..1073741824: longer ones become passages, for shuffling's sake
+    min_doc_bytes: int = 1000     # 0..1073741824: paragraphs that are no documents are joined up to so many
+    text_field: str = ''          # the field of .jsonl and .parquet rows; without it text, else story
+    data_seed: int = 1337         # of text that is generated
+    tokenizer_from: str = ''      # a prepared data set or a run whose tokenizer to use
+    gpt2_dir: str = ''            # where vocab.bpe and encoder.json lie; else data/gpt2, else the network
+    base_url: str = ''            # a mirror in the place of https://huggingface.co/datasets
+    data_dir: str = 'data'        # where data sets lie
+    overwrite: bool = False       # replace the folder if it exists
+    inspect: bool = False         # print a page about the data set as it was prepared
+
+
+CONTENT = [f.name for f in fields(Options)]
+CONTENT = CONTENT[CONTENT.index('tokenizer'):CONTENT.index('tokenizer_from')]
 
 
 class UserError(Exception):
@@ -160,7 +104,8 @@ SEAMS = dict(GPT='model', Block='model', Attention='model', MLP='model', Corpus=
 KINDS_OF_SETTING = dict(int=int, float=float, str=str, bool=bool, tuple=tuple)
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow, ast.USub: operator.neg}
-LEGAL = re.compile(r'(?:(-?[\d.]*\d)?\.\.(-?\d[\d.]*)?|([\w.+-]*(?:\|[\w.+-]*)+)): ')      # 0..1, 1.., one|two
+NUMBER = r'-?\d[\d.]*(?:e-?\d+)?'
+LEGAL = re.compile(rf'(?:({NUMBER})?\.\.({NUMBER})?|([\w.+-]*(?:\|[\w.+-]*)+))(?:: |$)')      # 0..1: 1..: one|two:
 
 
 def refuse(wrong, why):
@@ -624,7 +569,7 @@ class BPETokenizer(Tokenizer):
                                      (r'required_chars\D*\d+ vs (\d+)', 'small', 'more')):
                 if found := re.search(bound, str(e)):
                     raise UserError(f'a vocabulary of {vocab_size:,} is too {wrong} for this text: use '
-                                    f'--vocab_size {found[1]} or {do}, or --tokenizer bytes') from None
+                                    f'--vocab_size={found[1]} or {do}, or --tokenizer=bytes') from None
             raise
         return cls(out.getvalue())
 
@@ -697,7 +642,7 @@ def find_parts(root):
     found = {name: SPLIT_NAME.fullmatch(name) for name in names if not re.search(r'(^|/)\.', name)}
     if not any(m and m[2] == 'train' for m in found.values()):
         if len(found) > 1000:                    # too many to be sources: their folders are
-            return [Part(root / name, name, '', (['text'] + name.split('/'))['/' in name]) for name in found], []
+            return [Part(root / n, n, '', (['text'] + n.split('/'))['/' in n]) for n in found], []
         return once(Part(root / name, name, '', stem(name)) for name in found), []
     has_val = any(m and m[2] not in ('train', 'test') for m in found.values())
     split_of = {'train': 'train' if has_val else '', 'test': 'test'}
@@ -736,31 +681,26 @@ def check_text(parts):
         raise UserError(f'{", ".join(wrong[:9])}{more}: convert to plain text in UTF-8, or take away')
 
 
-def data_name(dataset):
+def data_name(dataset, known):
+    """What a data set's folder begins with; known: the names there are, beside files:<path>."""
     if dataset.startswith('files:'):
         slug = re.sub(r'[^a-z0-9_]+', '-', stem(Path(dataset[6:]).resolve().name).lower()).strip('-')
         return f'files-{slug or "text"}'
-    if dataset not in DATASETS:
-        near = difflib.get_close_matches(dataset, DATASETS, 1)
-        raise UserError(f'there is no data set {dataset!r}{f", did you mean {near[0]}" if near else ""}: '
-                        f'choose {", ".join(DATASETS)} or files:<path>')
+    if dataset not in known:
+        near = difflib.get_close_matches(dataset, known, 1)
+        what = f'there is no data set {dataset!r}' if dataset else 'no data set is named'
+        choices = ', '.join(f'--dataset={name}' for name in [*known, 'files:<path>'])
+        raise UserError(f'{what}{f", did you mean {near[0]}" if near else ""}: name the file of one, such as '
+                        f'config/quickstart.py, or {choices}')
     return dataset
-
-
-def data_folder(dataset, tokenizer='bpe', vocab_size=8192, data_dir='data'):
-    """Where a data set prepared with this tokenizer lies."""
-    if tokenizer not in TOKENIZERS:
-        raise UserError(f'there is no tokenizer {tokenizer!r}: choose {", ".join(TOKENIZERS)}')
-    return Path(data_dir) / f'{data_name(dataset)}-{tokenizer}{vocab_size if tokenizer == "bpe" else ""}'
 
 
 def source_root(dataset, data_dir):
     return Path(dataset[6:]) if dataset.startswith('files:') else Path(data_dir) / 'raw' / dataset
 
 
-def fetch(dataset, raw, base_url):
+def fetch(entry, raw, base_url):
     """Downloads what the folder `raw` lacks. One with files of other names is a corpus of the user's own."""
-    entry = DATASETS[dataset]
     present = {p.name for p in raw.glob('[!.]*') if not re.match('README|LICEN[CS]E', p.name)}
     for name, digest in entry.get('sha256', {}).items():
         if name in present and sha256_of(raw / name) != digest:
@@ -839,23 +779,21 @@ BOUNDARY = {                 # what parts the documents of a file: the first tha
 }
 BLANK_START = re.compile(rb'(?:[ \t\r]*\n)*')
 KINDS = {                    # by a source's name, else by what most of its lines begin with
-    'code': (r'(^|[\W_])(python|code|thealgorithms|humaneval|mbpp)',
-             rb'.*[][{}=]|\s*(?:#|//|def |class |import |return |else)'),
+    'code': (r'(^|[\W_])code', rb'.*[][{}=]|\s*(?:#|//|def |class |import |return |else)'),
     'dialogue': ('childes|switchboard|dialog|bnc|subtitle|qed|plays', rb'- |\*?\w{1,12}:[\t ]'),
     'web': ('web|crawl|html', rb'(?!)'),
     'prose': ('', rb'')}
 ARTICLES, SENTENCES = re.compile('wiki'), re.compile('tatoeba|sentences')
 
 
-def layout(part, head, o):
+def layout(part, head, corpus):
     """Says what kind of text a file holds and what parts its documents. Returns what splits it.
 
     Blank lines part articles and dialogues; elsewhere they part paragraphs, which are joined until there are
     min_doc_bytes of them: by default about 250 tokens, half a block, of text that belongs together.
     """
     lines = [line for line in head[:1 << 16].split(b'\n') if line.strip()]
-    part.kind = next(kind for kind, (name, line) in KINDS.items() if re.search(name, part.source)
-                     or sum(map(bool, map(re.compile(line).match, lines))) > 0.5 * len(lines))
+    part.kind = corpus.kind_of(part, lines)
     part.way = 'lines' if SENTENCES.search(part.source) else next(
         (way for way, b in BOUNDARY.items() if b.search(head)), 'whole')
     pieces = [p.strip() for p in BOUNDARY['blank'].split(head)] if part.way == 'blank' else []
@@ -863,9 +801,9 @@ def layout(part, head, o):
     if pieces and part.kind == 'code':
         part.way = 'whole'                       # a file is a document
     elif part.way == 'lines' or pieces and not (whole or ARTICLES.search(part.source)):
-        pattern = BOUNDARY['blank'] if pieces else re.compile(b'\n')
+        pattern, least = BOUNDARY['blank'] if pieces else re.compile(b'\n'), corpus.s.min_doc_bytes
         part.way += ', joined'
-        return SimpleNamespace(split=functools.partial(split_joined, pattern=pattern, least=o.min_doc_bytes))
+        return SimpleNamespace(split=functools.partial(split_joined, pattern=pattern, least=least))
     return BOUNDARY[part.way]
 
 
@@ -888,7 +826,7 @@ def cut(text, limit):
     return next((at for at in range(limit, limit - 4, -1) if text[at] & 0xC0 != 0x80), limit)
 
 
-def documents(blocks, boundary, limit, report):
+def split_documents(blocks, boundary, limit, report):
     """The documents of one file, as bytes, at most `limit` each, without the blank lines around them."""
     tail, inside = b'', False                    # inside: a passage of this document is out already
 
@@ -969,30 +907,26 @@ def parquet_rows(part, f, text_field):
         yield from ((text or '').encode() for text in batch.column(0).to_pylist())
 
 
-def read(part, o, report, bar):
+def read(part, corpus, report, bar):
     """The documents of one file, as (bytes, str). The bar counts the bytes on disk."""
-    at, split = 0, functools.partial(documents, limit=o.max_doc_bytes, report=report)
-    strip = functools.partial(without_licence, report=report) if 'boilerplate' in o.steps else iter
+    at, split = 0, functools.partial(split_documents, limit=corpus.s.max_doc_bytes, report=report)
     try:
         with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
             if kind := re.search(r'\.(jsonl|parquet)(\.gz|\.xz)?$', part.name):
-                layout(part, SEPARATOR, o)
-                rows = (json_rows if kind[1] == 'jsonl' else parquet_rows)(part, f, o.text_field)
-                ends = BOUNDARY['separator']
-                docs = (doc for row in rows for doc in split(itertools.chain(
-                    strip(row[i:i + (1 << 18)] for i in range(0, len(row), 1 << 18)), [SEPARATOR]), ends))
+                layout(part, SEPARATOR, corpus)
+                rows = (json_rows if kind[1] == 'jsonl' else parquet_rows)(part, f, corpus.text_field)
+                pieces = ((row[i:i + (1 << 18)] for i in range(0, len(row), 1 << 18)) for row in rows)
+                docs = (doc for row in pieces for doc in split(
+                    itertools.chain(corpus.blocks(row, report), [SEPARATOR]), BOUNDARY['separator']))
             else:
                 head = f.read(1 << 20)
-                boundary = layout(part, head, o)
-                docs = split(strip(itertools.chain([head], iter(lambda: f.read(1 << 18), b''))), boundary)
+                boundary = layout(part, head, corpus)
+                blocks = itertools.chain([head], iter(lambda: f.read(1 << 18), b''))
+                docs = split(corpus.blocks(blocks, report), boundary)
             for doc in docs:
                 bar.update(raw.tell() - at)
                 at = raw.tell()
-                text = doc.decode()
-                if not o.steps:
-                    yield doc, text
-                elif text := cleaned(text, part.kind, o, report):
-                    yield text.encode(), text
+                yield doc, doc.decode()
     except UnicodeDecodeError:
         raise bad_utf8(part) from None
     except (EOFError, lzma.LZMAError, zlib.error, OSError, ValueError) as e:    # pyarrow's are the last two
@@ -1001,568 +935,211 @@ def read(part, o, report, bar):
         raise UserError(f'{part.path} is damaged ({e}): fetch it again') from None
 
 
+def texts_of(path, s):
+    """The documents of one file as they stand, paragraphs where nothing else parts them."""
+    plain = Corpus(SimpleNamespace(**vars(s) | dict(dataset=f'files:{path}', min_doc_bytes=0)))
+    return [text for _, text in plain.documents(Part(Path(path), str(path), '', ''), Counter(), NO_BAR)]
+
+
 # ----------------------------------------------------------------------------------------------------
-# Cleaning: the first three steps change the text of every split, the last two drop training documents
+# The seam: where a data set comes from, its licence, its documents, what is kept about each
 
-STEPS = ('unicode', 'boilerplate', 'speakers', 'language', 'repetition')
-LANGUAGES = ('en', 'sv', 'code')
-NEXT = '[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]'      # bytes 0x80 to 0xbf, read as latin-1 or cp1252
-MOJIBAKE = re.compile(f'[ÂÃ]{NEXT}|(?:â[€‚„\x80\x82\x84]|ï[»¿]|ð[Ÿ\x9f]{NEXT}){NEXT}')   # of é, ’, BOM, emoji
-BYTE_OF = {chr(i): i for i in range(256)} | {bytes([i]).decode('cp1252', 'replace'): i for i in range(256)}
-ODD = re.compile('[\0-\x08\x0b-\x1f\x7f-\xa0\xad\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f\u2060\u3000'
-                 '\ufeff]')
-ENDS = '\r\x0b\x0c\x85\u2028\u2029'             # of lines
-LINE_END = r'[ \t\r]*(?:\n|\Z)'
-BOILERPLATE = (              # where a text holds the first, what fits the second becomes the third
-    ('---', re.compile(r'\A---[ \t]*\n[a-z_]+:.*?\n---[ \t]*\n', re.S), ''),
-    ('==', re.compile(r'^(==+)[^=\n]+\1' + LINE_END, re.M), ''),
-    ('= = =', re.compile(r'^= = = .* = = =' + LINE_END, re.M), ''),
-    ('{{', re.compile(r'\{\{(?:[^{}]|\{\{[^{}]*\}\})*\}\}'), ''),
-    ('[[', re.compile(r'\[\[(?:File|Image|Category|Fil|Bild|Kategori):(?:[^][]|\[\[[^][]*\]\])*\]\]'), ''),
-    ('[[', re.compile(r'\[\[(?:[^][|\n]*\|)?([^][|\n]*)\]\]'), r'\1'),
-    ('[', re.compile(r'\[(?:edit|redigera)\]'), ''),
-    ('ategor', re.compile(r'^(?:Category|Kategori):.*(?:\n|\Z)', re.M), ''),
-    ('<', re.compile(r'<!--.*?-->|<(script|style)\b.*?</\1>|</?(?:a|b|cite|em|font|i|img|ref|small|span'
-                     r'|strong|sub|sup|u)\b[^<>]*>', re.S | re.I), ''),
-    ('<', re.compile(r'</?(?:blockquote|body|br|center|d[dlt]|div|h[1-6r]|head|html|li|ol|p|pre|t[dhr]|table'
-                     r'|tbody|title|ul)\b[^<>]*>', re.I), ' '),
-    ('&', re.compile(r'&(?:#\d{1,6}|#x[\da-f]{1,5}|[a-z]{2,8}\d?);', re.I),
-     lambda entity: html.unescape(entity[0]).replace('\xa0', ' ')))
-LICENCE = re.compile(rb'(?:End of (?:the )?Project Gutenberg[^\n]*\s+)?'
-                     rb'\*\*\* ?(START|END) OF TH(?:E|IS) PROJECT GUTENBERG[^\n]*', re.I)
-TIER = re.compile(r'^(?:\*?\w{1,12}:\t|[-–—] )', re.M)
+class Corpus:
+    """A data set of files:<path>; with `sets`, also of files that are downloaded.
 
+    An idea derives from it, overrides what it changes, and calls super() for the rest, so that ideas stack.
+    s: a namespace with all settings, the fields of Options and those that the ideas declare. A build calls,
+    in this order: check, text, parts, learn; for each document of pass 1 unwanted and meet; decide; in pass 2
+    only documents, again; record; finish; summary.
+    """
+    sets = {}                # name: dict(about, mb, licence, repo, files={name in data/raw/<dataset>: path in
+                             # the repository on Hugging Face}, sha256={name: digest of what must not differ})
 
-def without_licence(blocks, report):
-    """Leaves out what stands before, between and after the books of Project Gutenberg."""
-    held, inside, counted = b'', None, 'bytes of Project Gutenberg licences removed'
-    for block in itertools.chain(blocks, [None]):
-        held += block or b''
-        if inside is None:                       # a first book that starts soon: what precedes is its header
-            found = LICENCE.search(held[:1 << 15])
-            inside = not found or found[1].upper() == b'END'
-        while found := LICENCE.search(held):
-            if inside:
-                yield held[:found.start()]
-            report[counted] += found.end() - found.start() * inside
-            held, inside = held[found.end():], found[1].upper() == b'START'
-        done = len(held) - 512 if block is not None else len(held)       # a mark may go on in the next block
-        if done > 0 and inside:
-            yield held[:done]
-        elif done > 0:
-            report[counted] += done
-        held = held[max(done, 0):]
+    def __init__(self, s):
+        self.s, self.pieces, self.text_field = s, {}, s.text_field
+        self.name = data_name(s.dataset, self.known())
+        self.entry = self.known().get(s.dataset, {})
+        self.root = source_root(s.dataset, s.data_dir)
+        self.folder = self.folder_for(s.tokenizer, s.vocab_size)
 
+    @classmethod
+    def known(cls):
+        """{name: entry} of all data sets that the classes of this one bring."""
+        return {name: entry for c in cls.__mro__[::-1] for name, entry in vars(c).get('sets', {}).items()}
 
-def mend_unicode(text, kind):
-    """Repairs UTF-8 that was read as latin-1 or cp1252, composes letters (NFC), takes out odd characters."""
-    def mend(found):
-        try:
-            return bytes(map(BYTE_OF.get, found[0])).decode()
-        except UnicodeDecodeError:
-            return found[0]
+    def folder_for(self, tokenizer, vocab_size):
+        """Where the data set prepared with this tokenizer lies."""
+        return Path(self.s.data_dir) / f'{self.name}-{tokenizer}{vocab_size if tokenizer == "bpe" else ""}'
 
-    for _ in range(0 if text.isascii() else 3):  # it may have happened more than once
-        text = MOJIBAKE.sub(mend, text)
-    text = ODD.sub(lambda odd: '\n' if odd[0] in ENDS else ' ' if odd[0].isspace() else '',
-                   text.replace('\r\n', '\n'))
-    return unicodedata.normalize('NFC', text)
+    def changes(self):
+        """{setting: value} of ideas that change the text: data prepared otherwise is not opened for them."""
+        return {}
 
+    def content(self):
+        """{setting: value} that decide what is in the bins."""
+        return {name: getattr(self.s, name) for name in CONTENT} | self.changes()
 
-def strip_boilerplate(text, kind):
-    for mark, pattern, new in BOILERPLATE if kind != 'code' else ():     # where '<' means other things
-        if mark in text:
-            text = pattern.sub(new, text)
-    return text
+    @property
+    def licence(self):
+        return self.entry.get('licence', 'as the files say')
 
+    # What `python prepare_data.py` and the trainer ask for
 
-def strip_speakers(text, kind):
-    return TIER.sub('', text) if kind == 'dialogue' else text
+    def run(self):
+        """What the command line does."""
+        self.inspect() if self.s.inspect else self.build()
 
+    def open(self):
+        """The prepared Data, built first where it is missing."""
+        if not (self.folder / 'meta.json').exists():
+            print(f'{self.folder} is missing: building it', flush=True)
+            self.build()
+        data = open_data(self.folder, self.s.dataset)
+        theirs = data.meta.get('settings', {})
+        if wrong := [f'{name} {theirs.get(name)!r}, not {value!r}' for name, value in self.changes().items()
+                     if theirs.get(name, type(value)()) != value]:
+            raise UserError(f'{self.folder} was prepared with {", ".join(wrong)}: prepare it anew with '
+                            f'--overwrite, or keep both with another --data_dir')
+        return data
 
-def note(o, report, reason, text, new=''):
-    """Counts a document and keeps a piece of three: of its beginning, or of where the new text differs."""
-    report[reason] += 1
-    kept = o.examples.setdefault(reason, [])
-    if len(kept) < 3:
-        at = next((i for i, (a, b) in enumerate(zip(text, new)) if a != b), len(new))
-        piece = text[max(at - 20, 0):][:80]
-        kept += [piece] * (piece not in kept)
+    def build(self, quiet=False):
+        """Prepares the data set and returns its folder, which appears complete or not at all."""
+        if self.folder.exists() and not self.s.overwrite:
+            raise UserError(f'{self.folder} exists already: use it, or prepare it anew with --overwrite')
+        if self.s.tokenizer_from:
+            given = load_tokenizer(self.s.tokenizer_from)
+            if self.folder_for(given.kind, given.vocab_size) != self.folder:
+                raise UserError(f'{self.s.tokenizer_from} has a {given.kind} tokenizer of '
+                                f'{given.vocab_size:,} ids, {self.folder} is to have another: give the same '
+                                f'--tokenizer and --vocab_size')
+        with whole_or_nothing(self.folder) as temp:
+            self.check()
+            fill(self, temp)
+        if not quiet:
+            print(*self.summary(open_data(self.folder)), sep='\n')
+        return self.folder
 
+    # The source text
 
-def cleaned(text, kind, o, report):
-    """A document after the steps that change text; '' if they leave nothing, which is counted."""
-    for step, change in zip(STEPS, (mend_unicode, strip_boilerplate, strip_speakers)):
-        if step in o.steps and (new := change(text, kind)) != text:
-            note(o, report, f'documents changed, {step}', text, new)
-            report[f'characters fewer, {step}'] += len(text) - len(new)
-            text = re.sub('\n{3,}', '\n\n', new.strip('\n'))
-    if not text.strip():
-        report['documents dropped, nothing left of them'] += 1
+    def check(self):
+        """Refuses what can be refused before the work starts."""
+        if self.s.base_url and not re.match('(https?|file)://', self.s.base_url):
+            raise UserError(f'base_url is {self.s.base_url!r}: begin it with https://')
+
+    def text(self, temp, report):
+        """Makes or fetches the text, into `temp` or data/raw. Returns the folder or file it lies in."""
+        if self.entry:
+            fetch(self.entry, self.root, self.s.base_url)
+        return self.root
+
+    def parts(self, root, temp, report):
+        """The files of the text, and the names of those left out."""
+        return find_parts(root)
+
+    def learn(self, parts):
+        """What an idea must know of the text before documents are judged."""
+
+    # Documents
+
+    def kind_of(self, part, lines):
+        """What a file is written like, one of KINDS; lines: those of its head that are not blank."""
+        return next(kind for kind, (name, line) in KINDS.items() if re.search(name, part.source)
+                    or sum(map(bool, map(re.compile(line).match, lines))) > 0.5 * len(lines))
+
+    def blocks(self, blocks, report):
+        """The bytes of a file, or of a row of it, in pieces as they come."""
+        return blocks
+
+    def documents(self, part, report, bar):
+        """The documents of one file, as (bytes, str). The bar counts the bytes on disk."""
+        return read(part, self, report, bar)
+
+    def unwanted(self, text, part):
+        """Why a training document is dropped, or ''."""
         return ''
-    return text
 
-
-# Which language: naive Bayes over hashed strings of one to four bytes
-
-GRAM_SLOTS, PRIOR = 1 << 16, 20_000
-TELL, LEAST = 4000, 100      # letters of a document that are looked at, and needed
-SURE, MARGIN = 0.15, 0.05    # nats a gram above the next language: to learn from a document, to drop it
-SWEDISH = '''och att det i en som på är av för med den till inte han ett om hade de jag men var sig från vi så
-kan när man år säger hon under också efter eller nu sin där vid mot ska skulle kommer ut får finns vara alla
-andra mycket än här då sedan över bara blir upp även vad få två vill ha många hur mer går kunna dess dem deras
-blev genom mellan måste något någon varje utan honom henne min mitt din ditt ingen vilken alltid aldrig först
-stora liten små gammal ny barn flicka pojke kvinna huset skogen vägen frågade svarade kom såg tog stod låg'''
-
-
-def grams(text):
-    """Slots of every one to four bytes in a row."""
-    data = np.frombuffer(TIER.sub('', text.lower()).encode(), np.uint8).astype(np.uint32)
-    rows = [data]
-    for n in range(1, 4):
-        rows.append(rows[-1][:-1] * np.uint32(0x9E3779B1) + data[n:])
-    return np.concatenate(rows) * np.uint32(0x85EBCA6B) >> np.uint32(16)
-
-
-def seeds():
-    """Counts (languages, slots) of the lexicons and of Python's own library, its comments being English."""
-    library = sorted(Path(os.__file__).parent.glob('[c-f]*.py'))
-    code = '\n'.join(path.read_text(encoding='utf-8', errors='ignore') for path in library)
-    texts = [' '.join(a or b for a, b in re.findall(r'"""(.*?)"""|#([^\n]*)', code, re.S)), SWEDISH, code]
-    for i, name in enumerate(('stories.txt', 'stories_sv.txt')):
-        path = Path(__file__).parent / 'config' / name
-        if path.exists():
-            texts[i] += re.sub(r'\{[^}]*\}|\[[^]]*\]|[|=>]', ' ', path.read_text(encoding='utf-8'))
-    return np.stack([np.bincount(grams(text), minlength=GRAM_SLOTS) for text in texts])
-
-
-def log_probabilities(counts):
-    """(languages, slots); the fewer counts, the more of what the three have in common."""
-    n = counts.sum(1, keepdims=True)
-    shared, p = np.maximum(PRIOR / (n + PRIOR), 0.1), counts / n
-    return np.log((1 - shared) * p + shared * (0.99 * p.mean(0) + 0.01 / GRAM_SLOTS)).astype(np.float32)
-
-
-def learn_languages(parts, o):
-    """Learns from the seeds, then once more with what it is sure of in the heads of the files at hand.
-    Returns the table, and for each source the languages to keep."""
-    counts, heads, keep = seeds(), {}, re.findall(r'\w+', o.languages)
-    for part in parts:
-        docs, size = heads.setdefault(part.source, []), 0
-        for _, text in read(part, o, Counter(), SimpleNamespace(update=bool)):
-            docs.append(grams(text[:TELL]))
-            if (size := size + len(docs[-1])) > 1_000_000:       # 250 kB of text
-                break
-    table = log_probabilities(counts)
-    for slots in itertools.chain(*heads.values()):
-        scores = table.take(slots, 1).mean(1)
-        if np.diff(np.sort(scores))[-1] > SURE:
-            counts[scores.argmax()] += np.bincount(slots, minlength=GRAM_SLOTS)
-    table = log_probabilities(counts)
-    votes = {name: np.bincount([table.take(slots, 1).mean(1).argmax() for slots in docs] or [0])
-             for name, docs in heads.items()}
-    keep = {name: keep or [LANGUAGES[count.argmax()]] for name, count in votes.items()}
-    return SimpleNamespace(table=table, keep=keep)
-
-
-# Repetition: what Gopher's rules (Rae 2021, 2112.11446) measure. Their limits are the web's, and would delete
-# code, and dialogue, where short lines come again and again
-
-LIMITS = {                   # share of letters in repeated lines, in the commonest 2, 3, 4 words in a row;
-    'web': (0.2, 0.2, 0.18, 0.16, 0.1, 0.8, 3, 10),      # symbols a word; words with letters; mean length
-    'prose': (0.3, 0.25, 0.22, 0.2, 0.2, 0.6, 2.5, 12),
-    'dialogue': (0.6, 0.4, 0.4, 0.4, 0.5, 0.6, 2, 10),
-    'code': (0.6, 0.4, 0.4, 0.4, 0.5, 0.2, 1.5, 25)}
-
-
-def repetition(text, kind):
-    """Why a document looks like junk, or ''. One of fewer than 50 words cannot tell."""
-    words, (same, *most, symbols, lettered, low, high) = text.split(), LIMITS[kind]
-    if len(words) < 50:
-        return ''
-    lines = Counter(map(str.strip, text.split('\n')))
-    if sum(len(line) * (n - 1) for line, n in lines.items()) > same * len(text):
-        return 'repeated lines'
-    for n, share in zip((2, 3, 4), most):
-        gram, times = max(Counter(zip(*(words[i:] for i in range(n)))).items(), key=lambda item: item[1])
-        if times > 1 and times * (len(''.join(gram)) + n - 1) > share * len(text):
-            return f'the same {n} words again and again'
-    if text.count('#') + text.count('...') + text.count('…') > symbols * len(words):
-        return 'symbols'
-    if sum(word.lower() != word.upper() for word in words) < lettered * len(words):
-        return 'few words with letters'
-    return '' if low <= sum(map(len, words)) / len(words) <= high else 'odd lengths of words'
-
-
-def unwanted(text, part, o):
-    """Why a training document is dropped, or ''."""
-    if o.language and len(text) >= LEAST:
-        scores = o.language.table.take(grams(text[:TELL]), 1).mean(1)
-        kept = max(scores[LANGUAGES.index(name)] for name in o.language.keep[part.source])
-        if scores.max() > kept + MARGIN:
-            return f'training documents dropped, language {LANGUAGES[scores.argmax()]}'
-    why = repetition(text, part.kind) if 'repetition' in o.steps else ''
-    return why and f'training documents dropped, {why}'
-
-
-# ----------------------------------------------------------------------------------------------------
-# Near duplicates: MinHash (Broder 1997) over every five words in a row
-
-BANDS, ROWS = 14, 8          # as FineWeb (Penedo 2024, 2406.17557): of pairs that share 70, 75, 80, 85 % of
-PAD = 4                      # their five words in a row, 56, 77, 92, 98.8 % are found
-
-
-class Sketches:
-    """Band keys of documents: two documents with one key in common, in the same band, are near duplicates."""
-
-    def __init__(self):
-        self.hashes, self.texts, self.size, self.keys, self.held = {}, [], 0, [], []
-        odd = np.random.default_rng(5).integers(0, 2**63, (BANDS * ROWS + 5,), np.uint64) * 2 + 1
-        self.odd, self.gram = odd[5:], odd[:5]
-
-    def add(self, text, held):
-        self.texts.append(text)
-        self.held.append(held)
-        self.size += len(text)
-        if self.size > BATCH_BYTES:
-            self.write()
-
-    def write(self):
-        rows = [text.lower().split() or [text] for text in self.texts]
-        if len(self.hashes) > 1_000_000:                     # memory does not grow with the corpus
-            self.hashes.clear()
-        for word in set().union(*rows) - self.hashes.keys():
-            self.hashes[word] = zlib.crc32(word.encode('utf-8', 'surrogatepass')) + 1
-        lengths = np.array([len(row) + PAD for row in rows])
-        ends = lengths.cumsum()
-        words = np.zeros(ends[-1] + PAD, np.uint64)          # four zeros after each document
-        inside = np.ones(ends[-1], bool)
-        inside[(ends[:, None] - 1 - np.arange(PAD)).ravel()] = False
-        words[:ends[-1]][inside] = [self.hashes[word] for row in rows for word in row]
-        grams = sum(words[j:j + ends[-1]] * self.gram[j] for j in range(5))
-        grams ^= grams >> np.uint64(29)
-        least = np.stack([np.minimum.reduceat(np.where(inside, grams * a, ~np.uint64(0)), ends - lengths)
-                          for a in self.odd], 1) >> np.uint64(20)
-        bands = least.reshape(-1, BANDS, ROWS) * self.odd[:ROWS]
-        self.keys.append(np.bitwise_xor.reduce(bands ^ (bands >> np.uint64(31)), 2))
-        self.texts, self.size = [], 0
-
-    def repeats(self):
-        """A number a document, in the order they came: 0 for one to keep, 1 for one that is near a held-out
-        one, 2 for one that is near an earlier one. Held-out documents are kept."""
-        if self.texts:
-            self.write()
-        keys, held = np.concatenate(self.keys), np.array(self.held)
-        rank = np.empty(len(held), np.int64)
-        rank[np.argsort(~held, kind='stable')] = np.arange(len(held))        # held-out ones first
-        best = rank.copy()
-        for band in keys.T:
-            order = np.lexsort((rank, band))
-            first = np.flatnonzero(np.diff(band[order], prepend=band[order[0]] + np.uint64(1)))
-            group = np.repeat(rank[order[first]], np.diff(first, append=len(order)))
-            best[order] = np.minimum(best[order], group)
-        return np.where(held | (best == rank), 0, np.where(best < held.sum(), 1, 2))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Difficulty: numbers a document, kept beside the bins, so that a curriculum can change without encoding again
-
-SPOKEN_FIRST = (('childes',), ('bnc', 'switchboard', 'dialogue'), ('subtitles', 'qed'), ('cbt', 'stories'),
-                ('simple', 'easy'), ('wiki', 'gutenberg'))   # CLIMB's (Diehl Martinez 2023, 2311.08886)
-WRITTEN_FIRST = (('cbt', 'stories'), ('simple', 'easy'), ('wiki', 'gutenberg'), ('subtitles',),
-                 ('bnc', 'switchboard', 'dialogue'), ('qed', 'childes'))
-TEXT_MEASURES = {
-    'compression': 'zlib bytes a byte, of the first 2,048: what repeats itself is short',
-    'mtld': 'words in a row until a third of them are repeats (McCarthy 2010)',
-    'diversity': 'different words among the first hundred, a share',
-    'sentence_words': 'words a sentence', 'word_letters': 'letters a word',
-    'flesch_kincaid': 'school grade, for English (Kincaid 1975)',
-    'lix': 'readability, for Swedish (Björnsson 1968)'}
-MEASURES = TEXT_MEASURES | {
-    'source_rank': '1 to 6, spoken to written; 0 where the source is none of those CLIMB ordered',
-    'written_rank': '1 to 6, written to spoken',
-    'unigram': 'bits a token under the training split\'s own frequencies',
-    'bigram': 'bits a token given the one before, by counts of the training split'}
-
-
-def mtld(words):
-    """Words a factor, which ends where the share of different words falls to 0.72; both ways, averaged."""
-    means = []
-    for row in (words, words[::-1]):
-        factors, seen, n = 0.0, set(), 0
-        for word in row:
-            seen.add(word)
-            n += 1
-            if len(seen) <= 0.72 * n:
-                factors, seen, n = factors + 1, set(), 0
-        factors += (1 - len(seen) / n) / 0.28 if n else 0
-        means.append(len(words) / factors if factors else len(words))
-    return sum(means) / 2
-
-
-def text_measures(text):
-    """The numbers of TEXT_MEASURES for one document."""
-    data, words = text.encode()[:2048], re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower()) or ['']
-    sentences = len(re.findall(r'[.!?]+(?=[\s"\'’”)]|$)|\n+', text.strip())) or 1
-    letters, a_sentence = sum(map(len, words)) / len(words), len(words) / sentences
-    syllables = sum(len(re.findall('[aeiouyåäöéü]+', word)) or 1 for word in words) / len(words)
-    long_words = sum(len(word) > 6 for word in words) / len(words)
-    return (len(zlib.compress(data, 6)) / len(data), mtld(words), len(set(words[:100])) / len(words[:100]),
-            a_sentence, letters, 0.39 * a_sentence + 11.8 * syllables - 15.59, a_sentence + 100 * long_words)
-
-
-def source_rank(name, order):
-    return next((rank for rank, names in enumerate(order, 1) if any(n in name for n in names)), 0)
-
-
-def surprisal(writers, vocab_size, chunk=1 << 22, slots=1 << 22):
-    """{split: (2, documents)}: mean bits a token by unigrams and bigrams of the training split, without BOS.
-
-    Bigrams are counted in 2^22 slots by a hash, smoothed towards the unigrams (Dirichlet, 32 tokens' worth).
-    """
-    def read(split):
-        writer = writers[split]
-        tokens, starts = np.memmap(writer.path, writer.dtype, 'r'), np.concatenate(writer.rows)['start']
-        for first in range(0, len(tokens), chunk):
-            here = tokens[max(first - 1, 0):first + chunk].astype(np.int64)
-            before, token = (here[:-1], here[1:]) if first else (np.append(0, here[:-1]), here)
-            place = np.arange(first, first + len(token))
-            doc = np.searchsorted(starts, place, side='right') - 1
-            yield before, token, (before * 0x9E3779B1 + token * 0x85EBCA77) % slots, doc, place != starts[doc]
-
-    one, two, out = np.zeros(vocab_size), np.zeros(slots, np.int64), {}
-    for _, token, slot, _, _ in read('train'):
-        one += np.bincount(token, minlength=vocab_size)
-        two += np.bincount(slot, minlength=slots)
-    p_one = (one + 1) / (one + 1).sum()
-    for split, writer in writers.items():
-        n, own = sum(map(len, writer.rows)), split == 'train'    # an occurrence is no evidence for itself
-        sums, counts = np.zeros((2, n)), np.zeros(n)
-        for before, token, slot, doc, inside in read(split):
-            counts += np.bincount(doc[inside], minlength=n)
-            p_two = (two[slot] - own + 32 * p_one[token]) / (one[before] - own + 32)
-            for row, p in enumerate((p_one[token], np.minimum(p_two, 1))):
-                sums[row] -= np.bincount(doc[inside], np.log2(p[inside]), n)
-        out[split] = sums / np.maximum(counts, 1)
-    return out
-
-
-def document_loss(writers, tokenizer, model, own, batch=256):
-    """{split: (documents,)}: bits a byte under a checkpoint, which has a tokenizer of its own."""
-    import sample
-    from tqdm import tqdm
-    out, rows = {}, {split: np.concatenate(writer.rows) for split, writer in writers.items()}
-    with tqdm(desc='scoring', total=sum(map(len, rows.values())), unit=' documents', disable=None) as bar:
-        for split, writer in writers.items():
-            tokens, nats = np.memmap(writer.path, writer.dtype, 'r'), {}
-            starts = np.append(rows[split]['start'], len(tokens))
-            for first in range(0, len(starts) - 1, batch):
-                spans = itertools.pairwise(starts[first:first + batch + 1])
-                ids = own.encode_batch([tokenizer.decode(tokens[a + 1:b].tolist()) for a, b in spans])
-                ids = [np.append(own.bos, row) for row in ids]
-                nats |= sample.document_nats(model, enumerate(ids, first))
-                bar.update(len(ids))
-            out[split] = np.array(list(nats.values())) / math.log(2) / rows[split]['bytes']
-    return out
-
-
-def mean_ranks(x):
-    """The rank of every number; equal ones share the mean of theirs."""
-    _, where, n = np.unique(x, return_inverse=True, return_counts=True)
-    return (n.cumsum() - n / 2)[where]
-
-
-def write_scores(writers, names, tokenizer, o):
-    """<split>.scores.npy, a row a document and a field a measure. Returns their rank correlations by name."""
-    bits = surprisal(writers, tokenizer.vocab_size)
-    loss = document_loss(writers, tokenizer, *o.judge) if o.score_with else None
-    orders = dict(source_rank=SPOKEN_FIRST, written_rank=WRITTEN_FIRST)
-    for split, writer in writers.items():
-        table = np.zeros(len(bits[split][0]), [(name, '<f4') for name in o.columns])
-        for name, column in zip([*TEXT_MEASURES, 'quality'], np.concatenate(writer.scores).T):
-            table[name] = column
-        for column, order in orders.items():
-            ranks = np.array([source_rank(name, order) for name in names])
-            table[column] = ranks[np.concatenate(writer.rows)['source']]
-        table['unigram'], table['bigram'] = bits[split]
-        if loss:
-            table['loss'] = loss[split]
-        np.save(writer.path.with_name(f'{split}.scores.npy'), table)
-        docs = np.load(writer.path.with_name(f'{split}.docs.npy'))
-        docs['difficulty'] = table[o.difficulty]
-        np.save(writer.path.with_name(f'{split}.docs.npy'), docs)
-        if split == 'train':
-            with np.errstate(invalid='ignore'):              # a column that is constant goes with none
-                together = np.corrcoef([mean_ranks(table[name]) for name in o.columns])
-            together = np.nan_to_num(together).round(2).tolist()
-    return dict(zip(o.columns, together))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Quality: is a text like good examples or like bad ones? phi-1's idea (Gunasekar 2023, 2306.11644), here by
-# logistic regression on words and pairs of words
-
-SLOTS, DECAY = 1 << 18, 1e-4     # hashed features; the L2 penalty
-
-
-def word_grams(text):
-    """(slots, values): words and pairs of words, each the root of its share, and last a constant."""
-    words = re.findall(r'\w+|[^\w\s]', text.lower())
-    one = np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
-    two = one[:-1] * np.uint64(0x9E3779B1) + one[1:] * np.uint64(0x85EBCA77)
-    slots, counts = np.unique(np.append(one, two) % np.uint64(SLOTS), return_counts=True)
-    return np.append(slots, SLOTS).astype(np.int64), np.append(np.sqrt(counts / counts.sum()), 1)
-
-
-def quality(weights, text):
-    slots, values = word_grams(text)
-    return float(1 / (1 + np.exp(-weights[slots] @ values)))
-
-
-def fit_quality(good, bad):
-    """(weights, report) from two sets of texts; one in both is left out, every fifth of the rest is held out.
-
-    Both sides count alike, in the fit and in the accuracy: a guess has 0.5. Nesterov's steps end where the
-    gradient is below 1e-6.
-    """
-    sides = [sorted(a - b, key=lambda text: key_of(text.encode())) for a, b in ((bad, good), (good, bad))]
-    if min(map(len, sides)) < 10:
-        raise UserError(f'--bad has {len(sides[0])} documents of its own, --good {len(sides[1])}: give 10 or '
-                        f'more of each, better hundreds')
-    rows, label = zip(*[(word_grams(text), y) for y in (0, 1) for i, text in enumerate(sides[y]) if i % 5])
-    (slot, value), label = map(np.concatenate, zip(*rows)), np.array(label)
-    doc, weight = np.repeat(np.arange(len(rows)), [len(x) for x, _ in rows]), 0.5 / np.bincount(label)[label]
-    rate = 1 / (0.25 * 2 + DECAY)                # the logistic's curvature, times the squared length of a row
-    momentum = (1 - (DECAY * rate) ** 0.5) / (1 + (DECAY * rate) ** 0.5)
-    last = w = np.zeros(SLOTS + 1)
-    gradient = np.ones(1)
-    while np.linalg.norm(gradient) > 1e-6:
-        p = 1 / (1 + np.exp(-np.bincount(doc, value * w[slot])))
-        gradient = DECAY * w + np.bincount(slot, value * (weight * (p - label))[doc], SLOTS + 1)
-        here = w - rate * gradient
-        w, last = here + momentum * (here - last), here
-    right = [[(quality(w, text) > 0.5) == y for text in sides[y][::5]] for y in (0, 1)]
-    accuracy = float(np.mean([np.mean(side) for side in right]))
-    return w, dict(documents=len(rows), held_out=sum(map(len, right)), accuracy=accuracy)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Word classes without a tagger: words between the same words (Brown 1992, Schütze 1995, Clark 2003)
-
-CLASS_WORDS, NEIGHBOURS = 10_000, 500    # words to be classed; words counted before and after each
-
-
-def kind(word, n):
-    """The class of a word that is not among the most frequent: number, punctuation and spaces, rare word."""
-    return n if word[:1].isdigit() else n + 2 if word[:1].isalpha() else n + 1
-
-
-def read_words(writer, tokenizer, batch=256, most=1 << 27):
-    """The different words of a split and what stands between them; its text in their numbers; (tokens, words,
-    counts): how often a token ends in a word. Of more than 128 MiB, evenly spread batches are read."""
-    number, text, met = defaultdict(itertools.count().__next__), [], []
-    tokens = np.memmap(writer.path, writer.dtype, 'r')
-    starts = np.append(np.concatenate(writer.rows)['start'], len(tokens))
-    step = 1 + int(writer.counts[:, COUNTS.index('bytes')].sum()) // most
-    table = [*tokenizer.table]
-    table[tokenizer.bos] = b'\n'                 # keeps the words of two documents apart
-    lengths = np.array([len(piece) for piece in table])
-    for first in range(0, len(starts) - 1, batch * step):
-        ids = tokens[starts[first]:starts[first:first + batch + 1][-1]].astype(np.int64)
-        raw = b''.join([table[i] for i in ids.tolist()])
-        pieces = BPETokenizer.words.findall(raw.decode())         # every character is in one
-        text.append(np.array([number[piece] for piece in pieces], np.int32))
-        letter = np.cumsum(np.frombuffer(raw, np.uint8) & 0xC0 != 0x80)          # its number, for each byte
-        ends = np.cumsum([len(piece) for piece in pieces])
-        owner = np.searchsorted(ends, letter[np.cumsum(lengths[ids]) - 1])
-        pair, count = np.unique(ids << 32 | text[-1][owner], return_counts=True)
-        met.append((pair >> 32, pair & 0xFFFFFFFF, count))
-    return list(number), np.concatenate(text), map(np.concatenate, zip(*met))
-
-
-def spherical_kmeans(x, weight, n, seed):
-    """(weighted sum of cosines, labels) for rows of length 1, starting as k-means++ does (Arthur 2007)."""
-    rng, centres, away = np.random.default_rng(seed), [], weight
-    for _ in range(n):
-        centres.append(x[rng.choice(len(x), p=away / away.sum())])
-        away = np.minimum(away, weight * (1 - x @ centres[-1])).clip(1e-9)
-    centres, weighted = np.array(centres), x * weight[:, None]
-    for _ in range(25):                          # then hardly a word moves
-        near = x @ centres.T
-        labels = near.argmax(1)
-        centres = (labels == np.arange(n)[:, None]).astype(x.dtype) @ weighted
-        centres /= np.linalg.norm(centres, axis=1, keepdims=True).clip(1e-9)
-    return float(near.max(1) @ weight), labels
-
-
-def word_classes(writer, tokenizer, n):
-    """(V, n + 3) float32, how often a token is in words of each class; {word: class}, most frequent first.
-
-    A subword has its word's class, as in syntactic smoothing (Diehl Martinez 2024, 2410.11462). Words are
-    clustered by the roots of their neighbours' counts, left and right apart; the best of eight starts stays.
-    The last three classes are numbers, punctuation and spaces, rare words. BOS and unseen ids have zeros.
-    """
-    pieces, text, (token, piece, count) = read_words(writer, tokenizer)
-    words = [re.sub(r'\d+', '0', (text.split() or [''])[0].lower()) for text in pieces]
-    number = defaultdict(itertools.count().__next__)
-    text = np.array([number[word] for word in words])[text]
-    names, often = list(number), np.bincount(text)
-    order = np.argsort(-often, kind='stable')
-    chosen = np.array([i for i in order if names[i][:1].isalpha()][:CLASS_WORDS], np.int64)
-    if n > len(chosen):
-        raise UserError(f'--classes is {n:,}, the text has only {len(chosen):,} words: give fewer')
-    row, column = np.full(len(names), len(chosen)), np.full(len(names), NEIGHBOURS)    # the last: all others
-    row[chosen], column[order[:NEIGHBOURS]] = np.arange(len(chosen)), np.arange(min(NEIGHBOURS, len(order)))
-    near = np.zeros((2, (len(chosen) + 1) * (NEIGHBOURS + 1)))
-    for part in np.array_split(text, 1 + (len(text) >> 22)):
-        for side, (a, b) in enumerate(((part[1:], part[:-1]), (part[:-1], part[1:]))):
-            near[side] += np.bincount(row[a] * (NEIGHBOURS + 1) + column[b], minlength=near.shape[1])
-    x = np.sqrt(np.concatenate(near.reshape(2, -1, NEIGHBOURS + 1)[:, :-1], 1)).astype(np.float32)
-    x /= np.linalg.norm(x, axis=1, keepdims=True).clip(1e-9)
-    weight = np.sqrt(often[chosen]).astype(np.float32)            # unweighted, rare words take most classes
-    labels = max((spherical_kmeans(x, weight, n, seed) for seed in range(8)), key=lambda run: run[0])[1]
-    class_of = {names[i]: int(label) for i, label in zip(chosen, labels)}
-    classes = np.array([class_of.get(word, kind(word, n)) for word in words])
-    table = np.bincount(token * (n + 3) + classes[piece], count, tokenizer.vocab_size * (n + 3))
-    table = table.reshape(-1, n + 3).astype(np.float32)
-    table[tokenizer.bos] = 0
-    return table, class_of
-
-
-def tagged_words(texts):
-    """[(word, tag)] from CoNLL-U, or from lines of a word, a tab and its tag."""
-    rows = [line.split('\t') for text in texts for line in re.split('\r?\n', text)]
-    return [row[1:4:2] if len(row) == 10 else row for row in rows
-            if len(row) == 2 or len(row) == 10 and row[0].isdigit()]
-
-
-def agreement(classes, tags):
-    """Many-to-one accuracy, and V-measure (Rosenberg and Hirschberg 2007), of two labels for every word."""
-    def entropy(counts):
-        p = counts[counts > 0] / counts.sum()
-        return -(p * np.log(p)).sum()
-
-    joint = np.zeros((max(classes) + 1, max(tags) + 1))
-    np.add.at(joint, (classes, tags), 1)
-    apart = entropy(joint.sum(0)) + entropy(joint.sum(1))
-    return float(joint.max(1).sum() / len(tags)), float(2 - 2 * entropy(joint) / apart) if apart else 1.0
-
-
-def write_classes(folder, writer, tokenizer, o):
-    """classes.npy. Returns the ten most frequent words of each class, and agreement() with --check_classes
-    beside that of one class for all and of the same classes dealt anew to the words."""
-    table, class_of = word_classes(writer, tokenizer, o.classes)
-    np.save(folder / 'classes.npy', table)
-    words = [[word for word in class_of if class_of[word] == i][:10] for i in range(o.classes)]
-    report = dict(words=words, check={})
-    if o.tagged:
-        words, where = np.unique([word.lower() for word, _ in o.tagged], return_inverse=True)
-        tags = np.unique([tag for _, tag in o.tagged], return_inverse=True)[1]
-        classes = np.array([class_of.get(word, kind(word, o.classes)) for word in words.tolist()])
-        dealt = np.random.default_rng(0).permutation(classes)
-        for name, labels in dict(induced=classes, one=0 * classes, random=dealt).items():
-            report['check'][name] = agreement(labels[where], tags)
-    return report
+    def meet(self, text, held):
+        """Shown each document that pass 1 keeps, in order, and whether it is held out."""
+
+    def decide(self, found, kept):
+        """After pass 1: may drop more of those that were met, by found.drop_if; kept: their numbers."""
+
+    def note(self, report, reason, text, new=''):
+        """Counts a document, keeps a piece of three: of its beginning, or of where the new text differs."""
+        report[reason] += 1
+        kept = self.pieces.setdefault(reason, [])
+        if len(kept) < 3:
+            at = next((i for i, (a, b) in enumerate(zip(text, new)) if a != b), len(new))
+            piece = text[max(at - 20, 0):][:80]
+            kept += [piece] * (piece not in kept)
+
+    # What is kept
+
+    def tokenizer(self, texts):
+        """That of tokenizer_from, so that a run's weights fit it; else learned from the texts, or fixed."""
+        if self.s.tokenizer_from:
+            return load_tokenizer(self.s.tokenizer_from)
+        if self.s.tokenizer == 'bpe':
+            return BPETokenizer.train(texts, self.s.vocab_size)
+        return ByteTokenizer() if self.s.tokenizer == 'bytes' else GPT2Tokenizer.find(self.gpt2_folders)
+
+    @property
+    def gpt2_folders(self):
+        return [folder for folder in (self.s.gpt2_dir, Path(self.s.data_dir) / 'gpt2') if folder]
+
+    def configs(self):
+        """The files of config/ whose classes this one is made of, to name in what a user is told to run."""
+        return [f'{c.__module__.replace(".", "/")}.py' for c in type(self).__mro__[::-1]
+                if c.__module__.startswith('config.')]
+
+    def record(self, meta):
+        """Adds to meta.json what an idea knows of the build; it is part of the fingerprint."""
+
+    def finish(self, data):
+        """Adds files to a prepared folder, before it takes its place."""
+
+    def summary(self, data):
+        """Lines about a prepared data set."""
+        meta = data.meta
+        lines = [f'{"split":6}{"source":24}{"documents":>11}{"words":>13}{"tokens":>13}{"bytes/token":>13}']
+        for split, s in meta['splits'].items():
+            for name, n in [*s['sources'].items(), *[('all', s)] * (len(s['sources']) > 1)]:
+                lines.append(f'{split:6}{name[:23]:24}{n["documents"]:11,}{n["words"]:13,}{n["tokens"]:13,}'
+                             f'{n["bytes"] / n["tokens"]:13.3f}')
+        for what, count in meta['report'].items():
+            by = [f'{name} {n[what]:,}' for name, n in meta['cleaning']['by_source'].items() if n.get(what)]
+            by = f' ({", ".join(by)})' * (len(meta['sources']) > 1 and bool(by))
+            lines.append(f'{count:,} {what}{by}')
+        if meta['ignored']:
+            lines.append(f'left out, no split stands in their names: {", ".join(meta["ignored"])}')
+        words, seconds = sum(s['words'] for s in meta['splits'].values()), max(meta['seconds'], 0.1)
+        lines.append(f'licence: {meta["licence"]}')
+        lines.append(f'{meta["vocab_size"]:,} ids ({meta["tokenizer"]}); {words:,} words in {seconds:.1f} s, '
+                     f'{words / seconds:,.0f} words/s; {data.folder}')
+        return lines
+
+    # Looking at it
+
+    def line(self, data, i):
+        """A training document on a line of the page."""
+        source = data.meta['sources'][data.docs['train']['source'][i]]
+        return f'{source[:14]:15}{shown(next(data.texts("train", [i])))}'
+
+    def examples(self, data, sample):
+        """Lines with documents; sample: numbers of some training documents."""
+        return ['\nrandom documents', *(self.line(data, i) for i in sample[:4])]
+
+    def repeats(self, data):
+        """Lines about training documents that are like others."""
+        bounds, tokens = data.bounds('train'), data.tokens['train'].view(np.ndarray)
+        hashes = [hash(tokens[a:b].tobytes()) for a, b in itertools.pairwise(bounds[:1_000_001])]
+        return [f'\n{len(hashes) - len(set(hashes)):,} of {len(hashes):,} training documents repeat another']
+
+    def inspect(self):
+        """Prints a page about the data set as it was prepared."""
+        if not self.folder.exists():
+            raise UserError(f'{self.folder} is not prepared yet: say the same without --inspect first')
+        page(self, open_data(self.folder, self.s.dataset))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1573,88 +1150,98 @@ def key_of(doc):
     return np.frombuffer(hashlib.blake2b(doc, digest_size=16).digest(), '<u8').tolist()
 
 
-def scan(parts, o, bar):
-    """held: keys of validation and test; sample: key -> (rank, text) of training; below: where hashes decide,
-    validation has the lower keys, which are in hashed."""
-    found = SimpleNamespace(held=set(), hashed=set(), sample={}, bytes=0, documents=0)
-    found.below = int(o.val_fraction * 2**64)
-    found.reasons, found.drop = list(REPEATS), bytearray()       # a byte a document: why it is dropped, or 0
-    sketches = Sketches() if o.dedup else None
-    ceiling, size, lowest = 2**64, 0, 2**64
+class Found:
+    """What pass 1 learns. held: keys of validation and test; sample: key -> (rank, text) of training; below:
+    where hashes decide, validation has the lower keys, which are in hashed; drop: a byte a document, why it
+    goes, a number of `reasons`, 0 if it stays."""
+
+    def __init__(self, val_fraction):
+        self.held, self.hashed, self.sample, self.bytes, self.documents = set(), set(), {}, 0, 0
+        self.reasons, self.drop = {'': 0}, bytearray()
+        self.below, self.lowest = int(val_fraction * 2**64), 2**64
+        self.ceiling, self.size = 2**64, 0
+
+    def number(self, reason):
+        return self.reasons.setdefault(reason, len(self.reasons))
+
+    def drop_if(self, numbers, reason):
+        """Drops the documents of these numbers; those that are dropped already keep their reason."""
+        self.drop[numbers[self.drop[numbers] == 0]] = self.number(reason)
+
+    def assign(self, split, key):
+        """Notes on which side of the split a document is."""
+        if split in ('val', 'test'):
+            self.held.add(key)
+        elif split == '' and key not in self.held:
+            self.lowest = min(self.lowest, key)
+            if key < self.below:
+                self.hashed.add(key)
+
+    def offer(self, key, rank, text, size):
+        """The lowest ranks of training documents: an even sample in one pass, whatever the length."""
+        if key in self.held or key in self.hashed or key in self.sample:
+            return
+        if rank < self.ceiling:
+            self.sample[key] = rank, text
+            self.size += size
+        while self.size > SAMPLE_BYTES:
+            self.ceiling //= 2
+            self.sample = {k: v for k, v in self.sample.items() if v[0] < self.ceiling}
+            self.size = sum(len(t.encode()) for _, t in self.sample.values())
+
+
+def scan(corpus, parts, bar):
+    """Pass 1 over all files: what it Found."""
+    found = Found(corpus.s.val_fraction)
     for part in parts:
         before = found.documents
-        for doc, text in read(part, o, Counter(), bar):
+        for doc, text in corpus.documents(part, Counter(), bar):
             key, rank = key_of(doc)
             found.bytes += len(doc)
             found.documents += 1
             held = part.split in ('val', 'test') or part.split == '' and key < found.below
-            reason = '' if held else unwanted(text, part, o)
-            if reason not in found.reasons:
-                found.reasons.append(reason)
-            found.drop.append(found.reasons.index(reason))
-            if reason:
-                continue
-            if sketches:
-                sketches.add(text, held)
-            if part.split in ('val', 'test'):
-                found.held.add(key)
-            elif part.split == '' and key not in found.held:
-                lowest = min(lowest, key)
-                if key < found.below:
-                    found.hashed.add(key)
-            if key in found.held or key in found.hashed or key in found.sample:
-                continue
-            if rank < ceiling:           # the lowest ranks: an even sample in one pass, whatever the length
-                found.sample[key] = rank, text
-                size += len(doc)
-            while size > SAMPLE_BYTES:
-                ceiling //= 2
-                found.sample = {k: v for k, v in found.sample.items() if v[0] < ceiling}
-                size = sum(len(t.encode()) for _, t in found.sample.values())
+            reason = '' if held else corpus.unwanted(text, part)
+            found.drop.append(found.number(reason))
+            if not reason:
+                corpus.meet(text, held)
+                found.assign(part.split, key)
+                found.offer(key, rank, text, len(doc))
         if part.split and found.documents == before:
             raise UserError(f'{part.path} holds no text: fill it or take it away')
-    if found.below <= lowest < 2**64:            # a small corpus: the lowest hash alone is validation
-        found.below = lowest + 1
-        found.hashed.add(lowest)
-        found.sample.pop(lowest, None)
+    if found.below <= found.lowest < 2**64:      # a small corpus: the lowest hash alone is validation
+        found.below = found.lowest + 1
+        found.hashed.add(found.lowest)
+        found.sample.pop(found.lowest, None)
     found.drop = np.frombuffer(found.drop, np.uint8)
-    if sketches and len(sketches.held):
-        found.drop[found.drop == 0] = sketches.repeats()
+    corpus.decide(found, np.flatnonzero(found.drop == 0))
     if not found.sample:
-        raise UserError(f'{o.root} holds no text to train on: give two documents or more')
+        raise UserError(f'{corpus.root} holds no text to train on: give two documents or more')
     return found
-
-
-REPEATS = ('', 'training documents dropped, near duplicates of held-out ones',
-           'training documents dropped, near duplicates of earlier ones')
 
 
 class SplitWriter:
     """Encodes documents in batches, appends them to <split>.bin, and counts them by source."""
 
-    def __init__(self, folder, split, tokenizer, n_sources, scoring=False):
-        self.path, self.tokenizer, self.scoring, self.scores = folder / f'{split}.bin', tokenizer, scoring, []
+    def __init__(self, folder, split, tokenizer, n_sources):
+        self.path, self.tokenizer = folder / f'{split}.bin', tokenizer
         self.dtype = '<u2' if tokenizer.vocab_size <= 65536 else '<u4'
         self.file, self.rows, self.tokens, self.batch, self.pending = open(self.path, 'wb'), [], 0, [], 0
         self.counts = np.zeros((n_sources, len(COUNTS)), np.int64)
 
-    def add(self, source, n_bytes, text, more=()):
-        self.batch.append((source, n_bytes, text, more))
+    def add(self, source, n_bytes, text):
+        self.batch.append((source, n_bytes, text))
         self.pending += n_bytes
         if self.pending >= BATCH_BYTES:
             self.write()
 
     def write(self):
-        sources, n_bytes, texts, more = map(list, zip(*self.batch))
+        sources, n_bytes, texts = map(list, zip(*self.batch))
         ids = [np.append(self.tokenizer.bos, row) for row in self.tokenizer.encode_batch(texts)]
         lengths = np.array([len(row) for row in ids])
         rows = np.zeros(len(ids), DOC)
         rows['start'] = self.tokens + lengths.cumsum() - lengths
         rows['bytes'], rows['source'] = n_bytes, sources
         self.rows.append(rows)                   # 18 bytes a document, the one thing that grows
-        if self.scoring:
-            measured = [(*text_measures(text), *extra) for text, extra in zip(texts, more)]
-            self.scores.append(np.array(measured, np.float32))
         words = [len(text.split()) for text in texts]
         np.add.at(self.counts, sources, np.stack([np.ones_like(lengths), words, n_bytes, lengths], 1))
         self.tokens += int(lengths.sum())
@@ -1673,41 +1260,37 @@ class SplitWriter:
         return total | dict(head_sha256=sha256_of(self.path, 1 << 20), sources=rows)
 
 
-def encode(parts, found, tokenizer, folder, names, o, bar):
+def encode(corpus, parts, found, tokenizer, folder, names, bar):
     """Writes the bins. Returns {split: SplitWriter}, {source: what was dropped or cut}, a digest."""
     writers, reports, digest, number = {}, {name: Counter() for name in names}, hashlib.sha256(), -1
     for part in parts:
         source, report = names.index(part.source), reports[part.source]
-        for doc, text in read(part, o, report, bar):
+        for doc, text in corpus.documents(part, report, bar):
             key, number = key_of(doc)[0], number + 1
             if (key in found.held and part.split in ('', 'train')
                     or key in found.hashed and part.split == 'train'):
-                note(o, report, 'training documents dropped, identical to held-out ones', text)
+                corpus.note(report, 'training documents dropped, identical to held-out ones', text)
                 continue
             split = part.split or ('val' if key < found.below else 'train')
             if split == 'train' and found.drop[number]:
-                note(o, report, found.reasons[found.drop[number]], text)
-                continue
-            more = [quality(o.weights, text)] if o.good else []
-            if split == 'train' and more and more[0] < o.min_quality:
-                note(o, report, f'training documents dropped, quality below {o.min_quality}', text)
+                corpus.note(report, [*found.reasons][found.drop[number]], text)
                 continue
             digest.update(f'{split} {source} {len(doc)} '.encode() + doc)
             if split not in writers:
-                writers[split] = SplitWriter(folder, split, tokenizer, len(names), o.scores)
-            writers[split].add(source, len(doc), text, more)
+                writers[split] = SplitWriter(folder, split, tokenizer, len(names))
+            writers[split].add(source, len(doc), text)
     for writer in writers.values():
         writer.close()
+    tokens = writers['train'].tokens if 'train' in writers else 0
+    if tokens < MIN_TRAIN_TOKENS or 'val' not in writers:
+        raise UserError(f'the training split has {tokens:,} tokens, {MIN_TRAIN_TOKENS} are needed, and '
+                        f'validation {"some" if "val" in writers else "none"}: give more text or a .dev file')
     return {s: writers[s] for s in ('train', 'val', 'test') if s in writers}, reports, digest.hexdigest()
 
 
 def sha256_of(path, size=-1):
     with open(path, 'rb') as f:
         return (hashlib.sha256(f.read(size)) if size > 0 else hashlib.file_digest(f, 'sha256')).hexdigest()
-
-
-def option(default, help):
-    return field(default=default, metadata=dict(help=help))
 
 
 def running(pid):
@@ -1718,118 +1301,17 @@ def running(pid):
     return True
 
 
-@dataclass
-class Options:
-    """How a data set is prepared: the options of the command line, those that decide its content first."""
-    tokenizer: str = option('bpe', 'one of bpe, bytes, gpt2')
-    vocab_size: int = option(8192, 'ids in all, for bpe')
-    val_fraction: float = option(0.02, 'documents held out, by hash, where there is no validation split')
-    max_doc_bytes: int = option(16384, 'longer documents become passages, so that shuffling means something')
-    min_doc_bytes: int = option(1000, 'paragraphs that are no documents are joined until they have so many')
-    clean: str = option('', f'steps of cleaning, with commas between: {", ".join(STEPS)}; or all')
-    languages: str = option('', f'that step keeps, of {", ".join(LANGUAGES)}; else what a source has most')
-    dedup: bool = option(False, 'drop training documents that nearly repeat another, by MinHash')
-    scores: bool = option(False, f'keep for every document: {", ".join(MEASURES)}')
-    difficulty: str = option('', 'the measure in docs.npy; without it loss if there is one, else bigram')
-    min_quality: float = option(0.0, 'drop training documents that --good and --bad make less likely good')
-    classes: int = option(0, 'word classes to induce, for syntactic smoothing; 64 is sensible, 0 is none')
-    text_field: str = option('', 'the field of .jsonl and .parquet rows; without it text, else story')
-    documents: int = option(40_000, 'training stories to generate')
-    add: str = option('', 'more to train on, for --weights of train.py: of arithmetic,brackets,python')
-    add_documents: int = option(5000, 'documents of each of those, at most')
-    secure: bool = option(False, 'drop Python files in which bandit finds medium or high severity')
-    seed: int = option(1337, 'of what is generated')
-    tokenizer_from: str = option('', 'a prepared data set or a run whose tokenizer to use')
-    good: str = option('', 'a file of good documents, hundreds: every document is scored by a classifier')
-    bad: str = option('', 'a file of bad ones')
-    score_with: str = option('', 'a run, such as out/quickstart: its loss on every document is a score')
-    check_classes: str = option('', 'a tagged file, CoNLL-U or word<tab>tag: how well the classes fit it')
-    gpt2_dir: str = option('', 'where vocab.bpe and encoder.json lie; else <data_dir>/gpt2, else the network')
-    base_url: str = option('', f'a mirror in the place of {HUGGING_FACE}')
-    data_dir: str = option('data', 'where data sets lie')
-    overwrite: bool = option(False, 'replace the folder if it exists')
-
-
-CONTENT = [f.name for f in fields(Options)]
-CONTENT = CONTENT[:CONTENT.index('tokenizer_from')]          # these go into meta.json and its fingerprint
-
-
-def settle(dataset, **options):
-    """Options, checked, with the data set and where its text lies."""
-    o = Options(**options)
-    o.dataset, o.root, o.flagged = dataset, source_root(dataset, o.data_dir), []
-    o.gpt2_folders = [folder for folder in (o.gpt2_dir, Path(o.data_dir) / 'gpt2') if folder]
-    o.added = list(dict.fromkeys(name.strip() for name in o.add.split(','))) if o.add else []
-    bounds = dict(vocab_size=(2, 1 << 20), max_doc_bytes=(256, 1 << 30), min_doc_bytes=(0, 1 << 30),
-                  documents=(1, 10 ** 9), add_documents=(1, 10 ** 9), val_fraction=(1e-12, 0.999))
-    if wrong := [f'{name} is {getattr(o, name)}, it must be {low:,} to {high:,}'
-                 for name, (low, high) in bounds.items() if not low <= getattr(o, name) <= high]:
-        raise UserError('; '.join(wrong))
-    if o.base_url and not re.match('(https?|file)://', o.base_url):
-        raise UserError(f'base_url is {o.base_url!r}: begin it with https://')
-    if wrong := [name for name in o.added if name not in ADDED]:
-        raise UserError(f'add names {", ".join(map(repr, wrong))}: choose from {", ".join(ADDED)}')
-    o.steps = set(STEPS) if o.clean == 'all' else set(re.findall(r'[^,\s]+', o.clean))
-    if wrong := o.steps - set(STEPS) or set(re.findall(r'[^,\s]+', o.languages)) - set(LANGUAGES):
-        raise UserError(f'{min(wrong)!r} is no step of clean and no language: choose {", ".join(STEPS)} or '
-                        f'all, and {", ".join(LANGUAGES)}')
-    if o.languages and 'language' not in o.steps:
-        raise UserError(f'languages is {o.languages!r}, and clean has no step language: add it')
-    o.examples, o.language = {}, None
-    data_name(dataset)
-    return o
-
-
-def check_options(o):
-    """Refuses what can be refused before the work starts, and opens or learns what scores and checks take."""
-    def texts(name):                             # as they stand
-        as_is = SimpleNamespace(**vars(o) | dict(min_doc_bytes=0, steps=()))
-        return [text for _, text in read(Part(Path(name), name, '', ''), as_is, Counter(), bar)]
-
-    bar, o.inputs = SimpleNamespace(update=lambda n: None), [sha256_of(f) for f in (o.good, o.bad) if f]
-    o.scores = bool(o.scores or o.good or o.score_with or o.difficulty)
-    o.columns = [*MEASURES, *['quality'] * bool(o.good), *['loss'] * bool(o.score_with)]
-    if o.difficulty not in ('', *o.columns):
-        raise UserError(f'--difficulty is {o.difficulty!r}: choose {", ".join(o.columns)}')
-    o.difficulty = o.difficulty or ('loss' if o.score_with else 'bigram') * o.scores
-    if bool(o.good) != bool(o.bad) or not 0 <= o.min_quality <= bool(o.good):
-        raise UserError(f'--good is {o.good!r}, --bad {o.bad!r}, --min_quality {o.min_quality}: give both '
-                        f'files, and a probability with them')
-    if o.classes < 0 or o.classes == 1 or o.check_classes and not o.classes:
-        raise UserError(f'--classes is {o.classes}: give 2 or more, or 0 and no --check_classes')
-    o.tagged = tagged_words(texts(o.check_classes)) if o.check_classes else []
-    if o.check_classes and not o.tagged:
-        raise UserError(f'{o.check_classes} has no tagged words: give CoNLL-U, or word<tab>tag lines')
-    if o.good:
-        o.weights, o.fit = fit_quality(*(set(texts(name)) for name in (o.good, o.bad)))
-    if o.score_with:
-        sys.modules.setdefault('prepare_data', sys.modules[__name__])    # else its UserError is not ours
-        import sample
-        o.judge = sample.load(o.score_with, 'cuda' if sample.torch.cuda.is_available() else 'cpu')
-        weights = b''.join(w.numpy(force=True).tobytes() for w in o.judge[0].parameters())
-        o.inputs.append(hashlib.sha256(weights).hexdigest())
-
-
-def build(dataset, tokenizer='bpe', quiet=False, **options):
-    """Prepares a data set and returns its folder, which appears complete or not at all. See Options."""
-    o = settle(dataset, tokenizer=tokenizer, **options)
-    folder = data_folder(dataset, o.tokenizer, o.vocab_size, o.data_dir)
-    if folder.exists() and not o.overwrite:
-        raise UserError(f'{folder} exists already: use it, or prepare it anew with --overwrite')
-    if o.tokenizer_from:
-        given = load_tokenizer(o.tokenizer_from)
-        if data_folder(dataset, given.kind, given.vocab_size, o.data_dir) != folder:
-            raise UserError(f'{o.tokenizer_from} has a {given.kind} tokenizer of {given.vocab_size:,} ids, '
-                            f'{folder} is to have another: give the same --tokenizer and --vocab_size')
+@contextlib.contextmanager
+def whole_or_nothing(folder):
+    """A new folder beside `folder` that takes its place at the end, or vanishes with what went wrong."""
     temp = folder.with_name(f'.{folder.name}.{os.getpid()}')
     old = folder.with_name(f'.{folder.name}.old.{os.getpid()}')
     for left in folder.parent.glob(f'.{folder.name}.*'):     # by a build that was killed
         if left in (temp, old) or left.suffix[1:].isdigit() and not running(int(left.suffix[1:])):
             shutil.rmtree(left, ignore_errors=True)
     try:
-        check_options(o)
         temp.mkdir(parents=True)
-        meta = fill(temp, o)
+        yield temp
         for path in temp.iterdir():              # on the disk before the folder takes its place
             with open(path, 'rb') as f:
                 os.fsync(f.fileno())
@@ -1838,134 +1320,63 @@ def build(dataset, tokenizer='bpe', quiet=False, **options):
         os.rename(temp, folder)
         shutil.rmtree(old, ignore_errors=True)   # not before the new one is in place
     except OSError as e:
-        what = f'the disk of {o.data_dir} is full' if e.errno in FULL else f'{e.filename}: {e.strerror or e}'
+        what = (f'the disk of {folder.parent} is full' if e.errno in FULL else
+                f'{e.filename}: {e.strerror or e}')
         raise UserError(f'{what}; nothing was left behind: mend that or choose another --data_dir') from None
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-    if not quiet:
-        print(summary(folder, meta))
-    return folder
 
 
-def gather(temp, o, report):
-    """Makes or fetches the text. Returns its parts, files left out, the stamp of those it is from."""
-    root, entry = o.root, DATASETS.get(o.dataset, {})
-    files = [root] if root.is_file() else [p for p in root.rglob('*') if p.is_file() and not NOT_TEXT & {
-        part if part[0] != '.' else '.' for part in p.relative_to(root).parts}]
-    suffixes = {p.suffix for p in files} - {'', '.md', '.rst', '.toml', '.cfg', '.yml', '.ini'}
-    code = suffixes == {'.py'} or o.dataset == 'python' and not suffixes      # or a clone of a project
-    if o.secure and not code and 'python' not in o.added:
-        raise UserError(f'secure is for Python files, {o.dataset} has none: leave it out, or --add python')
-    if 'world' in entry:
-        o.text_field = ''
-        root = write_stories(temp, o.documents, o.seed, entry['world'], entry['questions'])
-    elif code:
-        root = write_python(temp, root, o, report).path
-    elif not o.dataset.startswith('files:'):
-        fetch(o.dataset, root, o.base_url)
-    parts, ignored = find_parts(root)
-    if both := {part.source for part in parts} & {*o.added}:
-        raise UserError(f'add names {", ".join(both)}, a source of {o.dataset} already: leave it out')
-    for name in o.added:
-        if name == 'python':
-            parts.append(write_python(temp, source_root(name, o.data_dir), o, report, o.add_documents))
-        else:
-            parts.append(write_texts(temp, name, ADDED[name](o.add_documents, o.seed), o))
+def gather(corpus, temp, report):
+    """Makes or fetches the text. Returns its parts, and the names of files left out."""
+    parts, ignored = corpus.parts(corpus.text(temp, report), temp, report)
     check_text(parts)
-    o.language = learn_languages(parts, o) if 'language' in o.steps else None
-    return parts, ignored, stamp(find_parts(o.root)[0]) if o.root.exists() else []
+    corpus.learn(parts)
+    return parts, ignored
 
 
-def fill(temp, o):
-    """Writes all files of a data set into `temp`. Returns meta."""
+def fill(corpus, temp):
+    """Writes all files of a data set into the folder `temp`."""
     from tqdm import tqdm
-    t0, dropped = time.time(), Counter()
-    parts, ignored, files = gather(temp, o, dropped)
-    entry = DATASETS.get(o.dataset, {})
+    t0, dropped, s = time.time(), Counter(), corpus.s
+    parts, ignored = gather(corpus, temp, dropped)
+    files = stamp(find_parts(corpus.root)[0]) if corpus.root.exists() else []
     names = sorted({part.source for part in parts})
-    size = sum(part.path.stat().st_size for part in parts)
-    progress = functools.partial(tqdm, total=size, unit='B', unit_scale=True, disable=None)
+    progress = functools.partial(tqdm, total=sum(part.path.stat().st_size for part in parts), unit='B',
+                                 unit_scale=True, disable=None)
     with progress(desc='checking') as bar:
-        found = scan(parts, o, bar)
-    need = found.bytes * (2 if o.tokenizer == 'bytes' else 0.7) + 50 * found.documents
+        found = scan(corpus, parts, bar)
+    need = found.bytes * (2 if s.tokenizer == 'bytes' else 0.7) + 50 * found.documents
     if (free := shutil.disk_usage(temp).free) < need:
-        raise UserError(f'{o.data_dir} has {free / 1e6:,.0f} MB free, about {need / 1e6:,.0f} MB are needed: '
+        raise UserError(f'{s.data_dir} has {free / 1e6:,.0f} MB free, about {need / 1e6:,.0f} MB are needed: '
                         f'make room or choose another --data_dir')
-    if o.tokenizer_from:                         # that of a run, so that another can start from its weights
-        tokenizer = load_tokenizer(o.tokenizer_from)
-    elif o.tokenizer == 'bpe':
-        tokenizer = BPETokenizer.train((text for _, text in found.sample.values()), o.vocab_size)
-    elif o.tokenizer == 'gpt2':
-        tokenizer = GPT2Tokenizer.find(o.gpt2_folders)
-    else:
-        tokenizer = ByteTokenizer()
+    tokenizer = corpus.tokenizer(text for _, text in found.sample.values())
     found.sample.clear()
     (temp / tokenizer.filename).write_bytes(tokenizer.blob)
     with progress(desc='encoding') as bar:
-        writers, reports, digest = encode(parts, found, tokenizer, temp, names, o, bar)
-    tokens = writers['train'].tokens if 'train' in writers else 0
-    if tokens < MIN_TRAIN_TOKENS or 'val' not in writers:
-        raise UserError(f'the training split has {tokens:,} tokens, {MIN_TRAIN_TOKENS} are needed, and '
-                        f'validation {"some" if "val" in writers else "none"}: give more text or a .dev file')
-    together = write_scores(writers, names, tokenizer, o) if o.scores else None
-    classes = write_classes(temp, writers['train'], tokenizer, o) if o.classes else None
+        writers, reports, digest = encode(corpus, parts, found, tokenizer, temp, names, bar)
     meta = dict(
-        version=VERSION, dataset=o.dataset, tokenizer=o.tokenizer, vocab_size=tokenizer.vocab_size,
+        version=VERSION, dataset=s.dataset, tokenizer=s.tokenizer, vocab_size=tokenizer.vocab_size,
         bos=tokenizer.bos, dtype=writers['train'].dtype, sources=names,
-        splits={split: writer.meta(names) for split, writer in writers.items()},
-        licence='; '.join([entry.get('licence', 'as the files say')]
-                          + [DATASETS['python']['licence']] * ('python' in o.added)),
+        splits={split: writer.meta(names) for split, writer in writers.items()}, licence=corpus.licence,
         report=dict(sorted((sum(reports.values(), Counter()) + dropped).items())), ignored=ignored,
-        cleaning=dict(layouts={part.name: f'{part.kind}, {part.way}' for part in parts}, examples=o.examples,
-                      by_source=reports, languages=o.language and o.language.keep,
-                      thresholds=dict(margin=MARGIN, least=LEAST, repetition=LIMITS, bands=BANDS, rows=ROWS)),
-        files=files, flagged=o.flagged,
-        tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
-        settings={key: value for key, value in vars(o).items() if key in CONTENT},
-        inputs=o.inputs, quality=o.fit if o.good else None, rank_correlations=together)
-    content = meta | dict(dataset=data_name(o.dataset))           # a path says nothing about the content
+        cleaning=dict(layouts={part.name: f'{part.kind}, {part.way}' for part in parts},
+                      examples=corpus.pieces, by_source=reports),
+        files=files, tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
+        settings=corpus.content())
+    corpus.record(meta)
+    content = meta | dict(dataset=corpus.name)   # a path says nothing about the content
     meta['fingerprint'] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    meta['classes'] = classes
+    meta['configs'] = corpus.configs()
     meta['created'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     meta['seconds'] = round(time.time() - t0, 1)
-    shutil.rmtree(temp / 'raw', ignore_errors=True)                # the stories' text
+    shutil.rmtree(temp / 'raw', ignore_errors=True)              # text that was generated
     (temp / 'meta.json').write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding='utf-8')
-    return meta
+    corpus.finish(open_data(temp))
 
 
 def stamp(parts):
     return sorted([part.name, part.path.stat().st_size] for part in parts)
-
-
-def summary(folder, meta):
-    lines = [f'{"split":6}{"source":24}{"documents":>11}{"words":>13}{"tokens":>13}{"bytes/token":>13}']
-    for split, s in meta['splits'].items():
-        for name, n in [*s['sources'].items(), *[('all', s)] * (len(s['sources']) > 1)]:
-            lines.append(f'{split:6}{name[:23]:24}{n["documents"]:11,}{n["words"]:13,}{n["tokens"]:13,}'
-                         f'{n["bytes"] / n["tokens"]:13.3f}')
-    for what, count in meta['report'].items():
-        by = [f'{name} {n[what]:,}' for name, n in meta['cleaning']['by_source'].items() if n.get(what)]
-        lines.append(f'{count:,} {what}' + f' ({", ".join(by)})' * (len(meta['sources']) > 1 and bool(by)))
-    if names := meta.get('flagged'):
-        lines.append(f'dropped for bandit: {", ".join(names[:4])}{", ... (meta.json)" * (len(names) > 4)}')
-    if meta['ignored']:
-        lines.append(f'left out, no split stands in their names: {", ".join(meta["ignored"])}')
-    if meta.get('rank_correlations'):
-        lines.append('rank correlations of the measures, over training documents')
-        lines += [f'{name:16}' + ''.join(f'{r:6.2f}' for r in row[:i + 1])
-                  for i, (name, row) in enumerate(meta['rank_correlations'].items())]
-    if q := meta.get('quality'):
-        lines.append(f'quality: learned from {q["documents"]:,} examples, right about {q["accuracy"]:.1%} of '
-                     f'{q["held_out"]:,} others, both sides counting alike')
-    if meta.get('classes'):
-        lines += [f'class {i:3}  {" ".join(row)}' for i, row in enumerate(meta['classes']['words'])]
-        lines += [f'{name} classes: many-to-one accuracy {right:.3f}, V-measure {v:.3f}'
-                  for name, (right, v) in meta['classes']['check'].items()]
-    words, seconds = sum(s['words'] for s in meta['splits'].values()), max(meta['seconds'], 0.1)
-    lines.append(f'licence: {meta["licence"]}')
-    lines.append(f'{meta["vocab_size"]:,} ids ({meta["tokenizer"]}); {words:,} words in {seconds:.1f} s, '
-                 f'{words / seconds:,.0f} words/s; {folder}')
-    return '\n'.join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1982,6 +1393,16 @@ class Data:
     def tokenizer(self):
         return load_tokenizer(self.folder)
 
+    def bounds(self, split):
+        """(documents + 1,): where each document begins in tokens[split], and the end."""
+        return np.append(self.docs[split]['start'], len(self.tokens[split]))
+
+    def texts(self, split, numbers=None):
+        """The texts of the documents of these numbers, of all in their order without."""
+        bounds, tokens = self.bounds(split), self.tokens[split].view(np.ndarray)
+        for i in range(len(bounds) - 1) if numbers is None else numbers:
+            yield self.tokenizer.decode(tokens[bounds[i] + 1:bounds[i + 1]].tolist())
+
 
 def open_data(folder, dataset=None):
     """Checks a prepared folder and maps it into memory; refuses what the trainer could not trust."""
@@ -1993,9 +1414,9 @@ def open_data(folder, dataset=None):
             or any({*COUNTS, 'head_sha256'} - split.keys() for split in meta['splits'].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         meta, broken = {}, True
-    settings = ''.join(f' --{key} {meta[key]}' for key in ('tokenizer', 'vocab_size') if key in meta)
-    again = (f'run python prepare_data.py {dataset or meta.get("dataset", "<dataset>")}{settings} '
-             f'--data_dir {folder.parent} --overwrite')
+    named = [*meta.get('configs', ()), f'--dataset={dataset or meta.get("dataset", "<dataset>")}']
+    named += [f'--{key}={meta[key]}' for key in ('tokenizer', 'vocab_size') if key in meta]
+    again = f'run python prepare_data.py {" ".join(named)} --data_dir={folder.parent} --overwrite'
     if broken:
         raise UserError(f'{folder} is not a prepared data set (meta.json is missing or damaged): {again}')
     if meta['version'] != VERSION:
@@ -2035,26 +1456,6 @@ def open_split(data, split, counts):
     data.tokens[split], data.docs[split] = tokens, docs
 
 
-def measure(data, split, name):
-    """A number for every document of a split: a column of its scores, or 'difficulty'."""
-    path = data.folder / f'{split}.scores.npy'
-    table = np.load(path) if path.is_file() else data.docs[split][['difficulty']]
-    known = [column for column in table.dtype.names if table[column].any()]
-    if name not in known:
-        raise UserError(f'{data.folder} has no measure {name!r} of its documents, only {known}: run python '
-                        f'prepare_data.py {data.meta["dataset"]} as before, with --scores and --overwrite')
-    return table[name]
-
-
-def word_class_table(data):
-    """(V, classes) float32: how often every id occurs in words of each class."""
-    path = data.folder / 'classes.npy'
-    if not path.is_file():
-        raise UserError(f'{data.folder} has no word classes: run python prepare_data.py '
-                        f'{data.meta["dataset"]} as before, with --classes 29 and --overwrite')
-    return np.load(path)
-
-
 def source_weights(text, data):
     """How often an epoch reads each source, from 'childes:2,gutenberg:0.5'; None from nothing."""
     weights = dict.fromkeys(data.meta['sources'], 1.0)
@@ -2070,656 +1471,82 @@ def source_weights(text, data):
         raise UserError(f'weights leave nothing to train on: weigh one of {", ".join(trained)} above 0')
     return list(weights.values()) if text else None
 
-
-# ----------------------------------------------------------------------------------------------------
-# Evaluation sets: items of a context and options, of which the first is right, tokenized once
-
-BLIMP = 'https://github.com/alexwarstadt/blimp/archive/refs/heads/master.tar.gz'
-PHENOMENA = {'s-selection': 'argument_structure'}   # in BLiMP's paper; apart in its files: 12 fields, not 13
-FORMS = ('sentence_good and sentence_bad; context, good and bad; input_prefix and options; sentence1, '
-         'sentence2 and label; sentence with a line an option, and label; prompt and answer')
-
-
-def eval_item(row, kind):
-    """dict(kind, field, context, options) of a row, the right option first; ValueError, KeyError, TypeError,
-    AttributeError or IndexError if it is none. Knows the fields of BLiMP (Warstadt 2020, 1912.00582), the
-    stories' pairs, entity tracking (Kim 2023, 2305.02363), COPA, ARC and LAMBADA (Paperno 2016, 1606.06031).
-    """
-    context, right = row.get('context', ''), row.get('label', 0)
-    match row:
-        case {'sentence_good': good, 'sentence_bad': bad} | {'good': good, 'bad': bad}:
-            options, right = [good, bad], 0
-        case {'sentence1': one, 'sentence2': two, 'label': _}:
-            options = [one, two]
-        case {'sentence': text, 'label': label}:
-            context, *lines = re.split(r'\n(?=[A-Z0-9]: )', text)
-            right = [line[0] for line in lines].index(label)
-            options = [line[2:] for line in lines]               # the space stays: ' a metal'
-        case {'prompt': text, 'answer': answer}:
-            context, options = text.split('{answer}')[0].rstrip(), [f' {answer}']
-        case _:
-            context, options = row.get('input_prefix', context), row['options'] + []     # a list, not text
-    options.insert(0, options.pop(right))
-    ''.join([context, *options]).encode()                        # half a surrogate pair is no character
-    if right < 0 or not all(map(str.strip, options)) or len(options) == 1 and 'answer' not in row:
-        raise ValueError
-    steps = f'_{row["numops"]}_ops' if 'numops' in row else ''   # entity tracking: how often something moved
-    kind, field = row.get('kind') or row.get('UID') or kind + steps, str(row.get('linguistics_term', ''))
-    return dict(kind=str(kind), field=PHENOMENA.get(field, field), context=context, options=options)
-
-
-PROBLEMS = re.compile('humaneval|mbpp', re.I)       # names of files that sample.py's python tasks read
-
-
-def eval_files(folder, own=None):
-    """{name: path} of a folder's evaluation sets, and 'coherence', the pairs of a data set's own folder."""
-    found = {'coherence': Path(own) / 'pairs.jsonl'} if own and (Path(own) / 'pairs.jsonl').exists() else {}
-    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
-        named = re.search(r'\.(jsonl|tar)(\.\w+)?$', path.name) and not PROBLEMS.search(path.name)
-        if named or path.is_dir() and any(path.glob('*.jsonl')):
-            found[path.name.split('.')[0]] = path
-    return found
-
-
-def read_items(path):
-    """Items of a .jsonl file, a folder or a tar of them (.gz, .xz), and the places of lines that are none."""
-    path, files, items, bad = Path(path), [], [], []
+def write_beside(path, write):
+    """A file that write(f) fills, beside its place, then moved into it. A folder that is read-only costs time
+    later, no more: what is written so can be made again."""
+    beside = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        if '.tar' in path.suffixes:
-            with tarfile.open(path) as tar:
-                files = [(m.name, tar.extractfile(m).read()) for m in tar
-                         if m.isfile() and m.name.endswith('.jsonl')]
-        elif path.is_dir():
-            files = [(p.name, p.read_bytes()) for p in sorted(path.glob('*.jsonl'))]
-        else:
-            with open(path, 'rb') as raw:
-                files = [(path.name, open_source(raw, path.name).read())]
-    except (OSError, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as e:
-        raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}): give .jsonl, a folder or a tar of '
-                        f'them') from e
-    for name, text in files:
-        for number, line in enumerate(text.split(b'\n'), 1):
-            try:
-                if line.strip():
-                    items.append(eval_item(json.loads(line), Path(name).name.split('.')[0]))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-                bad.append(f'{name} line {number:,}')
-    if not items:
-        raise UserError(f'{path} holds no items of an evaluation: give .jsonl lines with {FORMS}')
-    if len({len(item['options']) == 1 for item in items}) == 2:
-        raise UserError(f'{path} mixes last words and choices: give them in files of their own')
-    return items, bad
-
-
-def tokenize_items(items, tokenizer):
-    """Arrays: ids of all options, each BOS, context and option; start (options + 1,) of each in ids; item
-    (options,) it belongs to; seam and kind (items,): the first token that is scored, where options part (or
-    end the context, if there is but one), and the index into kinds, fields. Any first part of the items holds
-    every kind in proportion, neighbours in the file, such as mirrored pairs, together."""
-    kinds = {item['kind']: item.get('field', '') for item in items}
-    number = {kind: i for i, kind in enumerate(kinds)}
-    kind = np.array([number[item['kind']] for item in items])
-    place, dice = np.zeros(len(items)), np.random.default_rng(0)
-    for i in range(len(kinds)):
-        mine = np.flatnonzero(kind == i)
-        couples = dice.permutation(-(-len(mine) // 2))[np.arange(len(mine)) // 2]
-        place[mine] = (2 * couples + dice.random()) / len(mine)      # kinds in another order in every round
-    order = np.argsort(place, kind='stable')
-    items = [items[i] for i in order]
-    rows = tokenizer.encode_batch([item['context'] + o for item in items for o in item['options']])
-    contexts = tokenizer.encode_batch([i['context'] for i in items]) if len(rows) == len(items) else ()
-    owner, seam = np.repeat(np.arange(len(items)), [len(item['options']) for item in items]), []
-    for i, first in enumerate(np.searchsorted(owner, np.arange(len(items)))):
-        texts = [contexts[i], rows[i]] if len(contexts) else rows[first:first + len(items[i]['options'])]
-        least = min(map(len, texts))
-        apart = np.flatnonzero((np.array([text[:least] for text in texts]) != texts[0][:least]).any(axis=0))
-        seam.append(1 + (apart[0] if len(apart) else least))
-    rows = [np.append(np.uint32(tokenizer.bos), row) for row in rows]
-    return dict(ids=np.concatenate(rows).astype(np.uint32), start=np.cumsum([0, *map(len, rows)]), item=owner,
-                seam=np.array(seam), kind=kind[order], kinds=np.array([*kinds]),
-                fields=np.array([*kinds.values()]))
-
-
-def eval_set(path, tokenizer, cache=None):
-    """tokenize_items of an evaluation file, and left_out, the places of lines that are no item. With a folder
-    to cache them in, they are read from there the next time, unless the file or the tokenizer changed."""
-    path = Path(path)
-    digest = hashlib.sha256(f'items 2 {path.name}'.encode() + tokenizer.blob)
-    if not path.exists():
-        raise UserError(f'{path} does not exist: name an evaluation file, a folder or a tar of them')
-    try:
-        for file in [path] if path.is_file() else sorted(path.glob('*.jsonl')):
-            digest.update(file.name.encode() + file.read_bytes())
-    except OSError as e:
-        raise UserError(f'{path} cannot be read ({e}): give .jsonl, a folder or a tar of them') from e
-    lasts = path.is_file() or path.is_dir()                      # a pipe gives something else the next time
-    kept = Path(cache) / f'{path.name.split(".")[0]}.npz' if cache and lasts else None
-    try:
-        with np.load(kept) as arrays:                            # no pickles: allow_pickle is off by default
-            if str(arrays['digest']) == digest.hexdigest():
-                return dict(arrays)
-    except (OSError, TypeError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass                                                     # none yet, or a damaged one: made again
-    items, bad = read_items(path)
-    made = tokenize_items(items, tokenizer)
-    made |= dict(left_out=np.array(bad), digest=np.array(digest.hexdigest()))
-    if kept:
-        try:
-            kept.parent.mkdir(exist_ok=True)
-            beside = kept.with_suffix(f'.{os.getpid()}.part')
-            with open(beside, 'wb') as f:
-                np.savez(f, **made)
-            os.replace(beside, kept)
-        except OSError:
-            pass                                                 # a read-only folder costs seconds, no more
-    return made
-
-
-def fetch_evals(folder):
-    """BLiMP, into a folder of evaluation sets that is yet to be made."""
-    if not Path(folder).exists():
-        print(f'{folder} is missing: BLiMP is fetched to it', flush=True)
-        with tempfile.TemporaryDirectory() as beside:
-            download(BLIMP, Path(beside) / 'blimp.tar.gz')
-            Path(folder).mkdir(parents=True)
-            shutil.move(Path(beside) / 'blimp.tar.gz', folder)
-
-
-def prepare_evals(evals, dataset, **options):
-    """Tokenizes a folder's evaluation sets for a prepared data set, and says what they hold."""
-    o = settle(dataset, **options)
-    own = data_folder(dataset, o.tokenizer, o.vocab_size, o.data_dir)
-    if not own.exists():
-        raise UserError(f'{own} is not prepared yet: say the same without --evals first')
-    fetch_evals(evals)
-    if not (found := eval_files(evals, own)):
-        raise UserError(f'{evals} holds no evaluation sets: put .jsonl files, folders or tars of them there')
-    for name, path in found.items():
-        items = eval_set(path, load_tokenizer(own), own / 'eval')
-        print(f'{name}: {len(items["seam"]):,} items, {len(items["kinds"])} kinds, '
-              f'{len(items["ids"]):,} tokens')
-        say_left_out(name, items, print)
-
-
-def say_left_out(name, items, say):
-    if n := len(items['left_out']):
-        say(f'{name}: left out {n:,} line{"s" * (n > 1)} without an item, the first is {items["left_out"][0]}')
+        with open(beside, 'wb') as f:
+            write(f)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------
-# Look: what other tokenizers would do, and what a prepared data set holds
-
-def compare_tokenizers(dataset, sizes, width, **options):
-    """Prints what tokenizers make of a data set's held-out text; nothing is built."""
-    from tqdm import tqdm
-    if not re.fullmatch(r'\d+(,\d+)*', sizes) or width < 1:
-        raise UserError(f'compare_tokenizers is {sizes!r} and width {width}: give sizes like 2048,8192, and '
-                        f'1 or more')
-    o = settle(dataset, **options)
-    with tempfile.TemporaryDirectory() as temp, tqdm(disable=True) as bar:
-        parts, *_ = gather(Path(temp), o, Counter())
-        found = scan(parts, o, bar)
-        held = ((key_of(doc), text) for part in parts if part.split in ('', 'val')
-                for doc, text in read(part, o, Counter(), bar) if part.split or key_of(doc)[0] < found.below)
-        held = [text for _, text in heapq.nsmallest(2000, held, key=lambda row: row[0][1])]      # < 33 MB
-    texts, n_bytes = [text for _, text in found.sample.values()], sum(len(text.encode()) for text in held)
-    makers = [(f'{kind} {int(size):,}', functools.partial(BPETokenizer.train, texts, int(size), kind))
-              for kind in ('bpe', 'unigram') for size in re.findall(r'[1-9]\d*', sizes)]
-    makers += [('bytes', ByteTokenizer), ('gpt2', functools.partial(GPT2Tokenizer.find, o.gpt2_folders))]
-    print(f'{"tokenizer":17}{"bytes/token":>12}{"embeddings":>12}{"MB/s":>8}')
-    for name, make in makers:
-        try:
-            tokenizer = make()
-        except UserError as e:
-            print(f'{name:17}{e}')
-            continue
-        t0 = time.perf_counter()
-        tokens = sum(map(len, tokenizer.encode_batch(held))) or 1
-        speed, table = n_bytes / 1e6 / (time.perf_counter() - t0), tokenizer.vocab_size * width
-        share = table / (table + LAYERS * 12 * width**2)
-        print(f'{name:17}{n_bytes / tokens:12.3f}{share:12.1%}{speed:8.1f}', flush=True)
-    print(f'{len(held):,} held-out documents, {n_bytes / 1e6:.1f} MB; BOS not counted; threads: {THREADS}\n'
-          f'embeddings, of all parameters: V C / (V C + {LAYERS} x 12 C^2), tied head, width C = {width}')
-
+# Look at what a prepared data set holds
 
 def shown(text, limit=88):
     """The head of a text on one line, without what a terminal would take for a command."""
     return ''.join(c if c.isprintable() else '\ufffd' for c in ' '.join(text[:4 * limit].split())[:limit])
 
 
-def inspect(dataset, **options):
-    """Prints a page about a prepared data set: counts of all of it, words of 2,000 training documents."""
-    o = settle(dataset, **options)
-    folder = data_folder(dataset, o.tokenizer, o.vocab_size, o.data_dir)
-    if not folder.exists():
-        raise UserError(f'{folder} is not prepared yet: say the same without --inspect first')
-    data = open_data(folder, dataset)
-    tokens, docs = data.tokens['train'].view(np.ndarray), data.docs['train']
-    starts, ends = docs['start'], np.append(docs['start'][1:], len(tokens))
-    sample = np.random.default_rng(o.seed).permutation(len(docs))[:2000]
+def histogram(lengths):
+    """Lines: how many documents have how many tokens, by powers of two."""
+    counts = np.bincount(np.log2(lengths).astype(int))
+    return [f'{2**i:9,} to {2**(i + 1) - 1:7,}{counts[i]:9,} {"#" * round(50 * counts[i] / counts.max())}'
+            for i in range((counts > 0).argmax(), len(counts))]
 
-    def text_of(i):
-        return data.tokenizer.decode(tokens[starts[i] + 1:ends[i]].tolist())
 
-    def show(title, documents):
-        print(f'\n{title}')
-        for i in documents:
-            source = data.meta['sources'][docs['source'][i]]
-            print(f'{docs["difficulty"][i]:5.2f} {source[:14]:15}{shown(text_of(i))}')
+def marked(data, ids):
+    """The pieces of tokens, apart by colours on a terminal, else by |."""
+    pieces = (shown(data.tokenizer.decode([token]).replace('\n', '¶').replace(' ', '·')) for token in ids)
+    colours = itertools.cycle((46, 43))          # black on cyan, black on yellow
+    return '|'.join(pieces) if not sys.stdout.isatty() else ''.join(
+        f'\033[30;{next(colours)}m{piece}\033[0m' for piece in pieces)
 
-    print(summary(data.folder, data.meta), '\n\ntokens a document, training')
-    counts = np.bincount(np.log2(ends - starts).astype(int))
-    for power in range((counts > 0).argmax(), len(counts)):
-        bar = '#' * round(50 * counts[power] / counts.max())
-        print(f'{2**power:9,} to {2**(power + 1) - 1:7,}{counts[power]:9,} {bar}')
-    show('random documents, after their difficulty', sample[:4])
-    if docs['difficulty'].any():
-        order = docs['difficulty'].argsort(kind='stable')
-        order = order[(ends - starts)[order] >= 32]              # a rare word alone makes a short one hard
-        by = data.meta['settings'].get('difficulty')
-        show(f'easiest and hardest of 32 tokens or more, by {by}', [*order[:3], *order[-3:]])
-    words = Counter(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", ' '.join(map(text_of, sample)).lower()))
+
+def page(corpus, data):
+    """Prints counts of all of a data set, and words of 2,000 training documents."""
+    bounds = data.bounds('train')
+    sample = np.random.default_rng(corpus.s.data_seed).permutation(len(bounds) - 1)[:2000]
+    print(*corpus.summary(data), '\n\ntokens a document, training', *histogram(np.diff(bounds)),
+          *corpus.examples(data, sample), sep='\n')
+    text = ' '.join(data.texts('train', sample)).lower()
+    words = Counter(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text))
     print('\nmost frequent words, per thousand')
     print(*(f'{word} {1000 * n / words.total():.0f}' for word, n in words.most_common(24)), sep=', ')
-    hashes = [hash(tokens[a:b].tobytes()) for a, b in zip(starts[:1_000_000], ends)]     # of more, the first
-    near = 'dropped' if data.meta['settings'].get('dedup') else 'not looked for (--dedup)'
-    print(f'\n{len(hashes) - len(set(hashes)):,} of {len(hashes):,} training documents repeat another; near '
-          f'duplicates were {near}')
-    pieces = (shown(data.tokenizer.decode([token]).replace('\n', '¶').replace(' ', '·'))
-              for token in tokens[starts[sample[0]] + 1:ends[sample[0]]][:64].tolist())
-    colours = itertools.cycle((46, 43))                          # black on cyan, black on yellow
+    print(*corpus.repeats(data), sep='\n')
     print("\n64 tokens of the first random document; · is a space, ¶ a line's end")
-    print('|'.join(pieces) if not sys.stdout.isatty() else
-          ''.join(f'\033[30;{next(colours)}m{piece}\033[0m' for piece in pieces))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Stories: a generated world, seeded and endless
-#
-# config/stories.txt holds its words, phrases and plots, config/stories_sv.txt the same in Swedish, and both
-# say how to write more. A story weaves a plot and a thread together. Each remembers its facts (who lent what,
-# what was left where) and closes with a sentence that must fit them. Told again from the same random numbers
-# with two of the facts exchanged, it closes with the other ending: that is how pairs are made, and why an
-# ending alone cannot give away whether it is right. A question about the facts has two answers likewise.
-
-def parse_phrases(text):
-    """A phrase, parsed; two if it holds <x> and <y>, which may stand in either order."""
-    parts = re.split('[<>]', text)
-    orders = [(0, 1, 2, 3, 4), (0, 3, 2, 1, 4)] if len(parts) == 5 else [range(len(parts))]
-    return [parse_slots(''.join(parts[i] for i in order)) for order in orders]
-
-
-def parse_slots(text):
-    """Literal text and slots (name, 'a' or 'A' or None, whether it begins a sentence); text alone stays."""
-    parts, end = [], 0
-    text = re.sub(r'(?<=[.!?] )\w', lambda first: first[0].upper(), text)
-    for slot in re.finditer(r'(?:\b([Aa]) )?\{([^}]+)\}', text):
-        begins = text[:slot.start()].endswith(('. ', '! ', '? '))
-        parts += [text[end:slot.start()], (slot[2], slot[1], begins)]
-        end = slot.end()
-    return tuple(part for part in (*parts, text[end:]) if part) if parts else text
-
-
-def inflect(word, patterns):
-    """The forms of a word, 'drake/draken', by the patterns of its class, {'': 'en {0}', '.the': '{1}'}."""
-    given = word.split('/')
-    return {form: parse_slots(re.sub(r'\{(\d)\}', lambda n: given[int(n[1]) % len(given)], text))
-            for form, text in patterns.items()}
-
-
-class Plot:
-    """Beats before the break, beats after it, and from the closing on; a beat is (optional, phrases)."""
-
-    def __init__(self, lines, kind, things, places='place'):
-        self.kind, self.things, self.places = kind, things, places
-        self.before, self.middle, self.closing = beats = [], [], []
-        part = 0
-        for line in '\n'.join(lines).replace('\n| ', ' | ').split('\n'):
-            part = {'/': 1, '=': 2}.get(line[0], part)
-            if line != '/':
-                texts = line.lstrip('?= ').split(' | ')
-                beats[part].append((line[0] == '?', [p for text in texts for p in parse_phrases(text)]))
-
-
-@functools.cache             # each world is read once, when its first story is told
-class World:
-    """What config/<name>.txt says: lists and tables by name, plots by ('plot' or 'thread', kind), forms by
-    list and word: forms['small']['en drake'] is {'': 'en drake', '.the': 'draken'}."""
-
-    def __init__(self, name='stories'):
-        text = (Path(__file__).parent / 'config' / f'{name}.txt').read_text(encoding='utf-8')
-        self.lists, self.adjectives, self.tables, self.plots, self.forms, classes = {}, {}, {}, {}, {}, {}
-        for section in re.split(r'^\[', text, flags=re.M)[1:]:
-            head, *lines = (line for line in section.split('\n') if line and line[0] != '#')
-            what, name, *more = head.rstrip(']').split()
-            if what == 'table':              # 'wet: x => y' -> {'.cause': x, '.effect': y, '.group': 'wet'}
-                fields, rows = [f'.{field}' for field in more], [line.rpartition(': ') for line in lines]
-                self.tables[name] = [dict(zip(fields, map(parse_slots, text.split(' => '))))
-                                     | {'.group': group or text} for group, _, text in rows]
-            elif what == 'forms':            # '.the: {1}' -> {'.the': '{1}'}
-                classes[name] = dict(line.split(': ') for line in lines)
-            elif what == 'words':            # 'in the: barn, attic' -> 'in the barn', 'in the attic'
-                rows = [line.rpartition(': ') for line in lines]
-                words = [inflect(word, classes.get(x or 'other', {'': f'{x} {{0}}'.strip()}))
-                         for x, _, text in rows for word in text.split(', ')]
-                self.lists[name] = [forms[''] for forms in words]
-                self.forms[name] = {forms['']: forms for forms in words}
-                self.adjectives[name] = more[0] if more else None
-            elif what == 'phrases':
-                self.lists[name] = [phrase for line in lines for phrase in parse_phrases(line)]
-            else:
-                self.plots.setdefault((what, more[0]), []).append(Plot(lines, *more))
-        self.swap = {row['.kind']: row['.vars'].split() for row in self.tables['swap']}
-        self.kinds = list(self.swap)
-
-
-class Teller:
-    """Tells stories from a stream of random numbers in [0, 1), which are the same in every Python."""
-
-    def __init__(self, rand, world='stories', asks=False):
-        self.rand, self.world, self.lists, self.asks = rand, World(world), World(world).lists, asks
-
-    def pick(self, items):
-        return items[int(self.rand() * len(items))]
-
-    def shuffled(self, items):
-        return sorted(items, key=lambda _: self.rand())
-
-    def fresh(self, items):
-        """One of the items that is not in the story yet; rows of a group count as one."""
-        while True:
-            item = self.pick(items)
-            key = item['.group'] if isinstance(item, dict) else item
-            if key not in self.taken:
-                self.taken.add(key)
-                return item
-
-    def render(self, phrase, scope):
-        """Fills the slots of a phrase from what the story remembers, else by a draw from the list."""
-        if isinstance(phrase, str):
-            return phrase
-        out = []
-        for part in phrase:
-            if not isinstance(part, str):
-                name, article, capital = part
-                text = scope.get(name)
-                if text is None:
-                    drawn = self.lists[name]
-                    i = int(self.rand() * len(drawn))
-                    text = drawn[i] if drawn[i] not in out else drawn[i - 1]      # not 'hay and hay'
-                part = self.render(text, scope)
-                if article:
-                    part = article + ('n ' if part[0] in self.lists['an'] else ' ') + part
-                if capital:
-                    part = part[0].upper() + part[1:]
-            out.append(part)
-        return ''.join(out)
-
-    def say(self, phrases, scope):
-        """One of the phrases as a sentence."""
-        text = self.render(self.pick(phrases), scope)
-        i = text[0] == '"'
-        return text[:i] + text[i].upper() + text[i + 1:]
-
-    def tell(self, beats, scope):
-        """The sentences of some beats; optional ones are told one time in three."""
-        return [self.say(phrases, scope) for maybe, phrases in beats if not maybe or self.rand() >= 0.67]
-
-    def people(self):
-        """Three people, one she, one he, one they, in any order: no pronoun is ever ambiguous."""
-        return [{'': self.pick(self.lists[who['.group']]), **who,
-                 '.kin': self.pick(self.lists['kin.' + who['.group']]), **self.forms('job', '.job')}
-                for who in self.shuffled(self.world.tables['pronoun'])]
-
-    def forms(self, name, slot):
-        """The forms of a word drawn from a list, by slot name: {'.job': 'bagare', '.job.the': 'bagaren'}."""
-        word = self.pick(self.lists[name])
-        return {slot + form: text for form, text in self.world.forms[name][word].items()}
-
-    def thing(self, name):
-        """A row of the table, or the forms of a word of the list, with an adjective where they want one."""
-        if name in self.world.tables:
-            return self.fresh(self.world.tables[name])
-        word, adjectives = self.fresh(self.lists[name]), self.world.adjectives[name]
-        scope = self.forms(adjectives, '+') if adjectives else {}
-        return {form: self.render(text, scope) for form, text in self.world.forms[name][word].items()
-                if adjectives or form[:1] != '+'}
-
-    def facts(self, plot, people, flip):
-        """What a plot must remember, by slot name. flip exchanges the two that its kind exchanges."""
-        facts = dict(zip('ABC', people)) | {name: self.thing(plot.things) for name in 'tu'}
-        facts |= {name: {'': self.fresh(self.lists[plot.places])} for name in 'pq'}
-        facts |= {coin: self.pick((facts[x], facts[y])) for coin, x, y in ('ZAB', 'vtu', 'rpq')}
-        if flip:
-            x, y = self.world.swap[plot.kind]
-            facts[x], facts[y] = facts[y], facts[x]
-        return facts
-
-    def kinds(self, last=None):
-        """The two things a story keeps consistent, that of its plot first. last is one of them, if given."""
-        kinds = self.shuffled(self.world.kinds)
-        if last:                              # 'went home alone' may end a story, not go before an ending
-            kinds = [last] + [k for k in kinds if k not in (last, 'pronoun')]
-        return self.shuffled(kinds[:2])
-
-    def story(self, kinds, kind=None, flip=False):
-        """(context, closing, whether the length is right). With a kind, its closing comes last and apart.
-        flip exchanges its facts; no draw depends on them, so the same random numbers tell the same story.
-        A teller who asks ends with a question about that kind, and the closing is its answer."""
-        def scope_of(facts):             # {'A': {'': 'Mia', '.he': 'she'}} -> {'A': 'Mia', 'A.he': 'she'}
-            return {name + field: value for name, fact in facts.items() for field, value in fact.items()}
-
-        def passing():                   # a remark, one time in six, and none twice in a story
-            return [self.say([next(asides)], scope)] if self.rand() < 0.17 else []
-
-        self.taken, woven = set(), []
-        people = self.people()
-        setting = {name: self.pick(self.lists[name]) for name in ('month', 'village', 'daypart')}
-        pet = {'': self.pick(self.lists['petname']), **self.forms('pet', '.kind')}
-        scope = setting | scope_of(dict(zip('ABCD', [*people, pet])))
-        for what, k in zip(('plot', 'thread'), kinds):
-            plot = self.pick(self.world.plots[what, k])
-            facts = self.facts(plot, self.shuffled(people), flip and k == kind)
-            woven.append((plot, scope | scope_of(facts)))
-        asides = iter(self.shuffled(self.lists['aside']))
-        first = [self.say(self.lists[name], scope) for name in ('opening', 'third')]
-        for plot, facts in woven:
-            first += passing() + self.tell(plot.before, facts)
-        second = [self.say(self.lists['turn'], scope)]
-        last, closing = not self.asks and kind or 'pronoun', ''
-        for plot, facts in sorted(self.shuffled(woven), key=lambda pair: pair[0].kind == last):
-            second += passing() + self.tell(plot.middle, facts)
-            if plot.kind == kind and not self.asks:
-                closing = self.say(plot.closing[0][1], facts)
-            else:
-                second += self.tell(plot.closing, facts)
-        if (self.asks or not kind) and 'pronoun' not in kinds:          # or it ends with somebody alone
-            second += self.tell([(True, self.lists['ending'])], scope)
-        context = f'{" ".join(first)}\n{" ".join(second)}'
-        if self.asks:
-            row, facts = self.pick(self.world.tables['ask.' + kind]), dict(zip(kinds, woven))[kind][1]
-            labels, closing = self.lists['label'], self.say([row['.answer']], facts)
-            context += f'\n\n{labels[0]}: {self.say([row[".question"]], facts)}\n{labels[1]}:'
-        return context, closing, 60 <= len(f'{context} {closing}'.split()) <= 160
-
-
-def story_documents(count, seed, start=0, world='stories', asks=False):
-    """Stories start..start+count-1 of the world with that seed; each depends on (seed, index) alone. With
-    asks, other ones, each with "\\n\\nQuestion: <about one of its kinds>\\nAnswer: <the true one>" behind."""
-    name = 'question' if asks else 'story'
-    for index in range(start, start + count):
-        teller = Teller(random.Random(f'{name} {seed} {index}').random, world, asks)
-        kinds, fits = teller.kinds(), False
-        while not fits:
-            text, closing, fits = teller.story(kinds, kinds[index % 2] if asks else None)
-        yield f'{text} {closing}'.rstrip()
-
-
-def story_pairs(count, seed, world='stories', asks=False):
-    """dict(kind, context, good, bad) each, kinds in turn. Two by two they are one story with two facts
-    exchanged and the same endings, good and bad exchanged: an ending by itself is a coin toss."""
-    pairs, rng = [], random.Random(f'pairs {seed}')
-    teller = Teller(rng.random, world, asks)
-    while len(pairs) < count:
-        kind = teller.world.kinds[len(pairs) // 2 % len(teller.world.kinds)]
-        kinds, state = teller.kinds(last=kind), rng.getstate()
-        context, ending, fits = teller.story(kinds, kind)
-        rng.setstate(state)
-        mirrored, other, both = teller.story(kinds, kind, flip=True)
-        if fits and both and ending != other:
-            pairs += [dict(kind=kind, context=context, good=f' {ending}', bad=f' {other}'),
-                      dict(kind=kind, context=mirrored, good=f' {other}', bad=f' {ending}')]
-    return pairs[:count]
-
-
-def write_stories(folder, count, seed, *world):
-    """Writes the text as if it were a corpus on disk, and the pairs beside the bins. Returns the corpus."""
-    (folder / 'raw').mkdir()
-    for name, rows in (('raw/stories.train.jsonl', story_documents(count, seed, 0, *world)),
-                       ('raw/stories.dev.jsonl', story_documents(VAL_STORIES, seed + 1, 0, *world)),
-                       ('pairs.jsonl', story_pairs(PAIRS, seed + 2, *world))):
-        with open(folder / name, 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(row if isinstance(row, dict) else dict(text=row)) + '\n' for row in rows)
-    return folder / 'raw'
-
-
-# ----------------------------------------------------------------------------------------------------
-# Code and formal languages, as a corpus of their own or added to another
-
-def python_documents(root, report):
-    """(name, text) of the Python files below root that compile; of Python's own library without tests."""
-    own = root == Path(sysconfig.get_paths()['stdlib'])
-    for path in [root] if root.is_file() else sorted(root.rglob('*.py')):
-        name = path.relative_to(root.parent if root.is_file() else root)
-        if own and NOT_CODE & set(name.parts) or any(part[0] == '.' for part in name.parts):
-            continue
-        try:
-            with tokenize.open(path) as f:                       # in the encoding that its first lines name
-                text = f.read()
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')                  # about the code that is read, not about ours
-                compile(text, path.name, 'exec', dont_inherit=True)
-            yield name.as_posix(), text
-        except (SyntaxError, ValueError, RecursionError, MemoryError):          # UnicodeDecodeError is one
-            report['files dropped, no Python that compiles'] += 1
-
-
-def secure_documents(rows, folder, report, flagged):
-    """The (name, text) in which bandit, run once over all, finds nothing of medium or high severity."""
-    with tempfile.TemporaryDirectory(dir=folder) as code:
-        names = []
-        for name, text in rows:
-            Path(code, f'{len(names)}.py').write_bytes(text.encode())
-            names.append(name)
-        command = '-m bandit -r . -q -lll -f json --exit-zero --ignore-nosec'.split()    # counts stay whole
-        run = subprocess.run([sys.executable, *command], cwd=code, capture_output=True, text=True)
-        if run.returncode:
-            why = run.stderr.strip().split('\n')[-1][-200:]
-            raise UserError(f'secure runs bandit, which failed ({why}): pip install bandit')
-        found = json.loads(run.stdout)
-        counts = found['metrics']                # of each file, and of all
-        for level in ('LOW', 'MEDIUM', 'HIGH'):
-            report[f'findings of {level.lower()} severity by bandit'] = counts['_totals'][f'SEVERITY.{level}']
-        clean = {path for path, n in counts.items() if not n['SEVERITY.MEDIUM'] + n['SEVERITY.HIGH']}
-        clean -= {error['filename'] for error in found['errors']}     # what it could not read is not clean
-        for i, name in enumerate(names):
-            if f'./{i}.py' in clean:
-                yield name, Path(code, f'{i}.py').read_bytes().decode()
-            else:
-                report['files dropped, bandit finds medium or high severity'] += 1
-                flagged.append(name)
-
-
-def arithmetic_documents(count, seed):
-    """Ten sums a document, worked through the places of the second number, true by construction:
-    347 - 85 = 347 - 80 - 5 = 267 - 5 = 262, 34 x 27 = 34 x 20 + 34 x 7 = 680 + 238 = 918, 34 > 27."""
-    rng = random.Random(f'arithmetic {seed}')
-
-    def line():
-        a, b = (rng.randrange(10 ** rng.randrange(1, 6)) for _ in 'ab')
-        sign = rng.choice('+-x<')
-        if sign == '<':
-            return f'{a} {"<" if a < b else ">" if a > b else "="} {b}'
-        terms = [int(digit) * 10 ** i for i, digit in enumerate(str(b)[::-1]) if digit != '0'][::-1] or [0]
-        steps = [f'{a} {sign} {b}']
-        if sign == 'x':
-            steps.append(' + '.join(f'{a} x {term}' for term in terms))
-            sign, (a, *terms) = '+', [a * term for term in terms]
-        while terms:
-            steps.append(f' {sign} '.join(map(str, (a, *terms))))
-            a += terms.pop(0) if sign == '+' else -terms.pop(0)
-        return ' = '.join(dict.fromkeys((*steps, str(a))))
-
-    return ('\n'.join(line() for _ in range(10)) for _ in range(count))
-
-
-def bracket_documents(count, seed):
-    """Words of Dyck-3, whose nesting passes on to language (Hu 2025, 2502.19249): 16 to 512 brackets of three
-    kinds, 2 to 16 deep at most, each opening or closing with equal chance."""
-    rng = random.Random(f'brackets {seed}')
-    for _ in range(count):
-        length, depth, out, closing = 2 * rng.randrange(8, 257), rng.randrange(2, 17), [], []
-        while len(out) + len(closing) < length:
-            if closing and (len(closing) == depth or rng.random() < 0.5):
-                out.append(closing.pop())
-            else:
-                left, right = rng.choice(('()', '[]', '{}'))
-                out.append(left)
-                closing.append(right)
-        yield ' '.join(out + closing[::-1])
-
-
-def write_texts(folder, name, texts, o):
-    (folder / 'raw').mkdir(exist_ok=True)
-    with open(folder / 'raw' / f'{name}.jsonl', 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps({o.text_field or 'text': text}) + '\n' for text in texts)
-    return Part(folder / 'raw' / f'{name}.jsonl', f'{name}.jsonl', 'train', name)
-
-
-def write_python(folder, root, o, report, most=None):
-    """Writes a folder's code, or that of Python's own library, as a part for training."""
-    root = root if root.exists() else Path(sysconfig.get_paths()['stdlib'])
-    rows = itertools.islice(python_documents(root, report), most)
-    rows = secure_documents(rows, folder, report, o.flagged) if o.secure else rows
-    return write_texts(folder, 'python', (text for _, text in rows), o)
-
-
-ADDED = {'arithmetic': arithmetic_documents, 'brackets': bracket_documents, 'python': None}
+    print(marked(data, data.tokens['train'][bounds[sample[0]] + 1:bounds[sample[0] + 1]][:64].tolist()))
 
 
 # ----------------------------------------------------------------------------------------------------
 # Command line
 
-def main(args=None):
-    names = '\n'.join(f'  {name:18}{e["about"]}\n{"":20}about {e["mb"]:,} MB; {e["licence"]}'
-                      for name, e in DATASETS.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f'data sets:\n{names}\n  files:<path>     a text file or a folder of them; <source>.train, '
-               '<source>.dev and <source>.test keep their splits')
-    parser.add_argument('dataset', help='a name from the list below, or files:<path>')
-    for f in fields(Options):
-        kind = dict(action='store_true') if f.type is bool else dict(type=f.type, default=f.default)
-        default = f' ({f.default})' if f.default else ''
-        parser.add_argument(f'--{f.name}', help=f.metadata['help'] + default, **kind)
-    parser.add_argument('--inspect', action='store_true', help='a page about the data set as it was prepared')
-    parser.add_argument('--compare_tokenizers', metavar='SIZES', help='a table, as for 2048,8192')
-    parser.add_argument('--evals', metavar='FOLDER', help='tokenize its evaluation sets for the '
-                        'data set; one that does not exist is made, and BLiMP downloaded to it')
-    parser.add_argument('--width', type=int, default=320, help='of the model in that table (320)')
+def usage(corpus):
+    """Prints what there is: settings, files of config/ with a Corpus, data sets of those that are named."""
+    own = Path(__file__).read_text(encoding='utf-8')
+    print(__doc__, own[own.index('    dataset:'):own.index('CONTENT =')].rstrip(), '', sep='\n')
+    for path in sorted((Path(__file__).parent / 'config').glob('*.py')):
+        text = path.read_text(encoding='utf-8')                  # not executed
+        if re.search(r'^(class|from .* import) Corpus\b', text, re.M):
+            print(f'  config/{path.name:24}{text.strip(chr(34)).split(chr(10))[0].rstrip(chr(34))}')
+    print('\n  --dataset=files:<path>      a text file or a folder; <source>.train, .dev, .test keep their splits')
+    for name, entry in corpus.known().items():
+        print(f'  --dataset={name:18}{entry["about"]}\n{"":30}about {entry["mb"]:,} MB; {entry["licence"]}')
+
+
+def main(argv):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # an exception, so the temporary folder goes
+    argv = [f'--dataset={arg}' if arg.startswith('files:') else arg for arg in argv]
     try:
-        given = vars(parser.parse_args(args))
-        look, sizes, width, evals = (given.pop(key)
-                                     for key in ('inspect', 'compare_tokenizers', 'width', 'evals'))
-        if look:
-            inspect(**given)
-        elif sizes:
-            compare_tokenizers(sizes=sizes, width=width, **given)
-        elif evals:
-            prepare_evals(evals, **given)
+        ideas = Ideas([arg for arg in argv if arg not in ('-h', '--help')], [Options], strict=False)
+        corpus = ideas.seam(Corpus)
+        if {'-h', '--help'} & {*argv}:
+            usage(corpus)
         else:
-            build(**given)
+            corpus(SimpleNamespace(**ideas.values)).run()
     except UserError as e:
         print(f'prepare_data.py: {e}', file=sys.stderr)
         return 2
@@ -2732,4 +1559,5 @@ def main(args=None):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.modules['prepare_data'] = sys.modules['__main__']     # ideas import the one that runs
+    sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,8 @@ prepared with that run's tokenizer. The rate is a quarter of the one that learne
 report's coherence is then: of two answers, which one is true? In Swedish: quickstart_sv.py instead, and
 --dataset=instructions_sv --init_from=out/quickstart_sv.
 """
+from config.stories import Corpus
+
 dataset = 'instructions'
 init_from = 'out/quickstart'
 learning_rate = 0.002

@@ -6,6 +6,8 @@ what it has understood is the closing report's coherence: of two endings, which 
 Small and quick on purpose: in five minutes many steps teach more than many parameters. Gradients of so few
 tokens are noisy: a longer momentum and a lower rate average them.
 """
+from config.stories import Corpus
+
 dataset = 'stories'
 vocab_size = 2048
 budget_minutes = 5.0

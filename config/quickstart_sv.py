@@ -1,4 +1,6 @@
 """quickstart.py in Swedish: five minutes on `stories_sv`, the same world told in Swedish."""
+from config.stories import Corpus
+
 dataset = 'stories_sv'
 vocab_size = 2048
 budget_minutes = 5.0

@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,13 @@ def tales(n, seed):
         yield f'{name} lost the {thing} by the {place}. {name} looked for the {thing}: {more}. {seed} {i} 🙂'
 
 
+def stack(*ideas, **settings):
+    """A prepare_data.Corpus with these ideas of config/, by name, and settings; what is not given is the ideas'."""
+    paths = [str(ROOT / 'config' / f'{idea}.py') for idea in ideas]
+    ideas = prepare_data.Ideas(paths, [prepare_data.Options], strict=False)
+    return ideas.seam(prepare_data.Corpus)(SimpleNamespace(**ideas.values | settings))
+
+
 class Corpus:
     """A folder in BabyLM's layout, two sources, and the settings that train a tiny model on it."""
 
@@ -46,8 +54,8 @@ class Corpus:
         for seed, (name, n) in enumerate({'tales.train': 500, 'notes.train': 300, 'tales.dev': 90, 'notes.dev': 40}.items()):
             (self.source / name).write_text('\n\n'.join(tales(n, seed)), encoding='utf-8')
         self.args = [f'--dataset=files:{self.source}', f'--data_dir={self.data_dir}', *TINY]
-        self.folder = prepare_data.build(f'files:{self.source}', tokenizer='bytes', data_dir=self.data_dir, quiet=True,
-                                         min_doc_bytes=0)
+        self.folder = stack(dataset=f'files:{self.source}', tokenizer='bytes', data_dir=self.data_dir,
+                            min_doc_bytes=0).build(quiet=True)
 
     def open(self):
         return prepare_data.open_data(self.folder, f'files:{self.source}')

@@ -13,7 +13,6 @@ import sys
 import threading
 import tracemalloc
 from collections import Counter
-from math import log
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +20,7 @@ import numpy as np
 import pytest
 
 import prepare_data as pd
-import sample
-from conftest import tales
+from conftest import stack
 from prepare_data import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,9 +47,12 @@ def write(path, text):
     return path
 
 
-def prepare(path, out, **settings):
-    settings = dict(tokenizer='bytes', quiet=True, overwrite=True, min_doc_bytes=0) | settings     # a paragraph, a document
-    return pd.open_data(pd.build(f'files:{path}', data_dir=out, **settings), f'files:{path}')
+def prepare(path, out, *ideas, **settings):
+    """A folder's text, prepared with these ideas; a paragraph is a document."""
+    settings = dict(dataset=f'files:{path}', data_dir=out, tokenizer='bytes', overwrite=True, min_doc_bytes=0) | settings
+    corpus = stack(*ideas, **settings)
+    corpus.build(quiet=True)
+    return corpus.open()
 
 
 def texts(data, split):
@@ -75,6 +76,7 @@ def small(tmp_path):
 
 
 # Tokenizers
+
 
 @pytest.fixture(scope='module')
 def bpe():
@@ -114,7 +116,7 @@ def test_bpe_learns_line_ends_and_labels(bpe):
 
 def test_vocabulary_too_large_or_small():
     message = refuses('too large', pd.BPETokenizer.train, ['hello there ' * 50], 8192)
-    largest = int(message.split('_size ')[1].split()[0])
+    largest = int(message.split('_size=')[1].split()[0])
     assert pd.BPETokenizer.train(['hello there ' * 50], largest).vocab_size == largest
     refuses('too small', pd.BPETokenizer.train, ['hello there ' * 50], 100)
 
@@ -127,13 +129,20 @@ def test_gpt2_without_files_or_network(tmp_path, monkeypatch):
     assert '--gpt2_dir' in refuses('vocab.bpe', pd.GPT2Tokenizer.find, [tmp_path])
 
 
+def test_unigram_is_lossless_and_another_model():
+    sample = [*prose(300), '*MOT:\tno.\n*CHI:\tyes?\n' * 50]
+    unigram, bpe = (pd.BPETokenizer.train(sample, 330, kind) for kind in ('unigram', 'bpe'))
+    assert unigram.blob != bpe.blob and all(unigram.decode(unigram.encode(text)) == text for text in HARD + sample)
+
+
 # Documents
 
-def split_documents(text, limit=pd.Options.max_doc_bytes, block=7):
+
+def split_text(text, limit=pd.Options.max_doc_bytes, block=7):
     report, head = Counter(), text[:1 << 20]
     boundary = next((b for b in pd.BOUNDARY.values() if b.search(head)), pd.BOUNDARY['whole'])
     blocks = (text[i:i + block] for i in range(0, len(text), block))
-    return list(pd.documents(blocks, boundary, limit, report)), report
+    return list(pd.split_documents(blocks, boundary, limit, report)), report
 
 
 @pytest.mark.parametrize('block', [1, 5, 64, 10_000])
@@ -146,11 +155,11 @@ def split_documents(text, limit=pd.Options.max_doc_bytes, block=7):
     ('A:\tyes\r\nB:\tno', ['A:\tyes\r\nB:\tno']),
     ('', []), ('\n \n', [])])
 def test_layouts(text, expected, block):
-    assert [d.decode() for d in split_documents(text.encode(), block=block)[0]] == expected
+    assert [d.decode() for d in split_text(text.encode(), block=block)[0]] == expected
 
 
 def test_empty_documents_are_counted():
-    assert split_documents(b'a<|endoftext|>\n<|endoftext|>b<|endoftext|>')[1]['empty documents dropped'] == 1
+    assert split_text(b'a<|endoftext|>\n<|endoftext|>b<|endoftext|>')[1]['empty documents dropped'] == 1
 
 
 @pytest.mark.parametrize('text', [
@@ -159,7 +168,7 @@ def test_empty_documents_are_counted():
     '= = = A = = =\n' + '\n\n\n\n\n'.join(prose(90))])
 def test_passages_join_to_the_text(text):
     for block in (100, 1 << 18):
-        docs, report = split_documents(text.encode(), 1000, block)
+        docs, report = split_text(text.encode(), 1000, block)
         assert b''.join(docs) == text.encode()
         assert max(map(len, docs)) <= 1000 and min(map(len, docs[:-1])) > 490
         assert all(d.decode() is not None for d in docs)         # no letter is cut in two
@@ -167,11 +176,12 @@ def test_passages_join_to_the_text(text):
 
 
 def test_passages_end_at_lines():
-    docs, _ = split_documents('\n'.join(prose(100)).encode(), 1000)
+    docs, _ = split_text('\n'.join(prose(100)).encode(), 1000)
     assert all(d.endswith(b'\n') for d in docs[:-1])
 
 
 # Inputs and splits
+
 
 def test_babylm_layout_keeps_splits_and_sources(tmp_path):
     sizes = {'a.train.xz': 20, 'a.dev.gz': 3, 'a.test': 2, 'b.train': 20, 'b.dev': 3, '.hidden.train': 9}
@@ -249,14 +259,27 @@ def test_parquet_where_pyarrow_is(tmp_path):
     assert texts(data, 'train') == prose(40, 40) and texts(data, 'val') == prose(5, 5)
 
 
-# Layouts and cleaning
+@pytest.mark.parametrize('names', [('train.txt', 'val.txt', 'test.txt'), ('wiki.train.tokens', 'wiki.valid.tokens', 'wiki.test.tokens'),
+                                   ('w_train.txt', 'w_val.txt', 'w_test.txt')])
+def test_split_names_without_a_source(tmp_path, names):
+    for seed, name in enumerate(names):
+        write(tmp_path / 'in' / name, '\n\n'.join(prose(20, seed)))
+    data = prepare(tmp_path / 'in', tmp_path / 'data')
+    assert [set(texts(data, split)) == set(prose(20, seed)) for seed, split in enumerate(('train', 'val', 'test'))] == [True] * 3
 
-def read_part(path, source, **options):
+
+def test_a_json_row_without_text_is_named_by_its_line(tmp_path):
+    write(tmp_path / 'x.jsonl', '{"text": "a b"}\n{"txt": "c"}\n')
+    refuses('line 2 has no field', prepare, tmp_path / 'x.jsonl', tmp_path / 'data')
+
+
+# Layouts
+
+
+def read_part(path, source, *ideas, **settings):
     """(documents, part, report) of one file, as pass 1 reads it."""
-    o, report = pd.Options('bytes', **options), Counter()
-    o.steps, o.examples = set(o.clean.split(',')) - {''}, {}
-    part = pd.Part(path, path.name, 'train', source)
-    return [text for _, text in pd.read(part, o, report, type('', (), dict(update=lambda n: None)))], part, report
+    corpus, report, part = stack(*ideas, dataset=f'files:{path}', **settings), Counter(), pd.Part(path, path.name, 'train', source)
+    return [text for _, text in corpus.documents(part, report, pd.NO_BAR)], part, report
 
 
 @pytest.mark.parametrize('source, piece, kind, way', [
@@ -280,419 +303,23 @@ def test_each_source_says_how_it_splits(tmp_path, source, piece, kind, way):
 def test_joined_paragraphs_are_the_text(block):
     text = '\n\n'.join(prose(40)).encode()
     split = type('', (), dict(split=functools.partial(pd.split_joined, pattern=pd.BOUNDARY['blank'], least=700)))
-    docs = list(pd.documents((text[i:i + block] for i in range(0, len(text), block)), split, 16384, Counter()))
+    docs = list(pd.split_documents((text[i:i + block] for i in range(0, len(text), block)), split, 16384, Counter()))
     assert b'\n\n'.join(docs) == text and 4 < len(docs) < 10 and min(map(len, docs[:-1])) >= 700
-
-
-@pytest.mark.parametrize('text, expected', [
-    ('dÃ¥ sa hon â€œhejâ€\x9d ðŸ™‚', 'då sa hon “hej” 🙂'), ('Ã¢â‚¬â„¢', '’'), ('e\u0301\u200b\ufeff\xa0x\r\ny', 'é x\ny'),
-    ('SÅ” ÄR”, Â, Ã och é', 'SÅ” ÄR”, Â, Ã och é'), ('👨\u200d👩', '👨\u200d👩'), ('plain', 'plain')])
-def test_unicode(text, expected):
-    assert pd.mend_unicode(text, 'prose') == expected
-
-
-@pytest.mark.parametrize('text, expected', [
-    ('= = = A = = =\nx = = = y\n', 'x = = = y\n'), ('==Early life==\nHe[edit] was {{lang|{{x}}}}born.', 'He was born.'),
-    ('a [[b|c]] [[d]]\n[[Category:E]]', 'a c d\n'), ('<p class="x">R&amp;B</p><i>now</i>', ' R&B now'),
-    ('1 < 2 <unk> & so', '1 < 2 <unk> & so'), ('---\ntitle: a\n---\n\n# b', '\n# b')])
-def test_boilerplate(text, expected):
-    assert pd.strip_boilerplate(text, 'prose') == expected
-    assert pd.strip_boilerplate(text, 'code') == text
-
-
-@pytest.mark.parametrize('block', [600, 1 << 20])
-def test_licences_go(block):
-    mark = b'*** %s OF THE PROJECT GUTENBERG EBOOK A ***\n'
-    books = [b''.join(b'%d book %d\n' % (i, n) for i in range(300)) for n in range(2)]
-    junk = b'licence text\n' * 200
-    text = junk[:100] + b''.join(mark % b'START' + b + mark % b'END' + junk for b in books)
-    report = Counter()
-    blocks = [text[i:i + block] for i in range(0, len(text), block)]
-    assert b''.join(pd.without_licence(blocks, report)).split() == b''.join(books).split()
-    assert b''.join(pd.without_licence([b'no book at all\n' * 99], report)) == b'no book at all\n' * 99
-
-
-def english(n, seed):
-    """n documents of about 120 words."""
-    return list(pd.story_documents(n, seed))
-
-
-def swedish(n, seed):
-    rng, words = random.Random(seed), pd.SWEDISH.split()
-    return [' '.join(rng.choices(words, k=80)) + f' {i}.' for i in range(n)]
-
-
-def test_planted_junk_is_found_and_the_rest_kept(tmp_path):
-    clean, val = english(300, 1), english(30, 2)
-    source = Path(random.__file__).read_text().split('\n\n\n')
-    code = [piece for piece in source if len(piece) > 800 and piece.startswith('def') or piece.startswith('class')][:3]
-    junk = ['buy now cheap shoes ' * 40, '\n'.join([clean[9]] * 4), english(1, 9)[0].replace(' ', ' ... ')]
-    moji = [t.replace('.', ' Ã¤r â€™.', 1) for t in english(7, 3)]
-    near, leaked = [changed(t, 5) for t in clean[:6]], [changed(t, 5) for t in val[:4]]
-    docs = clean + moji + clean[50:55] + near + leaked + val[10:12] + swedish(8, 1) + code + junk
-    write(tmp_path / 'in/tales.train', '<|endoftext|>'.join(random.Random(3).sample(docs, len(docs))))
-    write(tmp_path / 'in/tales.dev', '<|endoftext|>'.join(val + swedish(2, 2)))
-    write(tmp_path / 'in/berattelser.train', '<|endoftext|>'.join(swedish(40, 5)))
-    data = prepare(tmp_path / 'in', tmp_path / 'out', clean='all', dedup=True, val_fraction=0.1)
-    kept = set(texts(data, 'train'))
-    assert kept >= set(clean[6:]) | set(swedish(40, 5)) | {t.replace('Ã¤r â€™', 'är ’') for t in moji}
-    assert sum(t in kept for t in clean[:6] + near) == 6                 # one of each pair
-    assert len(kept) == len(texts(data, 'train')) == 300 + 7 + 40
-    assert set(texts(data, 'val')) == set(val + swedish(2, 2))           # another language stays where it is held out
-    report = data.meta['cleaning']['by_source']['tales']
-    dropped = {what.split(', ')[1]: n for what, n in report.items() if what.startswith('training')}
-    assert dropped.pop('language sv') == 8 and dropped.pop('language code') == len(code) == 2
-    assert dropped.pop('near duplicates of earlier ones') == 11 and dropped.pop('near duplicates of held-out ones') == 4
-    assert dropped.pop('identical to held-out ones') == 2 and sum(dropped.values()) == len(junk)
-    assert set(dropped) == {'the same 2 words again and again', 'repeated lines', 'symbols'}
-    assert report['documents changed, unicode'] == 7 and data.meta['settings']['clean'] == 'all'
-    assert data.meta['cleaning']['languages'] == {'tales': ['en'], 'berattelser': ['sv']}
-    assert all(1 <= len(pieces) <= 3 for pieces in data.meta['cleaning']['examples'].values())
-    both = prepare(tmp_path / 'in', tmp_path / 'out', clean='language', languages='sv,code')
-    assert set(texts(both, 'train')) == set(swedish(8, 1) + swedish(40, 5) + code)
-
-
-@pytest.mark.parametrize('kind', ['prose', 'dialogue', 'code'])
-def test_repetition_by_kind(kind):
-    lines = ''.join(f'*MOT:\tyes{i} a{i}.\n*CHI:\tno {i % 9} no.\n' for i in range(60))
-    assert bool(pd.repetition(lines, kind)) == (kind == 'prose') and pd.repetition('spam ham ' * 60, kind)
-    assert not pd.repetition(english(1, 4)[0], kind) and not pd.repetition('short ' * 9, kind)
-
-
-@needs_shared
-@pytest.mark.parametrize('name, language', [('babylm/switchboard.dev', 'en'), ('babylm/wiki_easy.dev', 'en'),
-                                            ('swedish/ud_talbanken_pud_sentences.txt', 'sv'),
-                                            ('code/thealgorithms_python.dev.txt', 'code')])
-def test_language_of_real_text(name, language):
-    table = pd.log_probabilities(pd.seeds())
-    text = lzma.decompress((SHARED / f'{name}.xz').read_bytes()).decode()
-    pieces = [text[i:i + 2000] for i in range(0, len(text), 2000)]
-    found = Counter(pd.LANGUAGES[table.take(pd.grams(piece), 1).mean(1).argmax()] for piece in pieces)
-    assert found[language] >= 0.9 * len(pieces), found             # before it has seen the data at hand
-
-
-# Near duplicates
-
-def changed(text, *at):
-    """The text with other words at some places."""
-    words = text.split()
-    for i in at:
-        words[i % len(words)] = f'other{i}'
-    return ' '.join(words)
-
-
-def passages(n, seed):
-    rng = random.Random(seed)
-    return [' '.join(f'w{rng.randrange(3000)}' for _ in range(120)) for _ in range(n)]
-
-
-def test_near_duplicates_are_dropped_and_clean_documents_kept(tmp_path):
-    clean, val = passages(200, 1), passages(20, 2)
-    near = [changed(t, 5) for t in clean[:15]] + [t.upper() for t in clean[15:20]] + clean[20:25]
-    leaked = [changed(t, 60) for t in val[:10]]
-    far = [' '.join(t.split()[:40] + u.split()[:80]) for t, u in zip(clean[30:40], passages(10, 3))]   # share a third
-    write(tmp_path / 'in/a.train', '\n\n'.join(clean + near + leaked + far))
-    write(tmp_path / 'in/a.dev', '\n\n'.join(val + [changed(val[3], 7)]))
-    data = prepare(tmp_path / 'in', tmp_path / 'out', dedup=True)
-    assert texts(data, 'train') == clean + far and len(texts(data, 'val')) == 21       # held-out ones all stay
-    assert data.meta['report'] == {'training documents dropped, near duplicates of earlier ones': 25,
-                                   'training documents dropped, near duplicates of held-out ones': 10}
-    assert data.meta['settings']['dedup'] is True
-    assert len(texts(prepare(tmp_path / 'in', tmp_path / 'out'), 'train')) == 245      # it is a choice
-
-
-def test_near_duplicates_across_batches_and_a_split_by_hash(tmp_path, monkeypatch):
-    monkeypatch.setattr(pd, 'BATCH_BYTES', 3000)
-    docs = passages(300, 4)
-    rows = docs + [changed(t, 50) for t in docs]
-    write(tmp_path / 'x.txt', '\n\n'.join(rows))
-    data = prepare(tmp_path / 'x.txt', tmp_path / 'out', dedup=True, val_fraction=0.1)
-    train, val = set(texts(data, 'train')), set(texts(data, 'val'))
-    for a, b in zip(docs, rows[300:]):
-        assert (a in train) + (b in train) == (0 if {a, b} & val else 1)
-    again = prepare(tmp_path / 'x.txt', tmp_path / 'out', dedup=True, val_fraction=0.1)
-    assert again.meta['fingerprint'] == data.meta['fingerprint']
-
-
-def test_minhash_finds_as_many_as_it_should():
-    """Pairs that share 85 % of their five words in a row are nearly always found, pairs that share 40 % hardly ever."""
-    rng = random.Random(0)
-    for share, low, high in ((0.85, 0.93, 1), (0.4, 0, 0.06)):
-        sketches, n = pd.Sketches(), 150
-        for i in range(n):
-            words = [f'{i}w{rng.randrange(10**6)}' for _ in range(400)]
-            k = round(400 * 2 * share / (1 + share))                  # shared of the two: k / (800 - k)
-            sketches.add(' '.join(words), False)
-            sketches.add(' '.join(words[:k] + [f'{i}v{rng.randrange(10**6)}' for _ in range(400 - k)]), False)
-        found = sketches.repeats()[1::2]
-        assert low <= (found == 2).mean() <= high
-
-
-# Difficulty
-
-def test_measures_of_a_text_are_their_definitions():
-    text = 'The cat sat. The cat sat on the mat! It was remarkable, ordinarily.'
-    values = dict(zip(pd.TEXT_MEASURES, pd.text_measures(text)))
-    words = 'the cat sat the cat sat on the mat it was remarkable ordinarily'.split()
-    syllables = [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 5]              # as groups of vowels: re-ma-rka-ble, o-rdi-na-ri-ly
-    assert values['sentence_words'] == pytest.approx(13 / 3) and values['diversity'] == 9 / 13
-    assert values['word_letters'] == pytest.approx(sum(map(len, words)) / 13)
-    assert values['lix'] == pytest.approx(13 / 3 + 100 * 2 / 13)
-    assert values['flesch_kincaid'] == pytest.approx(0.39 * 13 / 3 + 11.8 * sum(syllables) / 13 - 15.59)
-    assert pd.mtld('a a a a a a'.split()) == 2 and pd.mtld(list('abcdefgh')) == 8
-    assert pd.mtld('a b c d a b c d a b c d'.split()) == pytest.approx(12 / (2 + (1 - 2 / 2) / 0.28))
-    easy, hard = pd.text_measures('la la ' * 300)[0], pd.text_measures(' '.join(map(str, range(9000, 9400))))[0]
-    assert easy < 0.05 < hard
-
-
-def test_surprisal_is_that_of_slow_counts(tmp_path):
-    write(tmp_path / 'in/a.train', '\n\n'.join(prose(40, 1)))
-    write(tmp_path / 'in/a.dev', '\n\n'.join(prose(6, 2)))
-    data = prepare(tmp_path / 'in', tmp_path / 'out', scores=True)
-    one, two = Counter(data.tokens['train'].tolist()), Counter()
-    tokens = data.tokens['train'].tolist()
-    two.update(zip([0] + tokens[:-1], tokens))
-    total = sum(one.values()) + 257
-    for split, own in (('train', 1), ('val', 0)):
-        scores = np.load(data.folder / f'{split}.scores.npy')
-        assert scores.dtype.names == tuple(pd.MEASURES) and len(scores) == len(data.docs[split])
-        assert (scores['bigram'] == data.docs[split]['difficulty']).all()
-        for text, row in zip(texts(data, split), scores):
-            ids = [256, *text.encode()]
-            p = [(one[t] + 1) / total for t in ids]
-            bits = [-log((two[a, b] - own + 32 * q) / (one[a] - own + 32), 2) for a, b, q in zip(ids, ids[1:], p[1:])]
-            assert row['unigram'] == pytest.approx(-sum(log(q, 2) for q in p[1:]) / len(text), rel=1e-5)
-            assert row['bigram'] == pytest.approx(sum(bits) / len(bits), rel=1e-4)
-            assert row['mtld'] == pytest.approx(pd.mtld(re.findall('[a-z]+', text)), rel=1e-5)
-    assert len(data.meta['rank_correlations']) == len(pd.MEASURES)
-
-
-def test_surprisal_in_pieces_is_surprisal(tmp_path, monkeypatch):
-    write(tmp_path / 'in/childes.train', '\n\n'.join(prose(40, 1)))
-    write(tmp_path / 'in/childes.dev', '\n\n'.join(prose(6, 2)))
-    whole = prepare(tmp_path / 'in', tmp_path / 'a', scores=True)
-    monkeypatch.setattr(pd.surprisal, '__defaults__', (101, 1 << 22))
-    pieces = prepare(tmp_path / 'in', tmp_path / 'b', scores=True)
-    for split in ('train', 'val'):
-        a, b = (np.load(d.folder / f'{split}.scores.npy') for d in (whole, pieces))
-        np.testing.assert_allclose(a['bigram'], b['bigram'], rtol=1e-5)
-        assert (a['source_rank'] == 1).all()
-
-
-def test_the_order_of_sources():
-    ranks = {name: pd.source_rank(name, pd.SPOKEN_FIRST) for name in ('childes', 'aochildes', 'bnc_spoken', 'switchboard', 'open_subtitles', 'qed',
-                                                     'cbt', 'children_stories', 'simple_wikipedia', 'wikipedia', 'gutenberg', 'x')}
-    assert list(ranks.values()) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 6, 0]
-
-
-def test_loss_is_that_of_the_closing_evaluation(finished, tmp_path):
-    """With another tokenizer than the checkpoint's: bits a byte do not depend on who keeps the text."""
-    for seed, name in enumerate(('tales.train', 'notes.train', 'tales.dev', 'notes.dev')):
-        write(tmp_path / 'in' / name, '\n\n'.join(tales(50 - 10 * seed, seed)))
-    model, _ = sample.load(finished[0])
-    data = prepare(tmp_path / 'in', tmp_path, tokenizer='bpe', vocab_size=320, score_with=str(finished[0]))
-    theirs = prepare(tmp_path / 'in', tmp_path)
-    for split in ('train', 'val'):
-        scores, docs = np.load(data.folder / f'{split}.scores.npy'), data.docs[split]
-        assert scores.dtype.names == (*pd.MEASURES, 'loss') and (docs['difficulty'] == scores['loss']).all()
-        wanted = sample.bits_per_byte(model, theirs.tokens[split], theirs.docs[split])['per_source']
-        for i, bpb in wanted.items():
-            mine = docs['source'] == i
-            assert np.average(scores['loss'][mine], weights=docs['bytes'][mine]) == pytest.approx(bpb, rel=1e-5)
-    assert len(data.meta['rank_correlations']['loss']) == len(pd.MEASURES) + 1
-    again = prepare(tmp_path / 'in', tmp_path, score_with=str(finished[0]), difficulty='mtld')
-    assert (again.docs['val']['difficulty'] == np.load(again.folder / 'val.scores.npy')['mtld']).all()
-
-
-# Quality
-
-def good_and_bad(n, seed=0):
-    """n paragraphs of each kind, which share most of their words."""
-    rng = random.Random(seed)
-    return ([' '.join([*rng.choices('the a dog cat house tree saw'.split(), k=20), rng.choice(own), str(i)]) for i in range(n)]
-            for own in (['found', 'therefore', 'because'], ['click', 'subscribe', 'cookies']))
-
-
-def test_quality_separates_planted_words_and_is_a_coin_toss_without_them(monkeypatch):
-    monkeypatch.setattr(pd, 'SLOTS', 1 << 12)
-    good, bad = map(list, good_and_bad(300))
-    weights, report = pd.fit_quality(set(good), set(bad[:60]))       # five of one side for one of the other
-    assert report['documents'] == 288 and report['held_out'] == 72 and report['accuracy'] > 0.9
-    fresh = [np.array([pd.quality(weights, text) for text in texts]) for texts in good_and_bad(100, seed=1)]
-    assert (fresh[0] > 0.5).mean() > 0.95 and (fresh[1] < 0.5).mean() > 0.95
-    assert np.array_equal(pd.fit_quality(set(good[::-1]), set(bad[:60]))[0], weights)
-    mixed = good + bad
-    random.Random(1).shuffle(mixed)
-    assert 0.35 < pd.fit_quality(set(mixed[:300]), set(mixed[300:]))[1]['accuracy'] < 0.65
-
-
-def test_quality_is_the_optimum_of_the_penalised_likelihood(monkeypatch):
-    monkeypatch.setattr(pd, 'SLOTS', 1 << 12)
-    good, bad = map(list, good_and_bad(30))
-    weights, _ = pd.fit_quality(set(good), set(bad + good[:5]))      # five that are on both sides are left out
-
-    def cost(w):
-        total = pd.DECAY / 2 * (w @ w)
-        for y, texts in ((1, good[5:]), (0, bad)):
-            texts = sorted(texts, key=lambda text: pd.key_of(text.encode()))
-            learned = [text for i, text in enumerate(texts) if i % 5]
-            total -= 0.5 * np.mean([log(abs(1 - y - pd.quality(w, text))) for text in learned])
-        return total
-    rng = np.random.default_rng(0)
-    for step in (1e-3, -1e-3):
-        assert cost(weights) < cost(weights * (1 + step))
-        assert cost(weights) < cost(weights + step * rng.normal(size=len(weights)) * (weights != 0))
-
-
-def test_documents_below_the_threshold_are_dropped_from_training_alone(tmp_path):
-    good, bad = map(list, good_and_bad(200))
-    paths = [str(write(tmp_path / f'{name}.txt.gz', '\n\n'.join(texts[:100]))) for name, texts in (('good', good), ('bad', bad))]
-    write(tmp_path / 'in/a.train', '\n\n'.join(good[100:] + bad[100:]))
-    write(tmp_path / 'in/a.dev', '\n\n'.join(bad[:10]))
-    data = prepare(tmp_path / 'in', tmp_path / 'out', good=paths[0], bad=paths[1], min_quality=0.5)
-    assert sorted(texts(data, 'train')) == sorted(good[100:]) and texts(data, 'val') == bad[:10]
-    assert data.meta['report'] == {'training documents dropped, quality below 0.5': 100}
-    assert data.meta['quality'] == dict(documents=160, held_out=40, accuracy=1.0)
-    assert (np.load(data.folder / 'train.scores.npy')['quality'] > 0.5).all()
-    assert (np.load(data.folder / 'val.scores.npy')['quality'] < 0.5).all()
-    assert 'right about 100.0% of 40 others' in pd.summary(data.folder, data.meta)
-    assert data.meta['inputs'] == [pd.sha256_of(path) for path in paths]
-    moved = str(Path(paths[0]).rename(tmp_path / 'moved.txt.gz'))                    # a path says nothing about the content
-    again = prepare(tmp_path / 'in', tmp_path / 'out', good=moved, bad=paths[1], min_quality=0.5)
-    assert again.meta['fingerprint'] == data.meta['fingerprint']
-    assert prepare(tmp_path / 'in', tmp_path / 'out', good=moved, bad=paths[1]).docs['train'].size == 200
-
-
-# Word classes
-
-def test_agreement_is_that_of_slow_definitions():
-    assert pd.agreement([0, 0, 1, 1], [2, 2, 0, 0]) == (1, pytest.approx(1)) and pd.agreement([0], [0]) == (1, 1)
-    assert pd.agreement([0, 0, 0, 0], [0, 0, 0, 1]) == (0.75, pytest.approx(0))
-    assert pd.agreement([0, 0, 1, 1], [0, 1, 0, 1]) == (0.5, pytest.approx(0))
-    assert pd.agreement([0, 1, 2, 3], [0, 0, 1, 1]) == (1, pytest.approx(2 / 3))       # homogeneity 1, completeness 1/2
-    rng = np.random.default_rng(0)
-    classes = rng.integers(0, 6, 300)
-    tags = (classes // 2 + (rng.random(300) < 0.3)).tolist()
-    classes = classes.tolist()
-
-    def left(of, given):               # entropy of one label where the other is known
-        pairs, known = Counter(zip(of, given)), Counter(given)
-        return -sum(k / 300 * log(k / known[b]) for (_, b), k in pairs.items())
-    homogeneity = 1 - left(tags, classes) / left(tags, [0] * 300)
-    completeness = 1 - left(classes, tags) / left(classes, [0] * 300)
-    right = sum(max(Counter(t for c, t in zip(classes, tags) if c == own).values()) for own in set(classes))
-    assert pd.agreement(classes, tags) == (right / 300, pytest.approx(2 / (1 / homogeneity + 1 / completeness)))
-
-
-GRAMMAR = {kind: [kind + a + b for a in 'aeiou' for b in 'lmnr'] for kind in ('det', 'adj', 'noun', 'verb', 'adv')}
-
-
-@pytest.fixture(scope='module')
-def grammar(tmp_path_factory):
-    """A folder of sentences by the rule det adj noun verb det noun adv, and a file of tagged words."""
-    folder, rng = tmp_path_factory.mktemp('grammar'), random.Random(0)
-    rule = 'det adj noun verb det noun adv'.split()
-    made = [' '.join(rng.choice(GRAMMAR[kind]) for kind in rule).capitalize() + f' {i}.' for i in range(1500)]
-    write(folder / 'in/a.train', '\n\n'.join(made[100:]))
-    write(folder / 'in/a.dev', '\n\n'.join(made[:100]))
-    write(folder / 'tagged.tsv', '\n\n'.join('\n'.join(f'{word}\t{kind}' for word in words) for kind, words in GRAMMAR.items()))
-    return folder
-
-
-def test_classes_of_a_grammar_are_recovered(grammar, tmp_path):
-    data = prepare(grammar / 'in', tmp_path, tokenizer='bpe', vocab_size=400, classes=5, check_classes=str(grammar / 'tagged.tsv'))
-    check = data.meta['classes']['check']
-    assert check['induced'] == [1, pytest.approx(1)]
-    assert check['one'] == [0.2, pytest.approx(0)] and 0.2 < check['random'][0] < 0.5 and check['random'][1] < 0.3
-    assert {word[:3] for word in data.meta['classes']['words'][0]} in [{kind[:3]} for kind in GRAMMAR]
-    assert 'induced classes: many-to-one accuracy 1.000, V-measure 1.000' in pd.summary(data.folder, data.meta)
-    refuses('only 100 words', prepare, grammar / 'in', tmp_path, classes=101)
-
-
-@pytest.mark.parametrize('kind', ['bpe', 'bytes'])
-def test_the_table_counts_every_token_in_the_class_of_its_word(grammar, tmp_path, kind):
-    data = prepare(grammar / 'in', tmp_path, tokenizer=kind, vocab_size=400, classes=5)
-    table, tokens = np.load(data.folder / 'classes.npy'), data.tokens['train']
-    times = np.bincount(tokens, minlength=data.tokenizer.vocab_size)
-    times[data.tokenizer.bos] = 0
-    assert table.dtype == np.float32 and table.shape == (len(times), 8) and (table.sum(1) == times).all()
-    ids = {piece: i for i, piece in enumerate(data.tokenizer.table)}
-    assert table[ids[b'.'], 6] == times[ids[b'.']] > 0 and table[ids[b'7'], 5] == times[ids[b'7']] > 0
-    if kind == 'bytes':
-        owner = {word: label for label, words in enumerate(GRAMMAR.values()) for word in words}
-        u_in = Counter(owner[word] for text in texts(data, 'train') for word in text.lower().split()[:7] for c in word if c == 'u')
-        assert sorted(table[ids[b'u']]) == sorted([*u_in.values()] + [0] * (8 - len(u_in)))
-
-
-def test_words_of_many_bytes_in_batches_are_words(tmp_path, monkeypatch):
-    write(tmp_path / 'in/a.train', '\n\n'.join(f'Zoë såg {i} träd’s 🙂 “hus” en gång till.' for i in range(300)))
-    write(tmp_path / 'in/a.dev', 'Zoë såg hus.')
-    data = prepare(tmp_path / 'in', tmp_path / 'out', classes=2)
-    writer = SimpleNamespace(path=data.folder / 'train.bin', dtype=data.meta['dtype'], rows=[data.docs['train']],
-                             counts=np.array([[300, 0, 20_000, 0]]))
-    pieces, text, (token, piece, count) = pd.read_words(writer, data.tokenizer, batch=7)
-    assert {'Zoë', ' såg', ' träd’s', ' “', 'hus', ' gång'} <= set(pieces)
-    assert ''.join(pieces[i] for i in text) == ''.join('\n' + text for text in texts(data, 'train'))
-    assert sum(n for p, n in zip(piece, count) if pieces[p] == ' 🙂') == 300 * 5           # a space and four bytes
-    half = pd.read_words(writer, data.tokenizer, batch=10, most=19_000)[1]
-    assert abs(len(half) / len(text) - 0.5) < 0.05
-
-
-def test_the_same_classes_in_every_run(grammar, tmp_path):
-    code = ('import prepare_data as p, hashlib\n'
-            f'folder = p.build("files:{grammar}/in", "bytes", quiet=True, classes=4, overwrite=True, data_dir="{tmp_path}")\n'
-            'print(p.sha256_of(folder / "classes.npy"))')
-    assert len({subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True,
-                               env=os.environ | dict(PYTHONHASHSEED=seed)).stdout for seed in '12'}) == 1
-
-
-def test_classes_of_the_stories_fit_their_lexicon(tmp_path):
-    """config/stories.txt says what its words are; the classes are not told."""
-    lists = pd.World().lists
-    tags = dict(name='she he they', job='job', trait='trait', manner='manner', colour='colour', month='month', tree='tree')
-    words = {tag: {word for name in names.split() for word in lists[name] if ' ' not in word} for tag, names in tags.items()}
-    once = Counter(word.lower() for some in words.values() for word in some)
-    lines = [f'{word}\t{tag}' for tag, some in words.items() for word in sorted(some) if once[word.lower()] == 1]
-    tagged = write(tmp_path / 'lexicon.tsv.xz', '\n'.join(lines))
-    data = pd.open_data(pd.build('stories', 'bytes', documents=800, classes=40, check_classes=str(tagged), data_dir=tmp_path,
-                                 quiet=True), 'stories')
-    check = data.meta['classes']['check']
-    assert check['induced'][0] > 0.8 > 0.6 > check['random'][0] > check['one'][0]
-    assert check['induced'][1] > 2 * check['random'][1]
-
-
-@pytest.mark.parametrize('content, words', [
-    ('# text = No\n1\tNo\tno\tINTJ\tx\t_\t0\troot\t_\t_\n2-3\tdon\'t\t_\t_\t_\t_\t_\t_\t_\t_\n'
-     '2\tdo\tdo\tAUX\tx\t_\t0\tx\t_\t_\n\n1\ta\ta\tDET\tx\t_\t0\tx\t_\t_\n', [['No', 'INTJ'], ['do', 'AUX'], ['a', 'DET']]),
-    ('The\tDET\r\ncat\tNOUN\r\n\r\nsat\tVERB\r\n', [['The', 'DET'], ['cat', 'NOUN'], ['sat', 'VERB']]),
-    ('plain text, no tags', [])])
-def test_tagged_files(content, words):
-    assert pd.tagged_words(doc.decode() for doc in split_documents(content.encode())[0]) == words
 
 
 # Bad input: one sentence, and nothing left behind
 
-@pytest.mark.parametrize('options, match', [
-    (dict(difficulty='mtdl'), 'mtdl.*choose compression, mtld'), (dict(difficulty='loss', scores=True), 'choose compression'),
-    (dict(good='{x}'), 'give both files'), (dict(min_quality=0.5), 'give both files'), (dict(good='{x}', bad='{none}'), 'No such file'),
-    (dict(good='{x}', bad='{x}'), '10 or more of each'), (dict(good='{x}', bad='{x}', min_quality=2), 'probability'),
-    (dict(classes=-1), 'give 2 or more'), (dict(classes=1), 'give 2 or more'), (dict(check_classes='{x}'), 'give 2 or more'),
-    (dict(classes=4, check_classes='{x}'), 'no tagged words'), (dict(score_with='{none}'), 'does not exist'),
-    (dict(score_with='{x}'), 'not a checkpoint')])
-def test_options_that_cannot_work_are_refused_before_the_work_starts(tmp_path, monkeypatch, options, match):
-    path = write(tmp_path / 'x.txt', '\n\n'.join(prose(50)))
-    monkeypatch.setattr(pd, 'fill', lambda *args: pytest.fail('the work started'))
-    names = dict(x=path, none=tmp_path / 'none')
-    options = {key: value.format(**names) if isinstance(value, str) else value for key, value in options.items()}
-    refuses(match, prepare, path, tmp_path / 'data', **options)
-    assert not list((tmp_path / 'data').glob('*'))
 
-
-def test_a_damaged_checkpoint_is_one_sentence_on_the_command_line(tmp_path):
+@pytest.mark.parametrize('options, said', [
+    (['--vocab_size=0'], 'vocab_size is 0, it must be'), (['--max_doc_bytes=10'], 'max_doc_bytes is 10'),
+    (['--vocab_size=100000000000'], 'vocab_size is 100,?000'), (['--base_url=hf-mirror.com'], 'begin it with https://'),
+    (['--val_fraction=1.5'], 'val_fraction is 1.5'), (['--tokenizer=word'], 'bpe.*bytes.*gpt2'),
+    (['--vocab_sise=9'], 'did you mean vocab_size'), (['--overwrite=maybe'], 'overwrite')])
+def test_options_out_of_range(tmp_path, capsys, options, said):
     path = write(tmp_path / 'x.txt', '\n\n'.join(prose(50)))
-    command = [sys.executable, 'prepare_data.py', f'files:{path}', f'--data_dir={tmp_path}', f'--score_with={path}']
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith('prepare_data.py: ') and done.stderr.count('\n') == 1
+    assert pd.main([f'files:{path}', f'--data_dir={tmp_path}/data', *options]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / 'data').exists() or not any((tmp_path / 'data').iterdir())
 
 
 @pytest.mark.parametrize('content, match', [
@@ -719,7 +346,6 @@ def test_what_is_wrong_in_a_folder(tmp_path):
     write(tmp_path / 'in/b.dev', '\n')
     refuses(r'b\.dev holds no text', prepare, tmp_path / 'in', tmp_path / 'out')
     (tmp_path / 'in/b.dev').unlink()
-    refuses('spelling', prepare, tmp_path / 'in', tmp_path / 'out', clean='unicode,spelling')
     assert list((tmp_path / 'out').iterdir()) == []
     prepare(tmp_path / 'in', tmp_path / 'out')
 
@@ -745,7 +371,13 @@ def test_missing_damaged_unknown(tmp_path):
     whole = write(tmp_path / 'y.xz', '\n\n'.join(prose(99)))
     whole.write_bytes(whole.read_bytes()[:-30])
     refuses('damaged', prepare, whole, tmp_path)
-    refuses('did you mean babylm', pd.build, 'babylmm', data_dir=tmp_path)
+
+
+def test_a_data_set_that_is_not_named_or_not_known():
+    refuses('no data set is named.*config/quickstart.py', stack)
+    refuses("no data set 'tales'.*--dataset=files:<path>", stack, dataset='tales')
+    with pytest.raises(UserError, match="no data set 'takes', did you mean tales"):
+        corpus(Tales, dataset='takes')
 
 
 def test_existing_folder_stays_unless_told(small):
@@ -773,9 +405,9 @@ def test_full_disk(small, monkeypatch):
 def test_interrupted_build_leaves_nothing(tmp_path):
     """SIGTERM in the middle of encoding: no folder, no leftovers."""
     write(tmp_path / 'x.txt', '\n\n'.join(prose(50)))
-    code = ('import prepare_data as p, os, signal, time\n'
+    code = ('import prepare_data as p, os, signal, sys, time\n'
             'p.SplitWriter.write = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))\n'
-            f'p.main(["files:{tmp_path}/x.txt", "--tokenizer=bytes", "--data_dir={tmp_path}/data"])')
+            f'sys.exit(p.main(["files:{tmp_path}/x.txt", "--tokenizer=bytes", "--data_dir={tmp_path}/data"]))')
     run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 143 and list((tmp_path / 'data').iterdir()) == []
 
@@ -811,6 +443,7 @@ def test_leftovers_of_a_killed_build_go(tmp_path):
 
 
 # Opening: what the trainer must not trust
+
 
 def spoil(path, change):
     data = bytearray(path.read_bytes())
@@ -857,6 +490,7 @@ def test_open_sees_changed_sources(small):
 
 # Same in, same out; little memory
 
+
 def test_deterministic_to_the_byte(tmp_path):
     path = write(tmp_path / 'x.txt', '\n\n'.join(prose(400)))
     one, two = (prepare(path, tmp_path / d, tokenizer='bpe', vocab_size=400) for d in 'ab')
@@ -882,6 +516,7 @@ def test_memory_does_not_grow(tmp_path, monkeypatch):
 
 
 # Download
+
 
 class Web:
     """A server on loopback: files by path, and for each path a list of troubles, one a request, before it behaves."""
@@ -926,24 +561,34 @@ def web(monkeypatch):
     web.httpd.shutdown()
 
 
-STORIES = {name: '\n<|endoftext|>\n'.join(prose(n, n)).encode()
-           for name, n in (('TinyStories-train.txt', 50), ('TinyStories-valid.txt', 5))}
+TALES = {name: '\n<|endoftext|>\n'.join(prose(n, n)).encode() for name, n in (('tales-train.txt', 50), ('tales-valid.txt', 5))}
+
+
+class Tales(pd.Corpus):
+    sets = {'tales': dict(about='some tales; a document is a tale', mb=1, licence='CC0', repo='me/tales',
+                          files={name: f'text/{name}' for name in TALES})}
+
+
+def corpus(kind, **settings):
+    """A Corpus of a class that is none of config/."""
+    return kind(SimpleNamespace(**vars(stack(dataset='files:x').s) | dict(tokenizer='bytes') | settings))
 
 
 def test_download(tmp_path, web):
-    web.files = {'TinyStories-train.txt': STORIES['TinyStories-train.txt']}
-    settings = dict(tokenizer='bytes', data_dir=tmp_path / 'data', base_url=web.url, quiet=True)
-    message = refuses('404', pd.build, 'tinystories', **settings)
-    assert str(tmp_path / 'data/raw/tinystories/TinyStories-valid.txt') in message
-    assert web.asked.count(('TinyStories-valid.txt', None)) == 1                  # what is not there is not asked for again
-    web.files = dict(STORIES)
-    data = pd.open_data(pd.build('tinystories', **settings), 'tinystories')
+    web.files = {'tales-train.txt': TALES['tales-train.txt']}
+    settings = dict(dataset='tales', data_dir=tmp_path / 'data', base_url=web.url)
+    message = refuses('404', corpus(Tales, **settings).build, quiet=True)
+    assert str(tmp_path / 'data/raw/tales/tales-valid.txt') in message
+    assert web.asked.count(('tales-valid.txt', None)) == 1                        # what is not there is not asked for again
+    web.files = {f'/me/tales/resolve/main/text/{name}': text for name, text in TALES.items()}
+    data = corpus(Tales, **settings).open()
     assert (len(data.docs['train']), len(data.docs['val'])) == (50, 5)
-    assert data.meta['sources'] == ['TinyStories']
-    assert data.folder.name == 'tinystories-bytes' and data.meta['licence'] == 'CDLA-Sharing-1.0'
-    assert not list((tmp_path / 'data/raw/tinystories').glob('.*'))
-    pd.build('tinystories', **settings, overwrite=True)                           # in place: nothing is asked for
-    assert [name for name, _ in web.asked] == ['TinyStories-train.txt'] + 2 * ['TinyStories-valid.txt']
+    assert data.meta['sources'] == ['tales']
+    assert data.folder.name == 'tales-bytes' and data.meta['licence'] == 'CC0'
+    assert 'licence: CC0' in corpus(Tales, **settings).summary(data)
+    assert not list((tmp_path / 'data/raw/tales').glob('.*'))
+    corpus(Tales, **settings, overwrite=True).build(quiet=True)                   # in place: nothing is asked for
+    assert [name for name, _ in web.asked] == ['tales-train.txt'] + 2 * ['tales-valid.txt']
 
 
 @pytest.mark.parametrize('troubles', [['cut'], ['cut', 'cut', 503], [503, 'cut', 429, 'cut'], ['no ranges', 'cut'], ['lie'],
@@ -985,263 +630,7 @@ def test_a_download_that_wants_a_login_or_never_comes_whole(tmp_path, web):
     refuses('5 of 99 bytes', pd.download, f'{web.url}/f.txt', tmp_path / 'f.txt')
 
 
-def test_digests_are_in_the_table(tmp_path, web):
-    web.files = {'TinyStoriesV2-GPT4-train.txt': b'a', 'TinyStoriesV2-GPT4-valid.txt': b'b'}
-    refuses('sha256', pd.build, 'tinystories_v2', 'bytes', data_dir=tmp_path, base_url=web.url)
-    for entry in pd.DATASETS.values():
-        assert entry['about'] and entry['licence'] and set(entry.get('sha256', {})) <= set(entry['files'])
-        assert all(re.fullmatch('[0-9a-f]{64}', digest) for digest in entry.get('sha256', {}).values())
-
-
-@pytest.mark.parametrize('name', pd.DATASETS)
-def test_every_named_data_set_is_built_from_the_paths_it_names(tmp_path, web, monkeypatch, name):
-    monkeypatch.setattr(pd, 'VAL_STORIES', 20)
-    monkeypatch.setattr(pd, 'PAIRS', 20)
-    entry, rows, texts_in = pd.DATASETS[name], {}, set()
-    monkeypatch.setitem(pd.DATASETS, name, entry | dict(sha256={}))              # these are other files
-    for seed, (file, path) in enumerate(entry['files'].items()):
-        rows[file] = prose(30, seed)
-        body = '\n\n'.join(rows[file]).encode()
-        if path.endswith('.parquet'):
-            pytest.importorskip('pyarrow')
-            import pyarrow
-            from pyarrow.parquet import write_table
-            write_table(pyarrow.table(dict(text=rows[file])), tmp_path / 'x.parquet')
-            body = (tmp_path / 'x.parquet').read_bytes()
-        web.files[f'/{entry["repo"]}/resolve/main/{path}'] = body
-        texts_in.update(rows[file])
-    if name == 'python':
-        write(tmp_path / 'raw/python/m.py', 'x = 1\n' * 200)
-        write(tmp_path / 'raw/python/n.py', 'y = 2\n' * 200)
-    folder = pd.build(name, 'bytes', data_dir=tmp_path, base_url=web.url, documents=20, quiet=True,
-                      min_doc_bytes=0)
-    data = pd.open_data(folder, name)
-    assert len(web.asked) == len(entry['files'])
-    assert data.meta['licence'] == entry['licence'] and f'licence: {entry["licence"]}' in pd.summary(folder, data.meta)
-    if texts_in:                                                                 # nothing lost, and splits kept
-        assert {t for split in data.docs for t in texts(data, split)} == texts_in
-        held = {t for file in rows if re.search(r'\.dev|valid', file) for t in rows[file]}
-        assert not held or set(texts(data, 'val')) == held
-
-
-def test_help_says_size_licence_and_terms(capsys):
-    with pytest.raises(SystemExit):
-        pd.main(['--help'])
-    shown = capsys.readouterr().out
-    for name, entry in pd.DATASETS.items():
-        about, licence = re.escape(entry['about']), re.escape(entry['licence'])
-        assert re.search(rf'  {name} +{about}\n +about {entry["mb"]:,} MB; {licence}\n', shown)
-        assert re.search('a document (is|ends at)', entry['about'])
-        assert 'babylm' not in name or 'BNC, and EWoK' in entry['licence']
-
-
-def test_download_without_network_says_where_to_put_the_file(tmp_path):
-    message = refuses('could not be downloaded', pd.build, 'babylm', data_dir=tmp_path,
-                      base_url='http://127.0.0.1:9')
-    assert 'aochildes.train' in message
-
-
-def test_official_folders_and_partly_known_names_are_a_corpus_too(tmp_path):
-    """train_10M/x.train and dev/x.dev are one source; a name of ours among others starts no download."""
-    for name, n in (('train_10M/switchboard.train', 30), ('dev/switchboard.dev', 4), ('dev/mine.dev', 3)):
-        write(tmp_path / 'raw/babylm' / name, '\n\n'.join(prose(n, n)))
-    write(tmp_path / 'raw/babylm/gutenberg.train', '\n\n'.join(prose(9, 1)))
-    data = pd.open_data(pd.build('babylm', 'bytes', data_dir=tmp_path, quiet=True, min_doc_bytes=0), 'babylm')
-    assert data.meta['sources'] == ['gutenberg', 'mine', 'switchboard']
-    assert data.meta['splits']['val']['sources']['switchboard']['documents'] == 4
-
-
-def test_local_corpus_in_place_of_the_download(tmp_path):
-    for split, n in (('train', 30), ('dev', 4)):
-        write(tmp_path / 'raw/babylm' / f'mine.{split}', '\n\n'.join(prose(n, n)))
-    data = pd.open_data(pd.build('babylm', 'bytes', data_dir=tmp_path, quiet=True), 'babylm')
-    assert data.meta['sources'] == ['mine']
-
-
-# Python
-
-def test_python_is_the_library_of_the_python_that_runs(tmp_path, monkeypatch):
-    library = tmp_path / 'lib'
-    for n in range(30):
-        write(library / f'pkg/m{n}.py', f'"""Module {n}."""\n\ndef f{n}(x):\n    return x + {n}\n' * 9)
-    for name in ('site-packages/theirs.py', 'test/data.py', 'pkg/readme.txt'):
-        write(library / name, 'x = 1\n')
-    write(library / 'old.py', 'print "2.7"\n')
-    write(library / 'latin.py', b'# caf\xe9\n')
-    monkeypatch.setattr(pd.sysconfig, 'get_paths', lambda: dict(stdlib=str(library)))
-    data = pd.open_data(pd.build('python', 'bytes', data_dir=tmp_path, quiet=True), 'python')
-    written = sorted(texts(data, 'train') + texts(data, 'val'))
-    assert written == sorted((library / f'pkg/m{n}.py').read_text().rstrip() for n in range(30))
-    assert data.meta['report'] == {'files dropped, no Python that compiles': 2}
-
-
-def test_python_of_a_folder(tmp_path):
-    for n in range(9):
-        write(tmp_path / f'raw/python/a/m{n}.py', f'def f{n}(x):\n    return x * {n}\n' * 40)
-    data = pd.open_data(pd.build('python', 'bytes', data_dir=tmp_path, quiet=True), 'python')
-    assert len(texts(data, 'train') + texts(data, 'val')) == 9
-    for split, n in (('train', 30), ('dev', 4)):                   # and a corpus of another kind is taken as it is
-        write(tmp_path / f'b/raw/python/code.{split}.txt', '<|endoftext|>'.join(prose(n, n)))
-    data = pd.open_data(pd.build('python', 'bytes', data_dir=tmp_path / 'b', quiet=True), 'python')
-    assert (len(data.docs['train']), len(data.docs['val'])) == (30, 4) and data.meta['files']
-
-
-def test_a_folder_of_python_files_is_code(tmp_path):
-    """Files are documents, those that do not compile are counted, and a change of the folder is seen."""
-    for n in range(9):
-        write(tmp_path / f'src/a/m{n}.py', f'def f{n}(x):\n\n    return x * {n}\n' * 40)
-    write(tmp_path / 'src/bad.py', 'print "2.7"\n')
-    data = prepare(tmp_path / 'src', tmp_path / 'out')
-    assert len(texts(data, 'train') + texts(data, 'val')) == 9 and data.meta['sources'] == ['python']
-    assert data.meta['report'] == {'files dropped, no Python that compiles': 1}
-    write(tmp_path / 'src/a/m1.py', 'x = 1\n')
-    refuses('changed since', pd.open_data, data.folder, f'files:{tmp_path / "src"}')
-
-
-FAKE_BANDIT = """import json, pathlib, sys
-pathlib.Path(__file__).with_name('calls').open('a').write('x')
-metrics = {}
-for path in pathlib.Path('.').rglob('*.py'):
-    text = path.read_text()
-    if 'unread' not in text:
-        metrics[f'./{path}'] = {f'SEVERITY.{s.upper()}': text.count(f'is {s}') for s in ('low', 'medium', 'high')}
-levels = ('LOW', 'MEDIUM', 'HIGH')
-metrics['_totals'] = {f'SEVERITY.{s}': sum(n[f'SEVERITY.{s}'] for n in metrics.values()) for s in levels}
-json.dump(dict(errors=[dict(filename=p) for p in metrics if p != '_totals' and 'broken' in open(p).read()],
-               metrics=metrics, results=[]), sys.stdout)
-"""
-
-
-@pytest.fixture
-def code(tmp_path):
-    """A folder of Python files of which the names say what is wrong with them."""
-    for name in ('ok1', 'ok2', 'ok3', 'low', 'medium', 'high', 'broken', 'unread'):
-        write(tmp_path / f'src/{name}.py', f'# this is {name}\n' + f'def {name}():\n    return 1\n' * 30)
-    return tmp_path / 'src'
-
-
-def test_secure_drops_what_bandit_flags_in_one_run(tmp_path, code, monkeypatch):
-    write(tmp_path / 'lib/bandit.py', FAKE_BANDIT)
-    monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'lib'))
-    data = prepare(code, tmp_path / 'out', secure=True)
-    kept = {re.search(r'this is (\w+)', t)[1] for split in ('train', 'val') for t in texts(data, split)}
-    assert kept == {'ok1', 'ok2', 'ok3', 'low'} and (tmp_path / 'lib/calls').read_text() == 'x'
-    assert data.meta['flagged'] == ['broken.py', 'high.py', 'medium.py', 'unread.py']
-    assert data.meta['report'] == {f'findings of {s} severity by bandit': 1 for s in ('low', 'medium', 'high')} | {
-        'files dropped, bandit finds medium or high severity': 4}
-    assert 'dropped for bandit: broken.py, high.py' in pd.summary(data.folder, data.meta)
-    for n in range(3):                                               # and of added code, with an other corpus
-        write(tmp_path / f'more/raw/python/{("low", "high", "ok")[n]}.py', f'# is {("low", "high", "ok")[n]}\nx = {n}\n')
-    more = prepare(write(tmp_path / 'x.txt', '\n\n'.join(prose(40))), tmp_path / 'more', secure=True, add='python')
-    assert more.meta['flagged'] == ['high.py'] and more.meta['splits']['train']['sources']['python']['documents'] == 2
-
-
-def test_secure_without_bandit_or_without_python(tmp_path, code, monkeypatch):
-    write(tmp_path / 'lib/bandit.py', 'raise ModuleNotFoundError("No module named bandit")')
-    monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'lib'))
-    refuses('No module named bandit.*pip install bandit', prepare, code, tmp_path / 'out', secure=True)
-    assert not list((tmp_path / 'out').iterdir())
-    refuses('has none', prepare, write(tmp_path / 'x.txt', '\n\n'.join(prose(40))), tmp_path / 'out', secure=True)
-
-
-def test_secure_with_the_real_bandit(tmp_path):
-    pytest.importorskip('bandit')
-    body = 'def f(x):\n    return x + 1\n' * 20
-    bad = dict(ok='', ok2='', low='assert 1\n', medium='import pickle\npickle.loads(b"")\n',
-               high='import subprocess, sys\nsubprocess.call(sys.argv[1], shell=True)  # nosec\n')
-    for name, text in bad.items():
-        write(tmp_path / f'.git/src/{name}.py', f'# {name}\n{text}{body}')     # a path that bandit leaves out by itself
-    data = prepare(tmp_path / '.git/src', tmp_path / '.git/out', secure=True)
-    assert data.meta['flagged'] == ['high.py', 'medium.py'] and len(texts(data, 'train') + texts(data, 'val')) == 3
-    assert data.meta['report']['findings of low severity by bandit'] >= 1
-
-
-# Added sources
-
-def test_added_sources_are_for_training_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(pd.sysconfig, 'get_paths', lambda: dict(stdlib=str(tmp_path / 'lib')))
-    for n in range(9):
-        write(tmp_path / f'lib/m{n}.py', f'def f{n}(x):\n    return x * {n}\n')
-    write(tmp_path / 'in/a.train.jsonl', '\n'.join(json.dumps(dict(body=p)) for p in prose(40, 1)))
-    write(tmp_path / 'in/a.dev.jsonl', '\n'.join(json.dumps(dict(body=p)) for p in prose(6, 2)))
-    settings = dict(text_field='body', add='arithmetic, brackets,python', add_documents=7)
-    data = prepare(tmp_path / 'in', tmp_path / 'out', **settings)
-    assert data.meta['sources'] == ['a', 'arithmetic', 'brackets', 'python'] and texts(data, 'val') == prose(6, 2)
-    counts = data.meta['splits']['train']['sources']
-    assert {name: n['documents'] for name, n in counts.items()} == dict(a=40, arithmetic=7, brackets=7, python=7)
-    assert texts(data, 'train')[40:54] == [*pd.arithmetic_documents(7, 1337), *pd.bracket_documents(7, 1337)]
-    assert pd.source_weights('arithmetic:0.5', data) == [1, 0.5, 1, 1] and 'PSF' in data.meta['licence']
-    again = prepare(tmp_path / 'in', tmp_path / 'out', **settings)
-    assert again.meta['fingerprint'] == data.meta['fingerprint']
-    for make in (pd.arithmetic_documents, pd.bracket_documents):
-        assert list(make(3, 1)) != list(make(3, 2)) and len(set(make(300, 1))) == 300
-    refuses("names 'arithmetics'", prepare, tmp_path / 'in', tmp_path / 'out', add='arithmetics')
-    refuses('a source of python already', pd.build, 'python', 'bytes', data_dir=tmp_path, add='python')
-    refuses('add_documents is 0', prepare, tmp_path / 'in', tmp_path / 'out', **settings | dict(add_documents=0))
-
-
-def test_what_hashes_hold_out_is_not_added_to_training(tmp_path):
-    rows = [*pd.arithmetic_documents(300, 1337)]
-    path = write(tmp_path / 'x.jsonl', '\n'.join(json.dumps(dict(text=r)) for r in rows))
-    data = prepare(path, tmp_path / 'out', add='arithmetic', add_documents=300, val_fraction=0.1)
-    val, train = texts(data, 'val'), texts(data, 'train')
-    assert len(val) > 10 and not set(val) & set(train)
-    assert len(train) == 2 * (300 - len(val))
-    assert data.meta['report'] == {'training documents dropped, identical to held-out ones': len(val)}
-
-
-def test_arithmetic_is_true():
-    lines = [line for text in pd.arithmetic_documents(300, 5) for line in text.split('\n')]
-    assert len(lines) == 3000
-    for line in lines:
-        assert eval(line.replace('x', '*').replace(' = ', ' == ')) is True, line
-    signs = Counter(line.split()[1] for line in lines)
-    assert all(signs[s] > 600 for s in '+-x') and signs['<'] > 200 and signs['>'] > 200
-    assert '347 - 85 = 347 - 80 - 5 = 267 - 5 = 262'.count('=') == max(
-        line.count('=') for line in lines if re.fullmatch(r'\d{3} - \d[1-9] .*', line))
-    assert max(len(line.split()[2]) for line in lines) == 5
-
-
-def test_brackets_are_closed_in_order():
-    lengths, depths = [], []
-    for text in pd.bracket_documents(500, 5):
-        stack, depth = [], 0
-        for bracket in text.split(' '):
-            if bracket in '([{':
-                stack.append(bracket)
-                depth = max(depth, len(stack))
-            else:
-                assert stack.pop() + bracket in ('()', '[]', '{}')
-        assert not stack and set(text) <= set('()[]{} ')
-        lengths.append(len(text.split(' ')))
-        depths.append(depth)
-    assert 16 <= min(lengths) < 40 and 480 < max(lengths) <= 512 and min(depths) == 2 and 12 < max(depths) <= 16
-
-
 # Looking
-
-def test_compare_tokenizers(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pd.GPT2Tokenizer, 'find', lambda folders: refuse())
-    def refuse():
-        raise UserError('no gpt2 here')
-    write(tmp_path / 'in/a.train', '\n\n'.join(train := prose(400, 1)))
-    write(tmp_path / 'in/a.dev', '\n\n'.join(val := prose(30, 2)))
-    args = [f'files:{tmp_path}/in', f'--data_dir={tmp_path}/data', '--compare_tokenizers=300,9000', '--width=64',
-            '--min_doc_bytes=0']
-    assert pd.main(args) is None and not (tmp_path / 'data').exists()
-    out = capsys.readouterr().out
-    tokens = sum(map(len, pd.BPETokenizer.train(train, 300).encode_batch(val)))
-    row = re.search(r'bpe 300 +([\d.]+) +([\d.]+)% +[\d.]+\n', out)
-    assert row[1] == f'{sum(len(t.encode()) for t in val) / tokens:.3f}'
-    assert row[2] == f'{100 * 300 * 64 / (300 * 64 + 7 * 12 * 64 * 64):.1f}'
-    assert re.search(r'unigram 300 +\d', out) and re.search(r'bpe 9,000 +a vocabulary of 9,000 is too large', out)
-    assert re.search(r'bytes +1\.000', out) and 'no gpt2 here' in out and '30 held-out documents' in out
-
-
-def test_unigram_is_lossless_and_another_model():
-    sample = [*prose(300), '*MOT:\tno.\n*CHI:\tyes?\n' * 50]
-    unigram, bpe = (pd.BPETokenizer.train(sample, 330, kind) for kind in ('unigram', 'bpe'))
-    assert unigram.blob != bpe.blob and all(unigram.decode(unigram.encode(text)) == text for text in HARD + sample)
 
 
 def test_inspect(tmp_path, capsys, monkeypatch):
@@ -1250,14 +639,14 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     write(tmp_path / 'in/a.dev', '\n\n'.join(prose(6, 2)))
     data, args = f'files:{tmp_path}/in', ['--tokenizer=bytes', f'--data_dir={tmp_path}/out', '--inspect']
     assert pd.main([data, *args]) == 2 and 'is not prepared yet' in capsys.readouterr().err
-    folder = prepare(tmp_path / 'in', tmp_path / 'out', scores=True).folder
+    folder = prepare(tmp_path / 'in', tmp_path / 'out').folder
     before = (folder / 'meta.json').read_bytes()
     assert pd.main([data, *args]) is None
     out = capsys.readouterr().out
-    assert '3 of 44 training documents repeat another; near duplicates were not looked for' in out
+    assert '3 of 44 training documents repeat another' in out and 'bytes/token' in out and '\nrandom documents\n' in out
     words = Counter(re.findall('[a-z]+', ' '.join(rows + rows[:3] + ['bell and red'])))
     top, n = words.most_common(1)[0]
-    assert f'per thousand\n{top} {1000 * n / words.total():.0f}, ' in out and 'easiest and hardest' in out
+    assert f'per thousand\n{top} {1000 * n / words.total():.0f}, ' in out
     histogram = re.findall(r'^ +([\d,]+) to +([\d,]+) +(\d+) (#+)$', out, re.M)
     assert sum(int(row[2]) for row in histogram) == 44 and max(len(row[3]) for row in histogram) == 50
     assert '\x1b' not in out and '\x07' not in out and out.split('\n')[-2].count('|') == 63
@@ -1268,268 +657,8 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     assert (folder / 'meta.json').read_bytes() == before
 
 
-# Stories
-
-def test_stories_and_pairs_are_built(tmp_path):
-    data = pd.open_data(pd.build('stories', 'bytes', data_dir=tmp_path, documents=30, quiet=True), 'stories')
-    assert texts(data, 'train') == list(pd.story_documents(30, 1337))
-    assert texts(data, 'val') == list(pd.story_documents(1000, 1338))
-    pairs = [json.loads(line) for line in (data.folder / 'pairs.jsonl').read_text().splitlines()]
-    assert len(pairs) == 2000 and set(pairs[0]) == {'kind', 'context', 'good', 'bad'}
-    assert set(Counter(p['kind'] for p in pairs[:400]).values()) == {40}
-    assert not (data.folder / 'raw').exists()
-
-
-@pytest.mark.parametrize('name, world', [('stories_sv', ('stories_sv', False)), ('instructions', ('stories', True)),
-                                         ('instructions_sv', ('stories_sv', True))])
-def test_the_other_worlds_are_built_with_the_tokenizer_of_another_data_set(tmp_path, monkeypatch, name, world):
-    monkeypatch.setattr(pd, 'VAL_STORIES', 20)
-    monkeypatch.setattr(pd, 'PAIRS', 40)
-    settings = dict(data_dir=tmp_path, documents=300, vocab_size=512, quiet=True)
-    first = pd.open_data(pd.build('stories', seed=5, **settings))
-    own = pd.open_data(pd.build(name, **settings))
-    same = list(pd.story_documents(300, 1337, 0, *world))
-    assert texts(own, 'train') == same
-    assert own.meta['tokenizer_sha256'] != first.meta['tokenizer_sha256']
-    data = pd.open_data(pd.build(name, tokenizer_from=first.folder, overwrite=True, **settings), name)
-    assert data.folder == own.folder == tmp_path / f'{name}-bpe512'
-    assert data.meta['tokenizer_sha256'] == first.meta['tokenizer_sha256'] and data.tokenizer.blob == first.tokenizer.blob
-    assert texts(data, 'train') == same
-    pairs = [json.loads(line) for line in (data.folder / 'pairs.jsonl').read_text().splitlines()]
-    assert pairs == pd.story_pairs(40, 1339, *world)
-    refuses('same --tokenizer and --vocab_size', pd.build, name, tokenizer_from=first.folder,
-            **settings | dict(vocab_size=600))
-    assert not (tmp_path / f'{name}-bpe600').exists()
-    refuses('holds no tokenizer', pd.build, name, tokenizer_from=tmp_path, **settings | dict(vocab_size=600))
-
-
-@pytest.fixture(scope='module', params=['stories', 'stories_sv'])
-def world(request):
-    return request.param
-
-
-@pytest.fixture(scope='module')
-def stories(world):
-    return list(pd.story_documents(20_000 if world == 'stories' else 8000, 1, 0, world))
-
-
-@pytest.fixture(scope='module')
-def pairs(world):
-    return pd.story_pairs(2000, 1, world)
-
-
-def word_list(text):
-    return re.findall(r'[a-zåäöé]+(?:-[a-z]+)*', text.lower())
-
-
-def test_a_story_depends_on_seed_and_index_alone(stories, world):
-    assert list(pd.story_documents(5, 1, 777, world)) == stories[777:782]
-    assert list(pd.story_documents(5, 2, 0, world)) != stories[:5]
-
-
-def test_no_two_stories_are_equal(stories):
-    assert len(set(stories)) == len(stories)
-
-
-def test_vocabulary_and_lengths(stories, world):
-    vocabulary = Counter(word for text in stories for word in word_list(text))
-    least, most, seldom = (2500, 4000, 5) if world == 'stories' else (4000, 5000, 1)
-    assert least <= len(vocabulary) <= most and min(vocabulary.values()) >= seldom
-    lengths = [len(text.split()) for text in stories]
-    assert 60 <= min(lengths) and max(lengths) <= 160 and 95 <= sum(lengths) / len(lengths) <= 130
-
-
-def test_spelling(stories, pairs, world):
-    every = stories + [p['context'] + p[side] for p in pairs for side in ('good', 'bad')]
-    for text in every:
-        assert not re.search(r'[{}<>|=_~/]|  |\n\n| \n|\n |\s$| [.,!?]|[.,]{2}', text), text
-        assert not re.search(r'(^|[.!?] |\n)"?[a-zåäö]|\b(\w+) \2\b(?<!had had)', text), text
-        assert text.count('"') % 2 == 0 and text[-1] in '.!?"', text
-        if world == 'stories':
-            assert not re.search(r'\b[Aa] [aeiouAEIOU]|\b[Aa]n [^aeiouAEIOU]', text), text
-            assert not re.search(r'\bthey was\b|\b[Tt]hey is\b', text), text
-
-
-def swedish_words():
-    """Of config/stories_sv.txt, as written: {noun: en or ett}, {form of an adjective: places it stands at}."""
-    genders, forms = {}, {}
-    for line in (ROOT / 'config/stories_sv.txt').read_text().split('\n'):
-        kind, _, words = line.partition(': ')
-        for word in words.split(', ') if kind in ('en', 'ett', 'adj') else ():
-            for place, form in enumerate(word.split('/') * (1 if '/' in word or kind != 'adj' else 3)):
-                if kind == 'adj':
-                    forms.setdefault(form, set()).add(place)
-                else:
-                    assert genders.setdefault((form, bool(place)), kind) == kind, word
-    return genders, forms
-
-
-def wrong_agreement(text, genders, forms):
-    """The article, adjective and noun in a row that do not agree: en röd drake, ett rött hus, den röda draken."""
-    for article, adjective, noun in re.findall(r'\b(?=(en|ett|den|det) (\w+) (\w+))', text, re.I):
-        definite = article.lower() in ('den', 'det')
-        kind = genders.get((noun, definite))
-        place = 2 if definite else int(article.lower() == 'ett')
-        if adjective in forms and (noun, not definite) in genders and kind is None:
-            yield article, adjective, noun
-        if adjective in forms and kind and (place not in forms[adjective]
-                                            or article.lower() not in dict(en=('en', 'den'), ett=('ett', 'det'))[kind]):
-            yield article, adjective, noun
-    for article, noun in re.findall(r'\b(?=(en|ett|min|mitt|sin|sitt|din|ditt) (\w+))', text, re.I):
-        if (noun, False) in genders and noun not in forms and article.lower().endswith('tt') != (genders[noun, False] == 'ett'):
-            yield article, noun
-
-
-def test_swedish_agrees():
-    genders, forms = swedish_words()
-    for bad in ('en rött drake', 'ett röd drake', 'den röd draken', 'det röda draken', 'sitt drake', 'en röd draken'):
-        assert list(wrong_agreement(bad, genders, forms)), bad
-    seen = 0
-    for text in pd.story_documents(3000, 4, 0, 'stories_sv'):
-        assert not list(wrong_agreement(text, genders, forms)), text
-        seen += len(re.findall(r'\b(?:en|ett|den|det) (\w+) \w+', text))
-    assert seen > 9000
-
-
-def test_pairs_are_balanced_and_consist_of_mirrored_twins(pairs, world):
-    check_twins(pairs, world)
-    assert pd.story_pairs(40, 1, world) == pairs[:40]
-
-
-def check_twins(pairs, world):
-    assert len(pairs) == 2000 and len(pd.World(world).kinds) >= 8
-    assert Counter(p['kind'] for p in pairs) == dict.fromkeys(pd.World(world).kinds, 200)
-    for one, twin in zip(pairs[::2], pairs[1::2]):
-        assert one['kind'] == twin['kind'] and one['context'] != twin['context']
-        assert one['good'] == twin['bad'] != one['bad'] == twin['good']
-        assert one['good'][0] == ' ' != one['context'][-1]
-
-
-def test_no_story_to_train_on_is_a_story_to_be_judged(stories, pairs):
-    contexts = {p['context'] for p in pairs}
-    assert not contexts & set(stories)
-    firsts = {text.split('\n')[0] for text in stories}
-    assert not firsts & {context.split('\n')[0] for context in contexts}
-
-
-def test_an_ending_alone_is_a_coin_toss(pairs):
-    """A unigram scorer fitted on good against bad endings: on other endings, and on the same."""
-    for fitted, judged in ((pairs[:1000], pairs[1000:]), (pairs, pairs)):
-        good, bad = (Counter(w for p in fitted for w in word_list(p[side])) for side in ('good', 'bad'))
-        assert good == bad and Counter(p['good'] for p in fitted) == Counter(p['bad'] for p in fitted)
-        length = {side: sum(len(p[side]) for p in judged) for side in ('good', 'bad')}
-        assert length['good'] == length['bad']
-        for weight in (lambda w: log((good[w] + 1) / (bad[w] + 1)), len, hash):
-            score = [[sum(map(weight, word_list(p[side]))) for side in ('good', 'bad')] for p in judged]
-            assert sum((g > b) + 0.5 * (g == b) for g, b in score) == len(judged) / 2
-
-
-def pronouns(world):
-    """{she: {she, her, herself}, he: ..., they: ...} in the language of the world."""
-    return {row['.group']: {form for field, form in row.items() if field not in ('.group', '.was')}
-            for row in pd.World(world).tables['pronoun']}
-
-
-def heuristics(pairs, world):
-    """Accuracy per kind of choosing the option that the context names last, first, or most often."""
-    right, lists = {}, pd.World(world).lists
-    for p in pairs:
-        context, good, bad = (re.findall(r'\w+', p[part]) for part in ('context', 'good', 'bad'))
-        if p['kind'] == 'pronoun':               # the option is a person: the two of whom the parting speaks
-            names = {w: forms for who, forms in pronouns(world).items() for w in lists[who]}
-            good, bad = ([word.lower() for word in ending] for ending in (good, bad))
-            options = [{w for w in context if w in names and names[w] & set(ending)} for ending in (good, bad)]
-        else:
-            options = set(good) - set(bad), set(bad) - set(good)
-        places = [[i for i, word in enumerate(context) if word in option] for option in options]
-        for name, measure in (('last', lambda at: max(at, default=-1)), ('most', len),
-                              ('first', lambda at: -min(at, default=len(context)))):
-            g, b = map(measure, places)
-            right.setdefault(p['kind'], {}).setdefault(name, []).append((g > b) + 0.5 * (g == b))
-    return {kind: {name: sum(r) / len(r) for name, r in by.items()} for kind, by in right.items()}
-
-
-def test_counting_mentions_does_not_solve_the_pairs(world):
-    for kind, accuracy in heuristics(pd.story_pairs(6000, 3, world), world).items():
-        assert all(0.4 < share < 0.6 for share in accuracy.values()), (kind, accuracy)
-
-
-def found_where_left(world, context, ending):
-    lists, forms = pd.World(world).lists, pd.World(world).forms
-    place = max((x for x in lists['place'] + lists['outdoors'] if f' {x}' in ending), key=len)
-    things = {f.get('.the', f'he {x}'): f.get('.bare', x) for name in ('small', 'gift', 'beast')
-              for x, f in forms[name].items()}                           # draken: drake; he kite: kite
-    rest = re.sub(r"[^\w' -]", ' ', ending.lower().replace(place, ''))
-    thing = max((x for x in things if f'{x} ' in rest), key=len)
-    return re.search(rf'\b({thing[3:] if thing[2] == " " else thing}|{things[thing]}) (was |fanns )?{place}\b', context)
-
-
-def the_one_alone(world, context, ending):
-    parting = re.split(r'(?<=[.!?"])\s', context)[-1]
-    name = re.search(r'^(\w+) (?:waved|said|left \w+ n|shook|vinkade|sa |skildes|tog)|(\w+) (?:was alone|stayed)|'
-                     r'only (\w+)|(?:stannade|var|så) (\w+) (?:kvar|ensam|blev)|bara (\w+)', parting)
-    own = next(forms for who, forms in pronouns(world).items() if name[name.lastindex] in pd.World(world).lists[who])
-    return re.search(rf"\b({'|'.join(own)})\b", ending, re.I)
-
-
-def winner(world, context, ending):
-    first = (r'(\w+) came first', r'(\w+) crossed the line just before', r'the line just after (\w+)',
-             r"but (\w+)(?:'s)? was (?:faster|bigger)", r'(\w+) was faster than', r'(\w+) in front and',
-             r'behind and (\w+) in front', r'(?:slower|smaller|lighter) than (\w+)',
-             r'(\w+) reached the end ahead', r'reached the end behind (\w+)',
-             r"(\w+)'s \w+ was (?:bigger|heavier) than") if world == 'stories' else (
-             r'(\w+) kom först', r'(\w+) gick i mål strax före', r'i mål strax efter (\w+)', r'men (\w+) var snabbare',
-             r'(\w+) var snabbare än', r'var (\w+) först och', r'sist och (\w+) först', r'långsammare än (\w+)',
-             r'(\w+) nådde målet före', r'nådde målet efter (\w+)', r'(\w+)s \w+ var större än', r'var (\w+)s \w+ tyngre än',
-             r'(?:mindre|lättare) än (\w+)s\.')
-    return re.search(rf'\b{next(filter(None, (re.search(f, context) for f in first)))[1]}\b', ending)
-
-
-@pytest.mark.parametrize('kind, holds', [('place', found_where_left), ('pronoun', the_one_alone),
-                                         ('order', winner)])
-def test_the_text_itself_tells_good_from_bad(pairs, world, kind, holds):
-    for p in pairs:
-        if p['kind'] == kind:
-            assert holds(world, p['context'], p['good']) and not holds(world, p['context'], p['bad']), p
-
-
-# Instructions
-
-@pytest.fixture(scope='module')
-def asked(world):
-    return pd.story_pairs(2000, 1, world, True)
-
-
-def test_a_document_is_a_story_a_question_and_its_answer(world, stories):
-    labels = pd.World(world).lists['label']
-    for text in pd.story_documents(2000, 1, 0, world, True):
-        story, asks = text.split('\n\n')
-        question, answer = re.fullmatch(rf'{labels[0]}: (.+\?)\n{labels[1]}: (.+\.)', asks).groups()
-        assert story not in stories and story.count('\n') == 1 and story[-1] in '.!?"'
-        assert question[0].isupper() and answer[0].isupper() and not re.search('[{}<>=|]', asks)
-        for word in set(word_list(answer)) - {'to', 's', 'att', 'a', 'an', 'en', 'ett'}:     # told in one of its forms
-            assert any(told.startswith(word[:max(3, len(word) - 3)]) for told in word_list(story)), (word, text)
-
-
-def test_answers_are_mirrored_and_an_answer_alone_is_a_coin_toss(world, asked):
-    check_twins(asked, world)
-    test_an_ending_alone_is_a_coin_toss(asked)
-    for one, twin in zip(asked[::2], asked[1::2]):       # the same question, of another story
-        (first, question), (second, other) = (p['context'].split('\n\n') for p in (one, twin))
-        assert question == other and first != second
-
-
-def test_every_kind_is_asked_and_what_is_asked_names_nothing_that_is_exchanged(world):
-    w = pd.World(world)
-    for kind, exchanged in w.swap.items():
-        assert len(w.tables[f'ask.{kind}']) >= 2
-        for row in w.tables[f'ask.{kind}']:
-            asks, answers = ({p[0].split('.')[0].rstrip('+') for p in row[f] if isinstance(p, tuple)}
-                             for f in ('.question', '.answer'))
-            assert not asks & set(exchanged) and answers & set(exchanged), row
-
-
 # Real text
+
 
 @needs_shared
 def test_real_text(tmp_path):
@@ -1539,171 +668,3 @@ def test_real_text(tmp_path):
     whole = lzma.decompress((SHARED / 'babylm/switchboard.train.xz').read_bytes()).decode()
     assert ''.join(texts(data, 'train')) == whole.rstrip()
     assert data.meta['splits']['val']['sources']['simple_wiki']['words'] == 104_919
-
-
-# What a reader of the code found
-
-@pytest.mark.parametrize('options, said', [
-    (dict(vocab_size=0), 'vocab_size is 0, it must be 2 to'), (dict(documents=0), 'documents is 0'), (dict(max_doc_bytes=10), 'max_doc_bytes is 10'),
-    (dict(vocab_size=10 ** 11), 'it must be 2 to 1,048,576'), (dict(base_url='hf-mirror.com'), 'begin it with https://'),
-    (dict(languages='sv'), 'clean has no step language'), (dict(val_fraction=1.5), 'val_fraction is 1.5')])
-def test_options_out_of_range(tmp_path, options, said):
-    refuses(said, pd.build, 'stories', **dict(tokenizer='bytes', data_dir=tmp_path) | options)
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_clone_of_a_python_project_is_code(tmp_path):
-    for i in range(4):
-        write(tmp_path / f'in/pkg/m{i}.py', f'x{i} = 1\n' * 200)
-    write(tmp_path / 'in/tests/test_m.py', 'def test():\n    pass\n' * 50)
-    write(tmp_path / 'in/.git/config', 'no code')
-    write(tmp_path / 'in/pkg/__pycache__/m.pyc', b'\0\1')
-    write(tmp_path / 'in/README.md', 'read me')
-    write(tmp_path / 'in/latin.py', '# -*- coding: latin-1 -*-\nname = "é"\n'.encode('latin-1'))
-    data = prepare(tmp_path / 'in', tmp_path / 'data')
-    held = {t for split in data.docs for t in texts(data, split)}
-    assert len(held) == 6 and data.meta['sources'] == ['python'] and any('é' in t for t in held)
-    one = prepare(tmp_path / 'in/pkg/m0.py', tmp_path / 'one', max_doc_bytes=1000)
-    assert one.meta['sources'] == ['python']
-
-
-@pytest.mark.parametrize('names', [('train.txt', 'val.txt', 'test.txt'), ('wiki.train.tokens', 'wiki.valid.tokens', 'wiki.test.tokens'),
-                                   ('w_train.txt', 'w_val.txt', 'w_test.txt')])
-def test_split_names_without_a_source(tmp_path, names):
-    for seed, name in enumerate(names):
-        write(tmp_path / 'in' / name, '\n\n'.join(prose(20, seed)))
-    data = prepare(tmp_path / 'in', tmp_path / 'data')
-    assert [set(texts(data, split)) == set(prose(20, seed)) for seed, split in enumerate(('train', 'val', 'test'))] == [True] * 3
-
-
-def test_a_placed_file_has_its_digest_checked(tmp_path):
-    write(tmp_path / 'raw/swedish/wikipedia_sv.parquet', b'cut off')
-    refuses('its sha256 is another', pd.build, 'swedish', 'bytes', data_dir=tmp_path)
-
-
-def test_equal_numbers_share_their_rank():
-    x = np.array([1, 1, 2, 2, 2, 3.0])
-    assert pd.mean_ranks(x).tolist() == [1, 1, 3.5, 3.5, 3.5, 5.5] and np.corrcoef(pd.mean_ranks(x), pd.mean_ranks(-x))[0, 1] == pytest.approx(-1)
-
-
-def test_a_json_row_without_text_is_named_by_its_line(tmp_path):
-    write(tmp_path / 'x.jsonl', '{"text": "a b"}\n{"txt": "c"}\n')
-    refuses('line 2 has no field', prepare, tmp_path / 'x.jsonl', tmp_path / 'data')
-
-
-def test_climbs_two_orders():
-    spoken = [pd.source_rank(name, pd.SPOKEN_FIRST) for name in ('childes', 'bnc_spoken', 'open_subtitles', 'cbt', 'simple_wiki', 'wikipedia', 'x')]
-    written = [pd.source_rank(name, pd.WRITTEN_FIRST) for name in ('children_stories', 'simple_wiki', 'gutenberg', 'open_subtitles', 'switchboard', 'qed')]
-    assert spoken == [1, 2, 3, 4, 5, 6, 0] and written == [1, 2, 3, 4, 5, 6]
-
-
-def test_inspect_and_compare_say_what_is_missing(tmp_path, capsys):
-    write(tmp_path / 'x.txt', '\n\n'.join(prose(30)))
-    for args, said in ((['--inspect'], 'is not prepared yet'), (['--compare_tokenizers=abc'], 'give sizes like 2048,8192'),
-                       (['--compare_tokenizers=300', '--width=0'], 'width 0')):
-        assert pd.main([f'files:{tmp_path}/x.txt', f'--data_dir={tmp_path}/data', *args]) == 2
-        assert said in capsys.readouterr().err
-
-
-# ---- evaluation sets
-
-ROWS = [(dict(sentence_good='a', sentence_bad='b', linguistics_term='s-selection', UID='u'), '', ['a', 'b']),
-        (dict(context='c', good=' a', bad=' b'), 'c', [' a', ' b']),
-        (dict(sentence1='one', sentence2='two', label=1), '', ['two', 'one']),
-        (dict(sentence='Why?\nA: x\nB: y z\nC: w', label='B'), 'Why?', [' y z', ' x', ' w']),
-        (dict(input_prefix='Box 1 contains ', options=['a', 'b', 'c'], numops=2), 'Box 1 contains ', ['a', 'b', 'c']),
-        (dict(context='c', options=['a', 'b', 'c'], label=2), 'c', ['c', 'a', 'b']),
-        (dict(prompt='He said "yes, {answer}."', answer='Ann'), 'He said "yes,', [' Ann'])]
-NO_ITEMS = [dict(text='x'), [1], 'x', dict(sentence_good='a'), dict(sentence_good='', sentence_bad='b'), dict(good=' ', bad=' '),
-            dict(sentence_good='a', sentence_bad=1), dict(good='\ud800', bad='b'), dict(sentence='A: x\nB: y', label='D'),
-            dict(options=['a', 'b'], label=2), dict(options=['a', 'b'], label=-1), dict(options='ab'), dict(options=['a']),
-            dict(sentence1='a', sentence2='b', label='0'), dict(prompt='x', answer='')]
-
-
-def test_every_form_of_an_evaluation_file_puts_the_right_option_first(tmp_path):
-    for row, context, options in ROWS:
-        (tmp_path / 'x.jsonl').write_text(json.dumps(row) + '\n')
-        (item,), bad = pd.read_items(tmp_path / 'x.jsonl')
-        assert (item['context'], item['options'], bad) == (context, options, [])
-    items = [pd.eval_item(row, 'file') for row, _, _ in ROWS]
-    assert [item['kind'] for item in items] == ['u', 'file', 'file', 'file', 'file_2_ops', 'file', 'file']
-    assert items[0]['field'] == 'argument_structure'
-
-
-def test_lines_that_hold_no_item_are_left_out_and_named(tmp_path):
-    good = json.dumps(ROWS[0][0]).encode()
-    for row in NO_ITEMS:
-        (tmp_path / 'x.jsonl').write_bytes(json.dumps(row).encode() + b'\n\n' + good + b'\n{"good": "\xff", "bad": "b"}\n')
-        items, bad = pd.read_items(tmp_path / 'x.jsonl')
-        assert len(items) == 1 and bad == ['x.jsonl line 1', 'x.jsonl line 4'], row
-    (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, NO_ITEMS)))
-    with pytest.raises(UserError, match='x.jsonl holds no items'):
-        pd.read_items(tmp_path / 'x.jsonl')
-    (tmp_path / 'x.jsonl').write_text('\n'.join(json.dumps(row) for row, _, _ in ROWS))
-    with pytest.raises(UserError, match='mixes last words and choices'):
-        pd.read_items(tmp_path / 'x.jsonl')
-
-
-def test_the_first_items_hold_every_kind_in_proportion_and_neighbours_together():
-    rows = [dict(kind=k, good=f'{k} {i} a', bad=f'{k} {i} b') for k, n in (('x', 60), ('y', 30), ('z', 7)) for i in range(n)]
-    tokenizer = pd.ByteTokenizer()
-    items = pd.tokenize_items([pd.eval_item(row, '') for row in rows], tokenizer)
-    texts = [tokenizer.decode(ids.tolist()) for ids in np.split(items['ids'], items['start'][1:-1])]
-    assert sorted(texts) == sorted(row[side] for row in rows for side in ('good', 'bad'))
-    kinds = items['kinds'][items['kind']]
-    assert [text.split()[0] for text in texts[::2]] == kinds.tolist()
-    for n in (24, 48, 72):
-        assert abs((kinds[:n] == 'x').sum() - n * 60 / 97) <= 3 and abs((kinds[:n] == 'z').sum() - n * 7 / 97) <= 2
-    number = [int(text.split()[1]) for text in texts[::2]]
-    of_x = [i for i, kind in zip(number, kinds) if kind == 'x']
-    assert of_x != sorted(of_x) and all(b == a + 1 for a, b in zip(of_x[::2], of_x[1::2]))
-    assert all(items['ids'][items['start'][i] + seam] == ord('a') for i, seam in zip(range(0, 2 * len(rows), 2), items['seam']))
-
-
-def test_tokenized_evaluation_sets_are_kept_until_something_changes(tmp_path, monkeypatch, capsys):
-    tokenizer, file, cache = pd.ByteTokenizer(), tmp_path / 'p.jsonl', tmp_path / 'data' / 'eval'
-    cache.parent.mkdir()
-    file.write_text(json.dumps(ROWS[0][0]) + '\nnone\n')
-    calls, tokenize = [], pd.tokenize_items
-    monkeypatch.setattr(pd, 'tokenize_items', lambda *args: calls.append(1) or tokenize(*args))
-    first, again = (pd.eval_set(file, tokenizer, cache) for _ in 'ab')
-    assert len(calls) == 1 and [p.name for p in cache.iterdir()] == ['p.npz']
-    assert first.keys() == again.keys() and all(np.array_equal(first[key], again[key]) for key in first)
-    (cache / 'p.npz').write_bytes((cache / 'p.npz').read_bytes()[:100])                  # damaged
-    pd.eval_set(file, tokenizer, cache)
-    file.write_text(json.dumps(ROWS[1][0]) + '\n')                                        # changed
-    assert len(pd.eval_set(file, tokenizer, cache)['ids']) == 8 and len(calls) == 3
-    other = pd.ByteTokenizer(b'another')
-    assert pd.eval_set(file, other, cache) and pd.eval_set(file, other) and len(calls) == 5
-    assert pd.eval_files(tmp_path) == {'p': file} and pd.eval_files(tmp_path / 'none') == {}
-    with pytest.raises(UserError, match='gone.jsonl does not exist'):
-        pd.eval_set(tmp_path / 'gone.jsonl', tokenizer)
-
-
-def test_evaluation_sets_from_the_command_line(tmp_path, capsys):
-    (tmp_path / 'sets').mkdir()
-    (tmp_path / 'sets' / 'p.jsonl').write_text(json.dumps(ROWS[0][0]) + '\nnone\n')
-    (tmp_path / 'text.txt').write_text('\n\n'.join(f'{i} a line of text that is long enough' for i in range(400)))
-    args = [f'files:{tmp_path}/text.txt', '--tokenizer=bytes', f'--data_dir={tmp_path}/data']
-    sets = ['--evals', str(tmp_path / 'sets')]
-    assert pd.main(args + sets) == 2 and 'without --evals first' in capsys.readouterr().err
-    assert not pd.main(args)
-    capsys.readouterr()
-    assert not pd.main(args + sets)
-    assert capsys.readouterr().out == ('p: 1 items, 1 kinds, 4 tokens\n'
-                                       'p: left out 1 line without an item, the first is p.jsonl line 2\n')
-    assert pd.main(args + ['--evals', str(tmp_path / 'data')]) == 2 and 'no evaluation sets' in capsys.readouterr().err
-
-
-def test_evaluation_sets_are_fetched_once(tmp_path, monkeypatch):
-    (tmp_path / 'blimp.tar.gz').write_bytes(b'an archive')
-    monkeypatch.setattr(pd, 'BLIMP', (tmp_path / 'blimp.tar.gz').as_uri())
-    pd.fetch_evals(tmp_path / 'sets')
-    assert (tmp_path / 'sets' / 'blimp.tar.gz').read_bytes() == b'an archive'
-    (tmp_path / 'own').mkdir()
-    monkeypatch.setattr(pd, 'BLIMP', (tmp_path / 'gone').as_uri())
-    monkeypatch.setattr(pd, 'PATIENCE', 0)
-    pd.fetch_evals(tmp_path / 'own')                                            # a folder is left as it is
-    with pytest.raises(UserError, match='could not be downloaded'):
-        pd.fetch_evals(tmp_path / 'new')
-    assert not (tmp_path / 'new').exists() and not [*(tmp_path / 'own').iterdir()]
