@@ -1,12 +1,10 @@
 """The ideas that measure: text quality, frequency bias and anisotropy, Python problems, learning dynamics."""
 import contextlib
-import dataclasses
 import json
 import lzma
 import math
 import os
 import re
-import shutil
 import sys
 from types import SimpleNamespace
 
