@@ -1150,7 +1150,7 @@ def page(corpus, data):
     """Prints counts of all of a data set, and words of 2,000 training documents."""
     bounds = data.bounds('train')
     sample = np.random.default_rng(corpus.s.data_seed).permutation(len(bounds) - 1)[:2000]
-    print(*corpus.summary(data), '\n\ntokens a document, training', *histogram(np.diff(bounds)),
+    print(*corpus.summary(data), '\ntokens a document, training', *histogram(np.diff(bounds)),
           *corpus.examples(data, sample), sep='\n')
     text = ' '.join(data.texts('train', sample)).lower()
     words = Counter(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text))
