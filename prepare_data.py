@@ -1111,6 +1111,7 @@ def source_weights(text, data):
         raise UserError(f'weights leave nothing to train on: weigh one of {", ".join(trained)} above 0')
     return list(weights.values()) if text else None
 
+
 def write_beside(path, write):
     """A file that write(f) fills, beside its place, then moved into it. A folder that is read-only costs time
     later, no more: what is written so can be made again."""
