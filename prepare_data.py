@@ -1471,6 +1471,7 @@ def source_weights(text, data):
         raise UserError(f'weights leave nothing to train on: weigh one of {", ".join(trained)} above 0')
     return list(weights.values()) if text else None
 
+
 def write_beside(path, write):
     """A file that write(f) fills, beside its place, then moved into it. A folder that is read-only costs time
     later, no more: what is written so can be made again."""
@@ -1510,7 +1511,7 @@ def page(corpus, data):
     """Prints counts of all of a data set, and words of 2,000 training documents."""
     bounds = data.bounds('train')
     sample = np.random.default_rng(corpus.s.data_seed).permutation(len(bounds) - 1)[:2000]
-    print(*corpus.summary(data), '\n\ntokens a document, training', *histogram(np.diff(bounds)),
+    print(*corpus.summary(data), '\ntokens a document, training', *histogram(np.diff(bounds)),
           *corpus.examples(data, sample), sep='\n')
     text = ' '.join(data.texts('train', sample)).lower()
     words = Counter(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text))
