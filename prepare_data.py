@@ -257,12 +257,16 @@ class Ideas:
         self.seen, self.modules, self.made = set(), [], {}
         for table in tables:
             self.declare_table(table)
+        later = []                               # what a config that is yet to come may declare
         for arg in argv:
             if not arg.startswith('-'):
                 self.read(Path(arg))
-        for arg in argv:
-            if arg.startswith('-'):
+            elif arg.lstrip('-').partition('=')[0] in self.known:
                 self.override(arg)
+            else:
+                later.append(arg)
+        for arg in later:
+            self.override(arg)
         if not self.errors:
             self.execute()
         count = f'{len(self.errors)} mistake{"s" * (len(self.errors) > 1)} in the settings:'

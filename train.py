@@ -575,8 +575,17 @@ class Run:
             dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=1))
         self.energy = sample.Energy(self.device, STARTED, share=1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
         self.earlier = np.zeros_like(self.energy.joules)         # of all ranks, in processes before this one
-        self.data = self.open_data()
-        self.measure = self.ideas.seam(sample.Measure)(self.s, self.data.tokenizer, self.data, self.say)
+        corpus, measure = self.ideas.seam(prepare_data.Corpus)(self.s), self.ideas.seam(sample.Measure)
+        self.data = self.in_turn(corpus.open)
+        self.check_data()
+        self.measure = self.in_turn(lambda: measure(self.s, self.data.tokenizer, self.data, self.say))
+
+    def in_turn(self, work):
+        """What work returns: rank 0 builds or fetches what is missing, then the others find it there."""
+        made = work() if self.master else None
+        if self.world > 1:
+            dist.barrier()
+        return made if self.master else work()
 
     def heed(self, number, frame):
         self.signals.append(number)
@@ -643,19 +652,12 @@ class Run:
                   if k not in FREE and k in theirs and theirs[k] != v]
         refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
 
-    def open_data(self):
-        """The data set, built first if it is missing; refused where it is too small for a step."""
-        s, corpus = self.s, self.ideas.seam(prepare_data.Corpus)(self.s)
-        if self.master:
-            corpus.open()
-        if self.world > 1:
-            dist.barrier()
-        data = corpus.open()
-        n = len(data.tokens['train'])
+    def check_data(self):
+        """Refuses text that is too little for a step."""
+        s, n = self.s, len(self.data.tokens['train'])
         refuse(n < s.tokens_per_step // 16 or n <= s.block_size,
-               f'the training split of {data.folder} holds {n:,} tokens, less than one block of {s.block_size} or a '
+               f'the training split of {self.data.folder} holds {n:,} tokens, less than one block of {s.block_size} or a '
                f'sixteenth of a step of {s.tokens_per_step:,}: bring more text or lower them')
-        return data
 
     # -- build: the model, and what trains it
 
@@ -1217,13 +1219,12 @@ class Run:
             kept -= seconds
             with self.evaluating():
                 if self.master and not late(self.deadline(last)):
-                    evals[name] = self.measure.other(name, self.model, n, functools.partial(late, self.deadline(kept)))
-                elif self.master:
-                    self.say(f'warning: no time was left for {name}')
+                    found = self.measure.other(name, self.model, n, functools.partial(late, self.deadline(kept)))
+                    evals |= {name: found} if found else {}
         text = self.continuation(0 if self.signals else self.s.sample_tokens, self.deadline(LEAVING))
-        for name, e in evals.items():
-            if e.get('items', 0) < (self.counts.get(name) or self.others.get(name, (0,))[0] or 0):
-                self.say(f'warning: {name} was cut to {e["items"]:,} items, for the time that was left')
+        for name in [*self.counts, *self.others] if self.master and not self.signals else ():
+            if (share := evals[name].get('share', 1) if name in evals else 0) < 1:
+                self.say(f'warning: {name} was cut to {share:.0%} of its items: no more time was left')
         if evals:
             self.record_abilities(evals)
         return result, evals, text
