@@ -49,7 +49,7 @@ class Corpus(prepare_data.Corpus):
 class Measure(sample.Measure):
     def files(self):
         """BLiMP is fetched to eval_data where there is no such folder; without it the run goes on."""
-        if self.s.evals == 'all':
+        if self.s.evals == 'all' and self.s.dataset in Corpus.sets:
             try:
                 sample.fetch_evals(self.s.eval_data)
             except prepare_data.UserError as e:
