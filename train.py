@@ -540,6 +540,7 @@ class Run:
         self.signals, self.told = [], []         # told: what a reader of the report should know
         self.steps, self.rows_read, self.skipped, self.tokens, self.flops = 0, 0, 0, 0, 0.0
         self.bad_steps, self.rolled_back, self.stopping, self.metrics = 0, False, False, None
+        self.progress = 0.0                      # what a step goes by: rank 0's clock's
         self.times = dict.fromkeys(('startup', 'compile', 'train', 'eval', 'save'), 0.0)
         self.history = []                        # (seconds waited for data, seconds) of every step
         self.log_path = self.out_dir / 'metrics.jsonl'
