@@ -108,7 +108,6 @@ class Settings:
 
 
 TABLES = prepare_data.Options, Settings, GPTConfig
-# settings that a run which goes on may change; all others decide what a step computes
 FREE = {field.name for field in dataclasses.fields(prepare_data.Options)} | set(
     'out_dir init_from budget_minutes budget_counts device compile kernels micro_batch_size eval_interval evals '
     'eval_data log_interval save_minutes sample_prompt sample_tokens dollars_per_hour country dry_run show'.split())
@@ -616,13 +615,17 @@ class Run:
                + (', '.join(f'{name}.py' for name, _ in now) or 'none') + ': name the same')
         for name in [name for name, digest in now if (name, digest) not in before]:
             self.say(f'warning: {name}.py is not what it was as this run began')
-        adopted = SHAPE if checkpoint['origin'] != 'scratch' else ()
-        for name in [k for k in theirs if k in vars(s) and k not in FREE]:
+        adopted, free = SHAPE if checkpoint['origin'] != 'scratch' else (), self.free()
+        for name in [k for k in theirs if k in vars(s) and k not in free]:
             if name not in self.ideas.set_at or name in adopted:
                 setattr(s, name, theirs[name])
         differ = [f'{k} (was {theirs[k]!r}, now {v!r})' for k, v in vars(s).items()
-                  if k not in FREE and k in theirs and theirs[k] != v]
+                  if k not in free and k in theirs and theirs[k] != v]
         refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
+
+    def free(self):
+        """Settings that a run which goes on may change; all others decide what a step computes."""
+        return FREE
 
     def open_data(self):
         """The data set, built first if it is missing; refused where it is too small for a step."""
