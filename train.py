@@ -1218,7 +1218,6 @@ class Run:
         trained, total, sizes = max(self.times['train'], 1e-9), clock.elapsed() + LEAVING, self.model.params()
         speed, peak = self.flops / trained, self.peak()
         waited, stepped = np.sum(self.history[1:] or [(0, 1)], axis=0)
-        paid = sample.energy_report(self.earlier + self.all_reduce(self.energy.read()), self.energy.how, s.country)
         return dict(
             val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
             val_bpb_text_error=result['text_error'], val_loss=result['loss'],
@@ -1229,7 +1228,7 @@ class Run:
             mfu=speed / peak if peak else None, tflops=speed / 1e12, data_wait_share=float(waited / stepped),
             skipped_steps=self.skipped, warnings=[*dict.fromkeys(self.told)],
             **{f'{kind}_seconds': t for kind, t in self.times.items()}, total_seconds=total,
-            budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(self.device), **paid,
+            budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(self.device), **self.paid(),
             dollars=total / 3600 * s.dollars_per_hour or None,
             hardware=dict(device=self.device, name=hardware(self.device), ranks=self.world, dtype=str(self.dtype)[6:]),
             versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
@@ -1238,6 +1237,10 @@ class Run:
             commit=git_commit(), ideas=[name for name, _, named in self.ideas.sources() if named], settings=vars(s),
             changed=self.changed, config=dataclasses.asdict(self.config), sample=text,
             finished=datetime.datetime.now().isoformat('T', 'seconds'))
+
+    def paid(self):
+        """Energy of all ranks, in all processes of this run."""
+        return sample.energy_report(self.earlier + self.all_reduce(self.energy.read()), self.energy.how, self.s.country)
 
     def keep_report(self, report):
         self.metrics.close()
