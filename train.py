@@ -1275,22 +1275,27 @@ class Run:
         if report['sample']:
             self.say(f'sample:\n{report["sample"]}')
 
-    def close(self):
-        """Lets go of what holds the process."""
-        if dist.is_initialized():
+    def close(self, code):
+        """Lets go of what holds the process, which is about to end with this code."""
+        if dist.is_initialized() and code == 0:
             dist.destroy_process_group()
 
 
-def main(argv):
+def begin(argv):
+    """The run that a command line asks for; None where it asks only what that would be."""
     s, ideas = read_settings(argv)
     if s.show:
         return print(prepare_data.shown(ideas))
-    run = ideas.seam(Run)(s, ideas)
+    return ideas.seam(Run)(s, ideas)
+
+
+def live(run):
+    """From the machine taken to the report."""
     run.open()
     run.build()
     run.announce()
     run.warm_up()
-    if s.dry_run:
+    if run.s.dry_run:
         return run.say_plan()
     run.say_start()
     while run.time_left():
@@ -1301,16 +1306,25 @@ def main(argv):
         run.save_if_due()
         run.evaluate_if_due()
     run.finish()
-    run.close()
+
+
+def main(argv):
+    if run := begin(argv):
+        live(run)
 
 
 if __name__ == '__main__':
-    code = 0
+    code, run = 0, None
     try:
-        print(__doc__) if {'-h', '--help'} & set(sys.argv) else main(sys.argv[1:])
+        if {'-h', '--help'} & set(sys.argv):
+            print(__doc__)
+        elif run := begin(sys.argv[1:]):
+            live(run)
     except (UserError, Diverged, Stopped) as e:
         code = 75 if isinstance(e, Stopped) else 3 if isinstance(e, Diverged) else 2
         if os.environ.get('RANK', '0') == '0':
             print(f'train.py: {e}', file=sys.stderr)
     sys.stdout.flush()
+    if run:
+        run.close(code)
     sys.exit(code)
