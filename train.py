@@ -108,7 +108,6 @@ class Settings:
 
 
 TABLES = prepare_data.Options, Settings, GPTConfig
-# settings that a run which goes on may change; all others decide what a step computes
 FREE = {field.name for field in dataclasses.fields(prepare_data.Options)} | set(
     'out_dir init_from budget_minutes budget_counts device compile kernels micro_batch_size eval_interval evals '
     'eval_data log_interval save_minutes sample_prompt sample_tokens dollars_per_hour country dry_run show'.split())
@@ -560,6 +559,7 @@ class Run:
         self.signals, self.told = [], []         # told: what a reader of the report should know
         self.steps, self.rows_read, self.skipped, self.tokens, self.flops = 0, 0, 0, 0, 0.0
         self.bad_steps, self.rolled_back, self.stopping, self.metrics = 0, False, False, None
+        self.progress = 0.0                      # what a step goes by: rank 0's clock's
         self.times = dict.fromkeys(('startup', 'compile', 'train', 'eval', 'save'), 0.0)
         self.history = []                        # (seconds waited for data, seconds) of every step
         self.log_path = self.out_dir / 'metrics.jsonl'
@@ -644,13 +644,17 @@ class Run:
                + (', '.join(f'{name}.py' for name, _ in now) or 'none') + ': name the same')
         for name in [name for name, digest in now if (name, digest) not in before]:
             self.say(f'warning: {name}.py is not what it was as this run began')
-        adopted = SHAPE if checkpoint['origin'] != 'scratch' else ()
-        for name in [k for k in theirs if k in vars(s) and k not in FREE]:
+        adopted, free = SHAPE if checkpoint['origin'] != 'scratch' else (), self.free()
+        for name in [k for k in theirs if k in vars(s) and k not in free]:
             if name not in self.ideas.set_at or name in adopted:
                 setattr(s, name, theirs[name])
         differ = [f'{k} (was {theirs[k]!r}, now {v!r})' for k, v in vars(s).items()
-                  if k not in FREE and k in theirs and theirs[k] != v]
+                  if k not in free and k in theirs and theirs[k] != v]
         refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
+
+    def free(self):
+        """Settings that a run which goes on may change; all others decide what a step computes."""
+        return FREE
 
     def check_data(self):
         """Refuses text that is too little for a step."""
@@ -1239,7 +1243,6 @@ class Run:
         trained, total, sizes = max(self.times['train'], 1e-9), clock.elapsed() + LEAVING, self.model.params()
         speed, peak = self.flops / trained, self.peak()
         waited, stepped = np.sum(self.history[1:] or [(0, 1)], axis=0)
-        paid = sample.energy_report(self.earlier + self.all_reduce(self.energy.read()), self.energy.how, s.country)
         return dict(
             val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
             val_bpb_text_error=result['text_error'], val_loss=result['loss'],
@@ -1250,7 +1253,7 @@ class Run:
             mfu=speed / peak if peak else None, tflops=speed / 1e12, data_wait_share=float(waited / stepped),
             skipped_steps=self.skipped, warnings=[*dict.fromkeys(self.told)],
             **{f'{kind}_seconds': t for kind, t in self.times.items()}, total_seconds=total,
-            budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(self.device), **paid,
+            budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(self.device), **self.paid(),
             dollars=total / 3600 * s.dollars_per_hour or None,
             hardware=dict(device=self.device, name=hardware(self.device), ranks=self.world, dtype=str(self.dtype)[6:]),
             versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
@@ -1259,6 +1262,10 @@ class Run:
             commit=git_commit(), ideas=[name for name, _, named in self.ideas.sources() if named], settings=vars(s),
             changed=self.changed, config=dataclasses.asdict(self.config), sample=text,
             finished=datetime.datetime.now().isoformat('T', 'seconds'))
+
+    def paid(self):
+        """Energy of all ranks, in all processes of this run."""
+        return sample.energy_report(self.earlier + self.all_reduce(self.energy.read()), self.energy.how, self.s.country)
 
     def keep_report(self, report):
         self.metrics.close()
@@ -1293,22 +1300,27 @@ class Run:
         if report['sample']:
             self.say(f'sample:\n{report["sample"]}')
 
-    def close(self):
-        """Lets go of what holds the process."""
-        if dist.is_initialized():
+    def close(self, code):
+        """Lets go of what holds the process, which is about to end with this code."""
+        if dist.is_initialized() and code == 0:
             dist.destroy_process_group()
 
 
-def main(argv):
+def begin(argv):
+    """The run that a command line asks for; None where it asks only what that would be."""
     s, ideas = read_settings(argv)
     if s.show:
         return print(prepare_data.shown(ideas))
-    run = ideas.seam(Run)(s, ideas)
+    return ideas.seam(Run)(s, ideas)
+
+
+def live(run):
+    """From the machine taken to the report."""
     run.open()
     run.build()
     run.announce()
     run.warm_up()
-    if s.dry_run:
+    if run.s.dry_run:
         return run.say_plan()
     run.say_start()
     while run.time_left():
@@ -1319,16 +1331,25 @@ def main(argv):
         run.save_if_due()
         run.evaluate_if_due()
     run.finish()
-    run.close()
+
+
+def main(argv):
+    if run := begin(argv):
+        live(run)
 
 
 if __name__ == '__main__':
-    code = 0
+    code, run = 0, None
     try:
-        print(__doc__) if {'-h', '--help'} & set(sys.argv) else main(sys.argv[1:])
+        if {'-h', '--help'} & set(sys.argv):
+            print(__doc__)
+        elif run := begin(sys.argv[1:]):
+            live(run)
     except (UserError, Diverged, Stopped) as e:
         code = 75 if isinstance(e, Stopped) else 3 if isinstance(e, Diverged) else 2
         if os.environ.get('RANK', '0') == '0':
             print(f'train.py: {e}', file=sys.stderr)
     sys.stdout.flush()
+    if run:
+        run.close(code)
     sys.exit(code)
