@@ -114,9 +114,9 @@ FREE = {field.name for field in dataclasses.fields(prepare_data.Options)} | set(
 SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'bos')]
 
 
-def read_settings(argv):
+def read_settings(argv, tables=TABLES):
     """Settings, and the ideas that go with them, of a command line. UserError lists all mistakes by line."""
-    ideas = prepare_data.Ideas(argv, TABLES)
+    ideas = prepare_data.Ideas(argv, tables)
     s = SimpleNamespace(**ideas.values)
     refuse(sample.grid(s.country) is None, f'country is {s.country!r}, it must be one of {", ".join(sample.GRID)}, '
            f'or the grams of CO2e a kWh')
@@ -575,10 +575,9 @@ class Run:
             dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=1))
         self.energy = sample.Energy(self.device, STARTED, share=1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
         self.earlier = np.zeros_like(self.energy.joules)         # of all ranks, in processes before this one
-        corpus, measure = self.ideas.seam(prepare_data.Corpus)(self.s), self.ideas.seam(sample.Measure)
-        self.data = self.in_turn(corpus.open)
+        self.data = self.in_turn(self.ideas.seam(prepare_data.Corpus)(self.s).open)
         self.check_data()
-        self.measure = self.in_turn(lambda: measure(self.s, self.data.tokenizer, self.data, self.say))
+        self.open_evaluations()
 
     def in_turn(self, work):
         """What work returns: rank 0 builds or fetches what is missing, then the others find it there."""
@@ -662,6 +661,10 @@ class Run:
         refuse(n < s.tokens_per_step // 16 or n <= s.block_size,
                f'the training split of {self.data.folder} holds {n:,} tokens, less than one block of {s.block_size} or a '
                f'sixteenth of a step of {s.tokens_per_step:,}: bring more text or lower them')
+
+    def open_evaluations(self):
+        measure = self.ideas.seam(sample.Measure)
+        self.measure = self.in_turn(lambda: measure(self.s, self.data.tokenizer, self.data, self.say))
 
     # -- build: the model, and what trains it
 
@@ -853,15 +856,19 @@ class Run:
     def warm_up(self):
         self.times['startup'] += self.clock.age()
         s, began = self.s, time.monotonic()
-        self.batches = Prefetcher(self.stream, self.rows_read, self.micro, s.block_size, self.rank, self.world,
-                                  self.device, 3 * self.accum)
+        self.read_ahead()
         self.get_going()
         self.times['compile'] += time.monotonic() - began
         self.measure_evaluation()
         self.save_seconds = 0.5 + 12 * models.blueprint(self.largest()).params()['total'] / 2 ** 30
         self.last_save = self.clock.elapsed()
         self.next_eval = s.eval_interval * max(1, math.ceil(self.clock.progress / (s.eval_interval or 1)))
+
+    def read_ahead(self):
+        """Begins to read what the first step takes."""
         self.first_step = self.steps
+        self.batches = Prefetcher(self.stream, self.rows_read, self.micro, self.s.block_size, self.rank, self.world,
+                                  self.device, 3 * self.accum)
 
     def get_going(self):
         """Makes what computes a step, compiled, and learns how many seconds it takes."""
