@@ -1,18 +1,20 @@
-"""Shows that a change of the code changes no number: runs two checkouts side by side and compares all of them.
+"""Shows that a change of the code changes no number: runs two checkouts and compares all that they give.
 
-    python tests/compare_checkouts.py                          commit fb45184 with the working tree
-    python tests/compare_checkouts.py HEAD~1 HEAD              two commits, or folders
-    python tests/compare_checkouts.py fb45184 --record=old.json          run one, keep its numbers
-    python tests/compare_checkouts.py --against=old.json [NEW] --only=ema,wide     and compare with those later
+    python tests/compare_checkouts.py                              commit fb45184 with the working tree
+    python tests/compare_checkouts.py HEAD~1 HEAD                  two commits, or folders
+    python tests/compare_checkouts.py fb45184 --record=old.json    run one alone and keep its numbers,
+    python tests/compare_checkouts.py --against=old.json           and compare the working tree with them
+    python tests/compare_checkouts.py --only=ema,wide              some cases, and those that they need
+    python tests/compare_checkouts.py HEAD --list                  the command of every case
 
 A case is a run of 30 tiny steps on a CPU, in float32, one thread: every loss, gradient norm and rate, what is
-evaluated, the closing report's numbers and sample, what `sample.py --temperature 0` answers, dynamics.json,
-and digests of the prepared text. It is run once undisturbed, and once told to stop after step 17 (SIGTERM)
-and resumed: both must give the same. Numbers are equal only to the last bit. Exit code 1 where any differs.
+evaluated on the way, the closing report's numbers and sample, what `sample.py --temperature 0` answers,
+dynamics.json, and digests of the prepared text. It is run once undisturbed, and once told to stop after step
+17 (SIGTERM) and resumed, which must give the same. Equal is to the last bit. Exit code 1 if any differs.
 
 Every run is a process of its own that reads the checkout's scripts, with the command line that a user would
-type. It is forked from one that has imported torch and nothing of a checkout, which takes 3 s less each;
---fresh=True starts Python anew.
+type. It is forked from one that has imported torch and nothing of a checkout, which saves 3 s each time;
+with --fresh Python starts anew. --jobs=2 runs go on at once; --keep=FOLDER leaves them there.
 """
 import concurrent.futures
 import contextlib
@@ -34,136 +36,201 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OLD = 'fb45184'                     # the last commit before ideas became files of code
-STEPS, STOP, SECONDS = 30, 17, 600  # of a run; the step after which it is told to stop; what a script may take
+OLD = 'fb45184'                     # the last commit before an idea was a file of code
+STEPS, STOP = 30, 17                # of a run; the step after which it is told to stop
+SECONDS = 1200                      # that a script may take, on a machine that does other things too
 
 
 # ---- the cases ---------------------------------------------------------------------------------------------
 
+# A line a case: its name; the configs and settings ('tiny' is the config that is written here); and after a
+# bar, where it matters, more settings for a checkout whose train.py has `prepare` ('old') or has it no more
+# ('new'), the cases that must have run ('after') and what sample.py continues ('prompt'). A setting that a
+# file of config/ declares gets that file on its line, unless one that is named there brings it.
+CASES = '''
+plain: tiny | old --prepare="--scores --classes 5"
+
+quickstart: quickstart $world | old --prepare="--documents 300" | new --documents=300 | prompt It was
+quickstart_sv: quickstart_sv $world --evals=anisotropy
+    | old --prepare="--documents 300" | new --documents=300 | prompt Det var
+instructions: quickstart instructions $world --eval_interval=0
+    | old --prepare="--documents 300" | new --documents=300 | prompt It was | after quickstart
+python: python $small | prompt def
+added_text: tiny --data_dir=data/added --weights=childes:1.5,arithmetic:0.5,brackets:0.25
+    | old --prepare="--add arithmetic,brackets --add_documents 60"
+    | new --add=arithmetic,brackets --add_documents=60
+babylm: babylm $small --dataset=files:text | after plain
+tinystories: tinystories $small --n_head=3 --dataset=files:text | after plain
+simplestories: simplestories $small --n_head=4 --dataset=files:text | after plain
+swedish: swedish $small --n_head=1 --dataset=files:text | after plain
+cpu: cpu $small --n_head=3 --dataset=files:text | after plain
+weights: tiny --weights=childes:2,gutenberg:0.5 | after plain
+
+word_classes: tiny syntactic_smoothing | after plain | new --word_classes=5
+climb_data: tiny climb_data | after plain
+climb_data_frontier: tiny climb_data --curriculum_order=frontier --pacing=log | after climb_data
+climb_data_sources: tiny climb_data --curriculum=source_rank --pacing=root --weights=notes:2
+    | after climb_data
+climb_objective: tiny climb_objective | after word_classes | new --word_classes=5
+climb_vocabulary: tiny climb_vocabulary --pacing=quad | after plain
+teacher: tiny --n_layer=3 --n_embd=32 --n_head=2 | after plain
+distillation: tiny distillation | after teacher
+domains: tiny domains | after plain
+domains_grouped: tiny domains --domains=childes+notes,gutenberg --domains_from=0.3 | after plain
+domains_at_once: tiny domains --domains_from=0 --mlp=swiglu --domain_share=0.5 | after plain
+dropout: tiny dropout | after plain
+dynamics: tiny dynamics | after plain
+ema: tiny ema | after plain
+experts: tiny experts | after plain
+experts_few: tiny experts --experts=4 --experts_top=2 --expert_hidden=24 --balance_lr=0.03 | after plain
+hypercloning: tiny hypercloning | after plain
+latent_attention: tiny latent_attention --kv_latent=24 --rotary_dim=8 | after plain
+latent_queries: tiny latent_attention --kv_latent=24 --rotary_dim=8 --q_latent=32 | after plain
+masked: tiny masked | after plain
+multi_token: tiny multi_token | after plain
+multi_token_two: tiny multi_token --predict_ahead=2 --ahead_weight=0.5 | after plain
+raise: tiny raise | after climb_data
+same_order: tiny same_order | after plain
+stochastic_depth: tiny stochastic_depth | after plain
+smoothing_uniform: tiny syntactic_smoothing --smoothing_by=uniform | after word_classes | new --word_classes=5
+tokenformer: tiny tokenformer | after plain
+tokenformer_norm: tiny tokenformer --token_norm=norm_gelu | after plain
+tokenformer_grow: tiny tokenformer_grow | after plain
+tokenformer_grow_random: tiny tokenformer_grow --growth_tokens=random | after plain
+weight_decay: tiny weight_decay | after plain
+wide: tiny wide | after plain
+z_loss: tiny z_loss --z_loss=0.01 | after plain
+
+adamw: tiny --optimizer=adamw | after plain
+swiglu: tiny --mlp=swiglu | after plain
+window: tiny --window=12 | after plain
+softcap: tiny --logit_softcap=5 | after plain
+rotary_dim: tiny --rotary_dim=8 | after plain
+value_embeds: tiny --value_embeds=1 | after plain
+tied_few_keys: tiny --tie_embeddings=True --n_kv_head=2 | after plain
+no_extras: tiny --qk_norm=False --token_shift=False --doc_mask=False | after plain
+
+domains_branch: tiny domains --init_from=out/domains --dataset=files:more --domains=gutenberg,letters,notes
+    --frozen=gutenberg,notes | after domains
+masked_smoothing: tiny masked syntactic_smoothing | after word_classes | new --word_classes=5
+climb_data_hypercloning: tiny climb_data hypercloning | after climb_data
+hypercloning_noise: tiny hypercloning --growth_snr_db=3 --tie_embeddings=True --mlp=swiglu | after plain
+raise_stack: tiny raise --growth_depth=stack | after climb_data
+ema_hypercloning: tiny ema hypercloning | after plain
+objective_multi_token: tiny climb_objective multi_token | after word_classes | new --word_classes=5
+objective_growth: tiny climb_objective multi_token hypercloning | after word_classes | new --word_classes=5
+z_loss_dropout_depth: tiny z_loss dropout stochastic_depth | after plain
+adamw_tokenformer_grow: tiny tokenformer_grow --optimizer=adamw | after plain
+adamw_domains: tiny domains --optimizer=adamw | after plain
+masked_domains_ema: tiny masked domains ema | after plain
+dynamics_hypercloning: tiny dynamics hypercloning | after plain
+many: tiny masked syntactic_smoothing ema multi_token z_loss dropout stochastic_depth climb_data weight_decay
+    hypercloning | after word_classes climb_data | new --word_classes=5
+from_average: tiny --init_from=out/ema | after ema
+from_smaller: tiny --init_from=out/teacher --n_layer=3 | after teacher | new growth
+'''
+TINY = dict(dataset='files:text', vocab_size=600, n_layer=2, n_head=4, n_embd=64, block_size=64,
+            tokens_per_step=1024, micro_batch_size=8)
+ALWAYS = (f'--max_steps={STEPS} --device=cpu --dtype=float32 --compile=off --budget_minutes=10000 --seed=3 '
+          '--log_interval=1 --eval_interval=0.5 --sample_tokens=16')
+SMALL = '--block_size=64 --tokens_per_step=1024 --micro_batch_size=8 --vocab_size=600 '
+SHAPES = {'$small': SMALL + '--n_layer=2 --n_head=2 --n_embd=48',      # of a config that has a shape
+          '$world': SMALL + '--n_layer=1 --n_head=2 --n_embd=32'}      # quick: it is asked a million tokens
+
+
 @dataclass
 class Case:
-    """A command line: names of configs, 'tiny' being the one that is written here, and --key=value.
-
-    A setting that some file of config/ declares gets that file on its line, where none named has it already.
-    """
     name: str
     line: str
-    old: str = ''                   # more of the line, for a checkout whose train.py has `prepare`
-    new: str = ''                   # and for one of later
-    after: str = ''                 # cases that must have run: they prepare the data, or leave a run to use
+    old: str = ''
+    new: str = ''
+    after: str = ''
     prompt: str = 'Mia lost the'
 
     def words(self, checkout):
-        return shlex.split(f'{self.line} {self.new if later(checkout) else self.old}')
+        """Configs and settings, for a checkout."""
+        prepares = re.search(r'^    prepare: str', (checkout / 'train.py').read_text('utf-8'), re.M)
+        return shlex.split(f'{self.line} {self.old if prepares else self.new}')
 
 
-def later(checkout):
-    return not re.search(r'^    prepare: str', (Path(checkout) / 'train.py').read_text('utf-8'), re.M)
+def read_cases():
+    """[Case] of the text above."""
+    text = CASES.replace('\n    ', ' ')
+    for name, shape in SHAPES.items():
+        text = text.replace(name, shape)
+    cases = []
+    for line in filter(None, text.splitlines()):
+        first, *more = line.split(' | ')
+        name, _, line = first.partition(': ')
+        cases.append(Case(name, line, **dict(part.strip().split(' ', 1) for part in more)))
+    return cases
 
 
-TINY = dict(dataset='files:text', vocab_size=600, n_layer=2, n_head=4, n_embd=64, block_size=64, tokens_per_step=1024,
-            micro_batch_size=8)
-ALWAYS = (f'--max_steps={STEPS} --device=cpu --dtype=float32 --compile=off --budget_minutes=10000 --log_interval=1 --seed=3 '
-          f'--eval_interval=0.5 --sample_tokens=16')
-SMALL = '--n_layer=2 --n_head=2 --block_size=64 --tokens_per_step=1024 --micro_batch_size=8'      # of a config with a shape
-WORDS = dict(new='--word_classes=5', after='classes')
+def chosen(only=()):
+    """The cases named, or all, with those that they need."""
+    known, names = {case.name: case for case in read_cases()}, set()
 
-CASES = [
-    # data sets
-    Case('plain', 'tiny', old='--prepare="--scores --classes 5"'),
-    Case('quickstart', f'quickstart {SMALL} --n_embd=48 --vocab_size=600', old='--prepare="--documents 300"', new='--documents=300',
-         prompt='It was'),
-    Case('quickstart_sv', f'quickstart_sv {SMALL} --eval_interval=0 --n_embd=48 --vocab_size=600', old='--prepare="--documents 300"',
-         new='--documents=300', prompt='Det var'),
-    Case('python', f'python {SMALL} --n_embd=48 --vocab_size=600 --tie_embeddings=False', prompt='def '),
-    Case('instructions', f'quickstart instructions {SMALL} --eval_interval=0 --n_embd=48 --vocab_size=600', old='--prepare="--documents 300"',
-         new='--documents=300', after='quickstart', prompt='It was'),
-    Case('added_text', 'tiny --data_dir=data/added --weights=childes:1.5,arithmetic:0.5,brackets:0.25',
-         old='--prepare="--add arithmetic,brackets --add_documents 60"', new='--add=arithmetic,brackets --add_documents=60'),
-    *(Case(name, f'{name} {SMALL} --n_embd=48 --dataset=files:text --vocab_size=600', after='plain')
-      for name in 'babylm tinystories simplestories swedish'.split()),
-    Case('cpu', 'cpu --n_embd=48 --n_layer=2 --block_size=64 --tokens_per_step=1024 --dataset=files:text --vocab_size=600', after='plain'),
-    Case('weights', 'tiny --weights=childes:2,gutenberg:0.5', after='plain'),
+    def add(name):
+        if name not in known:
+            raise SystemExit(f'compare_checkouts.py: no case is called {name}: choose of {", ".join(known)}')
+        names.add(name)
+        for other in known[name].after.split():
+            add(other)
+    for name in only or known:
+        add(name)
+    return [case for case in known.values() if case.name in names]
 
-    # one idea each
-    Case('classes', 'tiny syntactic_smoothing', new='--word_classes=5', after='plain'),        # the first to need word classes
-    Case('climb_data', 'tiny climb_data', after='plain'),                                      # and scores
-    Case('climb_data_frontier', 'tiny climb_data --curriculum_order=frontier --pacing=log', after='climb_data'),
-    Case('climb_data_sources', 'tiny climb_data --curriculum=source_rank --pacing=root --weights=notes:2', after='climb_data'),
-    Case('climb_objective', 'tiny climb_objective', **WORDS),
-    Case('climb_vocabulary', 'tiny climb_vocabulary --pacing=quad', after='plain'),
-    Case('teacher', 'tiny --n_layer=3 --n_embd=32 --n_head=2', after='plain'),
-    Case('distillation', 'tiny distillation', after='teacher'),
-    Case('domains', 'tiny domains', after='plain'),                                            # splits after the stop
-    Case('domains_grouped', 'tiny domains --domains=childes+notes,gutenberg --domains_from=0.3', after='plain'),     # before it
-    Case('domains_at_once', 'tiny domains --domains_from=0 --mlp=swiglu --domain_share=0.5', after='plain'),
-    Case('dropout', 'tiny dropout', after='plain'),
-    Case('dynamics', 'tiny dynamics', after='plain'),
-    Case('ema', 'tiny ema', after='plain'),
-    Case('experts', 'tiny experts', after='plain'),
-    Case('experts_few', 'tiny experts --experts=4 --experts_top=2 --expert_hidden=24 --balance_lr=0.03', after='plain'),
-    Case('hypercloning', 'tiny hypercloning', after='plain'),
-    Case('latent_attention', 'tiny latent_attention --kv_latent=24 --rotary_dim=8', after='plain'),
-    Case('latent_queries', 'tiny latent_attention --kv_latent=24 --rotary_dim=8 --q_latent=32', after='plain'),
-    Case('masked', 'tiny masked', after='plain'),
-    Case('multi_token', 'tiny multi_token', after='plain'),
-    Case('multi_token_two', 'tiny multi_token --predict_ahead=2 --ahead_weight=0.5', after='plain'),
-    Case('raise', 'tiny raise', after='climb_data'),
-    Case('same_order', 'tiny same_order', after='plain'),
-    Case('stochastic_depth', 'tiny stochastic_depth', after='plain'),
-    Case('smoothing_uniform', 'tiny syntactic_smoothing --smoothing_by=uniform', **WORDS),
-    Case('tokenformer', 'tiny tokenformer', after='plain'),
-    Case('tokenformer_norm', 'tiny tokenformer --token_norm=norm_gelu', after='plain'),
-    Case('tokenformer_grow', 'tiny tokenformer_grow', after='plain'),
-    Case('tokenformer_grow_random', 'tiny tokenformer_grow --growth_tokens=random', after='plain'),
-    Case('weight_decay', 'tiny weight_decay', after='plain'),
-    Case('wide', 'tiny wide', after='plain'),
-    Case('z_loss', 'tiny z_loss --z_loss=0.01', after='plain'),
 
-    # plain options
-    Case('adamw', 'tiny --optimizer=adamw', after='plain'),
-    Case('swiglu', 'tiny --mlp=swiglu', after='plain'),
-    Case('window', 'tiny --window=12', after='plain'),
-    Case('softcap', 'tiny --logit_softcap=5', after='plain'),
-    Case('rotary_dim', 'tiny --rotary_dim=8', after='plain'),
-    Case('value_embeds', 'tiny --value_embeds=1', after='plain'),
-    Case('tied_few_keys', 'tiny --tie_embeddings=True --n_kv_head=2', after='plain'),
-    Case('no_extras', 'tiny --qk_norm=False --token_shift=False --doc_mask=False', after='plain'),
+def declaring(checkout, words):
+    """The configs to add to those that a line names, so that all settings of the line are declared."""
+    named = [word for word in words if not word.startswith('--')]
+    texts = {path.stem: path.read_text('utf-8') for path in sorted((checkout / 'config').glob('*.py'))}
+    added = []
 
-    # stacks, and runs that begin with another's weights
-    Case('domains_branch', 'tiny domains --init_from=out/domains --dataset=files:more --domains=gutenberg,letters,notes '
-         '--frozen=gutenberg,notes', after='domains'),
-    Case('masked_smoothing', 'tiny masked syntactic_smoothing', **WORDS),
-    Case('climb_data_hypercloning', 'tiny climb_data hypercloning', after='climb_data'),
-    Case('hypercloning_noise', 'tiny hypercloning --growth_snr_db=3 --tie_embeddings=True --mlp=swiglu', after='plain'),
-    Case('raise_stack', 'tiny raise --growth_depth=stack', after='climb_data'),
-    Case('ema_hypercloning', 'tiny ema hypercloning', after='plain'),
-    Case('climb_objective_multi_token', 'tiny climb_objective multi_token', **WORDS),
-    Case('objective_hypercloning', 'tiny climb_objective multi_token hypercloning', **WORDS),
-    Case('z_loss_dropout_depth', 'tiny z_loss dropout stochastic_depth', after='plain'),
-    Case('adamw_tokenformer_grow', 'tiny tokenformer_grow --optimizer=adamw', after='plain'),
-    Case('adamw_domains', 'tiny domains --optimizer=adamw', after='plain'),
-    Case('masked_domains_ema', 'tiny masked domains ema', after='plain'),
-    Case('dynamics_hypercloning', 'tiny dynamics hypercloning', after='plain'),
-    Case('everything', 'tiny masked syntactic_smoothing ema multi_token z_loss dropout stochastic_depth climb_data weight_decay '
-         'hypercloning', new='--word_classes=5', after='classes climb_data'),
-    Case('from_average', 'tiny --init_from=out/ema', after='ema'),
-    Case('from_smaller', 'tiny --init_from=out/teacher --n_layer=3 --tie_embeddings=False', new='growth', after='teacher'),
-]
+    def brings(name, seen=()):
+        """The configs whose declarations come with one."""
+        found = re.findall(r'^from config\.(\w+) import|^import config\.(\w+)', texts.get(name, ''), re.M)
+        others = {one or two for one, two in found} - {name, *seen}
+        return {name}.union(*(brings(other, (name, *seen)) for other in others))
+
+    for key in (word[2:].partition('=')[0] for word in words if word.startswith('--')):
+        files = [name for name, text in texts.items() if re.search(rf'^{key}: *\w+ *=', text, re.M)]
+        if files and not {*files}.intersection(*[set().union(*map(brings, named + added))]):
+            added.append(key if key in files else files[0])
+    return added
+
+
+def command(case, checkout):
+    """The arguments of train.py for a case: configs, then what ALWAYS holds, then the case's own settings."""
+    words = case.words(checkout)
+    configs = [word for word in words if not word.startswith('--')]
+    own = [word for word in words if word.startswith('--')]
+    at = configs.index('tiny') + 1 if 'tiny' in configs else len(configs)       # what grows must come last
+    configs[at:at] = declaring(checkout, words)
+    given = {word.partition('=')[0]: word for word in ALWAYS.split() + own}
+    return [*('tiny.py' if name == 'tiny' else str(checkout / 'config' / f'{name}.py') for name in configs),
+            *given.values()]
+
+
+def shown(args):
+    """The arguments of train.py as one reads them."""
+    return shlex.join(arg if arg.startswith('--') else Path(arg).stem for arg in args)
 
 
 # ---- what the runs read ------------------------------------------------------------------------------------
 
 def sentences(dice, n):
     """n sentences of a small world: words of several kinds, some rare, some of several bytes a character."""
-    people, things = 'Mia Tom Ünal Zoë Ida Ben'.split(), 'kite ball drum shoe lantern apple whistle basket'.split()
-    places, ways = 'tree house lake barn bridge mill garden'.split(), 'slowly gladly again alone twice'.split()
+    people, places = 'Mia Tom Ünal Zoë Ida Ben'.split(), 'tree house lake barn bridge mill garden'.split()
+    things, ways = 'kite ball drum shoe lantern apple whistle basket'.split(), 'slowly gladly again'.split()
     for _ in range(n):
-        who, thing, place, other = dice.choice(people), dice.choice(things), dice.choice(places), dice.choice(people)
+        who, other, how = dice.choice(people), dice.choice(people), dice.choice(ways)
+        thing, place, many = dice.choice(things), dice.choice(places), dice.randrange(2, 99)
         yield dice.choice([
-            f'{who} lost the {thing} by the {place}.', f'{who} looked for it {dice.choice(ways)}, near the old {place}.',
-            f'"Where is the {thing}?" asked {other}.', f'{who} and {other} walked to the {place} and found {dice.randrange(2, 99)} {thing}s.',
-            f'The {thing} was under the {place}, and {who} laughed {dice.choice(ways)}.', f'{other} gave the {thing} to {who}. 🙂'])
+            f'{who} lost the {thing} by the {place}.', f'{who} looked for it {how}, near the old {place}.',
+            f'"Where is the {thing}?" asked {other}.', f'{other} gave the {thing} to {who}. 🙂',
+            f'{who} and {other} walked to the {place} and found {many} {thing}s.',
+            f'The {thing} was under the {place}, and {who} laughed {how}.'])
 
 
 def write_rows(path, rows):
@@ -171,31 +238,39 @@ def write_rows(path, rows):
     path.write_text('\n'.join(json.dumps(row) for row in rows), 'utf-8')
 
 
+def write_code(dice, folder, n):
+    """n Python files, a function each."""
+    folder.mkdir(parents=True)
+    for i in range(n):
+        name, rows = dice.choice('count total shift merge'.split()), dice.choice('xs rows items'.split())
+        few, times, begin = dice.randrange(9), dice.randrange(2, 9), dice.randrange(99)
+        lines = [f'"""{" ".join(sentences(dice, 2))}"""', '', '', f'def {name}_{i}({rows}, start={begin}):',
+                 '    out = start', f'    for row in {rows}:', f'        if row > {few}:',
+                 f'            out += row * {times}', '    return out', '']
+        (folder / f'part{i}.py').write_text('\n'.join(lines), 'utf-8')
+
+
 def write_inputs(folder):
-    """Text of three sources, text of a new one, code, evaluation sets and the tiny config, below the folder."""
+    """Text of three sources and of a new one, code, evaluation sets, the tiny config, below the folder."""
     dice = random.Random(7)
-    for name, source, n, at_most in (('text', 'childes', 160, 4), ('text', 'gutenberg', 60, 16), ('more', 'letters', 120, 9)):
-        for split, count in (('train', n), ('dev', n // 8)):
-            write_rows(folder / name / f'{source}.{split}.jsonl', [
-                dict(text=' '.join(sentences(dice, dice.randrange(2, at_most)))) for _ in range(count)])
-    for split, count in (('train', 160), ('dev', 24)):             # paragraphs, which are joined to documents
+    for name, n, most in ('text/childes', 160, 4), ('text/gutenberg', 60, 16), ('more/letters', 120, 9):
+        for split, count in ('train', n), ('dev', n // 8):
+            write_rows(folder / f'{name}.{split}.jsonl', [
+                dict(text=' '.join(sentences(dice, dice.randrange(2, most)))) for _ in range(count)])
+    for split, count in ('train', 160), ('dev', 24):               # paragraphs, which are joined to documents
         (folder / 'text' / f'notes.{split}').write_text('\n\n'.join(
             ' '.join(sentences(dice, dice.randrange(1, 6))) for _ in range(count)), 'utf-8')
-    code = folder / 'data' / 'raw' / 'python'
-    code.mkdir(parents=True)
-    for i in range(150):
-        name, a, b = dice.choice('count total shift merge find'.split()), dice.choice('xs rows items'.split()), dice.randrange(99)
-        (code / f'part{i}.py').write_text(
-            f'"""{" ".join(sentences(dice, 2))}"""\n\n\ndef {name}_{i}({a}, start={b}):\n    out = start\n    for row in {a}:\n'
-            f'        if row > {dice.randrange(9)}:\n            out += row * {dice.randrange(2, 9)}\n    return out\n', 'utf-8')
+    write_code(dice, folder / 'data' / 'raw' / 'python', 150)
     pairs, choices = [], []
     for i in range(24):
         good, bad = sentences(dice, 2)
-        pairs.append(dict(sentence_good=good, sentence_bad=' '.join(good.split()[::-1]), UID=f'order_{i % 3}', linguistics_term='order'))
-        choices.append(dict(context='', sentence1=good, sentence2=bad, label=i % 2))
+        pairs.append(dict(sentence_good=good, sentence_bad=' '.join(good.split()[::-1]), UID=f'order_{i % 3}',
+                          linguistics_term='order'))
+        choices.append(dict(sentence1=good, sentence2=bad, label=i % 2))
     write_rows(folder / 'data' / 'eval' / 'pairs_of_order.jsonl', pairs)
     write_rows(folder / 'data' / 'eval' / 'choices.jsonl', choices)
-    (folder / 'tiny.py').write_text('"""The shape of these runs."""\n' + ''.join(f'{k} = {v!r}\n' for k, v in TINY.items()))
+    lines = ['"""The shape of these runs."""', *(f'{key} = {value!r}' for key, value in TINY.items()), '']
+    (folder / 'tiny.py').write_text('\n'.join(lines))
 
 
 # ---- running a checkout's scripts --------------------------------------------------------------------------
@@ -204,27 +279,25 @@ def preload():
     """Make this process one to fork runs from: with what all of them import, and nothing of any checkout."""
     os.environ |= dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
     os.environ.pop('TRITON_INTERPRET', None)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    ours = ('train.py', 'compare_checkouts.py')         # this checkout's files must not answer another's imports
-    sys.path[:] = [folder for folder in sys.path if folder and not any(Path(folder, name).exists() for name in ours)]
-    for name in ('numpy', 'torch', 'torch._dynamo', 'torch.export', 'torch._meta_registrations', 'triton.language', 'tiktoken',
-                 'sentencepiece', 'tqdm'):
+    ours = ('train.py', 'compare_checkouts.py')         # this checkout must not answer another's imports
+    sys.path[:] = [p for p in sys.path if p and not any(Path(p, name).exists() for name in ours)]
+    for name in ('numpy', 'torch', 'torch._dynamo', 'torch.export', 'torch._meta_registrations',
+                 'triton.language', 'tiktoken', 'sentencepiece', 'tqdm'):
         with contextlib.suppress(ImportError):
             __import__(name)
 
 
 def run_as_main(script, args):
-    """What `python script args` does from here on; returns its exit code."""
+    """Do what `python script args` would; the exit code."""
     sys.argv, main = [str(script), *args], types.ModuleType('__main__')
     sys.path.insert(0, str(script.parent))
-    main.__file__ = str(script)
-    sys.modules['__main__'] = main
+    main.__file__, sys.modules['__main__'] = str(script), main
     try:
         exec(compile(script.read_bytes(), str(script), 'exec'), main.__dict__)
         code = 0
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else bool(e.code)
-    except BaseException:                       # as Python itself would end
+    except BaseException:                       # as Python itself ends
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
@@ -233,7 +306,7 @@ def run_as_main(script, args):
 
 
 def start(script, args, cwd, fresh):
-    """A script in a process of its own: its id and the file that its output comes from."""
+    """A script in a process of its own: its id, and the file that its output comes from."""
     out, into = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
@@ -247,7 +320,8 @@ def start(script, args, cwd, fresh):
         os.dup2(into, 2)
         os.chdir(cwd)
         signal.alarm(SECONDS)
-        sys.pycache_prefix = os.environ['PYTHONPYCACHEPREFIX'] = str(cwd / 'pycache')        # a checkout stays as it is
+        # nothing is left in a checkout
+        sys.pycache_prefix = os.environ['PYTHONPYCACHEPREFIX'] = str(cwd / 'pycache')
         if fresh:
             os.execv(sys.executable, [sys.executable, str(script), *args])
         code = run_as_main(script, args)
@@ -259,76 +333,47 @@ class Failed(Exception):
     """A script did not end as it should have."""
 
 
-def script(path, args, cwd, fresh, stop=None, expected=0):
-    """What a script says, which must end with the expected code; stop: the step after which it gets SIGTERM."""
-    pid, out = start(path, args, cwd, fresh)
+def run(script, args, cwd, fresh, stop=None, expected=0):
+    """What a script prints, which must end with the expected code; stop: after which step it gets SIGTERM."""
+    pid, out = start(script, args, cwd, fresh)
     said = b''
-    for line in out:
-        said += line
-        if stop and re.match(rb'\s*%d +0\.' % stop, line):
-            os.kill(pid, signal.SIGTERM)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with out:
+        for line in out:
+            said += line
+            if stop and re.match(rb'\s*%d +0\.' % stop, line):
+                os.kill(pid, signal.SIGTERM)
+    code, said = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said.decode(errors='replace')
     if code != expected:
-        lines = said.decode(errors='replace').strip().splitlines()
-        raise Failed(f'{path.name} {" ".join(args)} gave exit code {code}, not {expected}: ' + '\n    '.join(lines[-12:]))
-    return said.decode()
+        last = '\n    '.join(said.strip().splitlines()[-12:])
+        raise Failed(f'{script.name} {" ".join(args)} gave exit code {code}, not {expected}:\n    {last}')
+    return said
 
 
-def declaring(checkout, words):
-    """The configs to add in front of those that a line names, so that all settings of the line are declared."""
-    named = [word for word in words if not word.startswith('--')]
-    wanted = [word[2:].partition('=')[0] for word in words if word.startswith('--')]
-    texts = {path.stem: path.read_text('utf-8') for path in sorted((checkout / 'config').glob('*.py'))}
-    added = []
+# ---- what a run gives --------------------------------------------------------------------------------------
 
-    def brings(name, seen=()):
-        """The configs whose declarations come with one."""
-        found = re.findall(r'^from config\.(\w+) import|^import config\.(\w+)', texts.get(name, ''), re.M)
-        others = {one or two for one, two in found} - {name, *seen}
-        return {name}.union(*(brings(other, (name, *seen)) for other in others))
-
-    for key in wanted:
-        files = [name for name, text in texts.items() if re.search(rf'^{key}: *\w+ *=', text, re.M)]
-        has = set().union(*map(brings, named + added))
-        if files and not has & {*files}:
-            added.append(key if key in files else files[0])
-    return added
-
-
-def command(case, checkout):
-    """The arguments of train.py for a case: configs first, since overrides come last."""
-    words = case.words(checkout)
-    words = [word for i, word in enumerate(words) if not word.startswith('--')] + [word for word in words if word.startswith('--')]
-    configs = [word for word in words if not word.startswith('--')]
-    at = configs.index('tiny') + 1 if 'tiny' in configs else len(configs)
-    configs[at:at] = declaring(checkout, words)
-    given = {word.partition('=')[0]: word for word in ALWAYS.split() + words if word.startswith('--')}
-    return ['tiny.py' if name == 'tiny' else str(checkout / 'config' / f'{name}.py') for name in configs] + [*given.values()]
-
-
-# ---- what a run says ---------------------------------------------------------------------------------------
-
-NOT_NUMBERS = ('_seconds', 'tok_per_sec', 'mfu', 'tflops', 'data_wait_share', 'peak_mem_gb', 'joules', 'co2_g', 'energy',
-               'dollars', 'hardware', 'versions', 'data', 'commit', 'settings', 'config', 'finished', 'warnings', 'protocol',
-               'dynamics_share', 'elapsed_s', 'data_wait_s')
+NOT_COMPARED = set('''tok_per_sec mfu tflops data_wait_share data_wait_s peak_mem_gb joules co2_g energy
+    dollars hardware versions data commit settings config finished warnings protocol dynamics_share
+    elapsed_s'''.split())
+KEPT = ('train.bin', 'val.bin', 'pairs.jsonl')       # of prepared data, with its tokenizer
 
 
 def numbers(found):
-    """A row or a report without what differs from run to run, and the data's name, which says nothing."""
-    return {key: value for key, value in found.items() if not key.endswith(NOT_NUMBERS)}
+    """A row of metrics.jsonl, or a result.json, without what differs from run to run or is no number."""
+    return {key: v for key, v in found.items() if key not in NOT_COMPARED and not key.endswith('_seconds')}
 
 
-def told(run, checkout, cwd, case, fresh):
-    """All that a finished run says that must be the same again."""
-    out, dynamics = cwd / run, cwd / run / 'dynamics.json'
+def given(run_dir, checkout, cwd, prompt, fresh):
+    """All that a finished run gave that must be the same again."""
+    out = cwd / run_dir
     result = json.loads((out / 'result.json').read_text())
-    data = cwd / result['data']['folder']
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(data.iterdir())
-               if path.name.startswith('tokenizer') or path.name in ('train.bin', 'val.bin', 'pairs.jsonl')}
-    prompt = [run, case.prompt, '--temperature', '0', '--max_new_tokens', '40', '--device', 'cpu']
-    return dict(data=digests, rows=[numbers(json.loads(line)) for line in (out / 'metrics.jsonl').read_text().splitlines()],
-                result=numbers(result), sample=script(checkout / 'sample.py', prompt, cwd, fresh),
-                dynamics=json.loads(dynamics.read_text()) if dynamics.exists() else None)
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+               for path in sorted((cwd / result['data']['folder']).iterdir())
+               if path.name in KEPT or path.name.startswith('tokenizer')}
+    rows = [numbers(json.loads(line)) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    dynamics = json.loads((out / 'dynamics.json').read_text()) if (out / 'dynamics.json').exists() else None
+    asked = [run_dir, prompt, '--temperature', '0', '--max_new_tokens', '40', '--device', 'cpu']
+    sample = run(checkout / 'sample.py', asked, cwd, fresh)
+    return dict(data=digests, rows=rows, result=numbers(result), sample=sample, dynamics=dynamics)
 
 
 def first_difference(a, b, path=''):
@@ -337,13 +382,13 @@ def first_difference(a, b, path=''):
         for key in [*a, *(key for key in b if key not in a)]:
             at = f'{path}.{key}'.lstrip('.')
             if key not in a or key not in b:
-                return f'{at} is only in {"the other" if key in b else "the first"}'
+                return f'{at} is only in the {"second" if key in b else "first"}'
             if found := first_difference(a[key], b[key], at):
                 return found
         return ''
     if type(a) is type(b) and isinstance(a, list):
         for i, (x, y) in enumerate(zip(a, b)):
-            step = f' (step {a[i]["step"]})' if isinstance(a[i], dict) and 'step' in a[i] else ''
+            step = f' (step {x["step"]})' if isinstance(x, dict) and 'step' in x else ''
             if found := first_difference(x, y, f'{path}[{i}]{step}'):
                 return found
         return f'{path} has {len(a)} and {len(b)} entries' if len(a) != len(b) else ''
@@ -351,22 +396,22 @@ def first_difference(a, b, path=''):
 
 
 def run_case(case, checkout, cwd, fresh):
-    """The record of a case: dict of numbers, resumed ('' or how the run that was stopped differs), seconds and
-    command, or of failed and command."""
+    """The record of a case: command, seconds, and either numbers, stopped (after which step) and resumed ('',
+    or how that run differs), or failed, why."""
     began, args, train = time.monotonic(), command(case, checkout), checkout / 'train.py'
-    record = dict(command=' '.join(Path(arg).stem if not arg.startswith('--') else arg for arg in args))
+    record = dict(command=shown(args))
+    whole, parts = f'out/{case.name}', f'out/{case.name}.parts'
     try:
-        whole, parts = f'out/{case.name}', f'out/{case.name}.parts'
-        script(train, [*args, f'--out_dir={whole}'], cwd, fresh)
-        record['numbers'] = told(whole, checkout, cwd, case, fresh)
-        said = script(train, [*args, f'--out_dir={parts}'], cwd, fresh, STOP, 75)
-        stopped = int(re.search(r'stopped by a signal after step (\d+)', said)[1])
+        run(train, [*args, f'--out_dir={whole}'], cwd, fresh)
+        first = given(whole, checkout, cwd, case.prompt, fresh)
+        said = run(train, [*args, f'--out_dir={parts}'], cwd, fresh, STOP, 75)
+        stopped = int(re.search(r'after step (\d+)', said)[1])
         if not STOP <= stopped < STEPS:
-            raise Failed(f'was stopped after step {stopped}, not in between {STOP} and {STEPS}')
-        again = [arg for arg in args if not arg.startswith('--init_from=')] + ['--init_from=resume', f'--out_dir={parts}']
-        script(train, again, cwd, fresh)
-        record['stopped'] = stopped
-        record['resumed'] = first_difference(record['numbers'], told(parts, checkout, cwd, case, fresh))
+            raise Failed(f'was stopped after step {stopped}, which must lie from {STOP} to before {STEPS}')
+        again = [arg for arg in args if not arg.startswith('--init_from=')]
+        run(train, [*again, '--init_from=resume', f'--out_dir={parts}'], cwd, fresh)
+        resumed = first_difference(first, given(parts, checkout, cwd, case.prompt, fresh))
+        record |= dict(numbers=first, stopped=stopped, resumed=resumed)
     except (Failed, OSError, KeyError, TypeError, ValueError) as e:
         record['failed'] = str(e) if isinstance(e, Failed) else f'{type(e).__name__}: {e}'
     return record | dict(seconds=round(time.monotonic() - began, 1))
@@ -375,57 +420,40 @@ def run_case(case, checkout, cwd, fresh):
 # ---- two checkouts -----------------------------------------------------------------------------------------
 
 def check_out(which, folder):
-    """The folder of a checkout, given as one or as a git revision, whose files are written to `folder` then."""
+    """The folder of a checkout; a git revision's files are written to `folder`."""
     if Path(which).is_dir():
         return Path(which).resolve()
     archive = subprocess.run(['git', 'archive', which], cwd=ROOT, capture_output=True)
     if archive.returncode:
-        raise SystemExit(f'compare_checkouts.py: {which} is no folder, and git says: {archive.stderr.decode().strip()}')
+        raise SystemExit(f'compare_checkouts.py: {which} is no folder, and git says: '
+                         f'{archive.stderr.decode().strip()}')
     folder.mkdir(parents=True)
     subprocess.run(['tar', '-x', '-C', str(folder)], input=archive.stdout, check=True)
     return folder
 
 
-def chosen(only):
-    """The cases named, all if none is, and before each those that it needs."""
-    known, names = {case.name: case for case in CASES}, []
-
-    def add(name):
-        if name not in known:
-            raise SystemExit(f'compare_checkouts.py: no case is called {name}: choose of {", ".join(known)}')
-        for other in known[name].after.split():
-            add(other)
-        if name not in names:
-            names.append(name)
-    for name in only or known:
-        add(name)
-    return [case for case in CASES if case.name in names]
-
-
 def run_all(sides, only=(), jobs=2, fresh=False, folder=None, say=print):
-    """{side: {case: record}} of {side: (checkout, {case: record} that is known already)}."""
+    """{side: {case: record}} of {side: checkout}; each side has a folder of its own, with its own data."""
     cases, records = chosen(only), {side: {} for side in sides}
-    context = multiprocessing.get_context('spawn')
     with contextlib.ExitStack() as stack:
-        folder = Path(folder or stack.enter_context(tempfile.TemporaryDirectory(prefix='numbers-')))
-        pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(jobs, context, preload))
+        temp = stack.enter_context(tempfile.TemporaryDirectory(prefix='numbers-'))
+        folder = Path(folder or temp).absolute()
         for side in sides:
             (folder / side).mkdir(parents=True)
             write_inputs(folder / side)
+        context = multiprocessing.get_context('spawn')
+        pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(jobs, context, preload))
         waiting, running = [(side, case) for case in cases for side in sides], {}
         while waiting or running:
             for side, case in list(waiting):
                 needs = [records[side].get(name) for name in case.after.split()]
-                if any(record and 'numbers' not in record for record in needs):
-                    records[side][case.name] = dict(failed='what it needs failed', command='', seconds=0.0)
-                    waiting.remove((side, case))
-                elif all(needs) and len(running) < jobs:
+                if all(needs) and len(running) < jobs:
                     waiting.remove((side, case))
                     running[pool.submit(run_case, case, sides[side], folder / side, fresh)] = side, case.name
-            for future in concurrent.futures.wait(running, return_when='FIRST_COMPLETED').done if running else ():
+            for future in concurrent.futures.wait(running, return_when='FIRST_COMPLETED').done:
                 side, name = running.pop(future)
                 records[side][name] = record = future.result()
-                say(f'{side:4} {name:28} {record["seconds"]:6.1f} s  {verdict(record)}')
+                say(f'{side:4} {name:24} {record["seconds"]:6.1f} s  {verdict(record)}')
     return {side: {case.name: records[side][case.name] for case in cases} for side in sides}
 
 
@@ -433,51 +461,58 @@ def verdict(record):
     """A word about one side's record of a case."""
     if 'failed' in record:
         return f'failed: {record["failed"]}'
-    return f'resumed differs: {record["resumed"]}' if record['resumed'] else f'stopped after {record["stopped"]}, resumed the same'
+    if record['resumed']:
+        return f'resumed after step {record["stopped"]} it differs: {record["resumed"]}'
+    return f'stopped after step {record["stopped"]}, resumed the same'
 
 
 def table(old, new):
-    """Lines of a table of two sides' records, and whether all is equal."""
-    lines, fine = [f'{"case":28} {"steps":>5}  numbers'], True
+    """The lines of a table of two sides' records, and whether all is equal."""
+    lines, fine = [f'{"case":24} {"steps":>5}  numbers'], True
     for name, record in new.items():
-        before, steps = old.get(name), sum('train_loss' in row for row in record.get('numbers', {}).get('rows', ()))
-        if before is None:
-            said = 'not recorded'
-        elif wrong := [f'{side}: {verdict(r)}' for side, r in (('old', before), ('new', record)) if r.get('failed') or r['resumed']]:
-            said = '; '.join(wrong)
-        else:
-            said = first_difference(before['numbers'], record['numbers']) or 'equal'
+        before, rows = old.get(name), record.get('numbers', {}).get('rows', ())
+        sides = [(side, r) for side, r in (('old', before), ('new', record)) if r]
+        said = ['not recorded'] * (before is None)
+        said += [f'{side} {verdict(r)}' for side, r in sides if 'failed' in r or r['resumed']]
+        if before and 'numbers' in before and 'numbers' in record:
+            said += [first_difference(before['numbers'], record['numbers'])]
+        said = '; '.join(filter(None, said)) or 'equal'
         fine = fine and said == 'equal'
-        lines.append(f'{name:28} {steps:5}  {said}')
+        lines.append(f'{name:24} {sum("train_loss" in row for row in rows):5}  {said}')
     return lines, fine
 
 
 def main(argv, say=print):
-    options = dict(only='', record='', against='', jobs='2', fresh='False', keep='', list='False')
-    for arg in (arg for arg in argv if arg.startswith('--')):
-        name, _, value = arg[2:].partition('=')
-        if name not in options:
+    options, names = dict(only='', record='', against='', jobs='2', fresh='', keep='', list=''), []
+    for arg in argv:
+        name, eq, value = arg.removeprefix('--').partition('=')
+        if not arg.startswith('--'):
+            names.append(arg)
+        elif name in options:
+            options[name] = value if eq else 'yes'
+        else:
             say(__doc__)
             return 2
-        options[name] = value or 'True'
-    given, only = [arg for arg in argv if not arg.startswith('--')], [name for name in options['only'].split(',') if name]
+    only = [name for name in options['only'].split(',') if name]
     known = json.loads(Path(options['against']).read_text()) if options['against'] else None
+    wanted = {}
+    if not known and not options['list']:
+        wanted['old'] = names.pop(0) if names else OLD
+    if not options['record']:
+        wanted['new'] = names.pop(0) if names else ROOT
     with tempfile.TemporaryDirectory(prefix='checkouts-') as temp:
-        wanted = dict(old=None if known else (given.pop(0) if given else OLD),
-                      new=None if options['record'] else (given.pop(0) if given else str(ROOT)))
-        sides = {side: check_out(which, Path(temp, side)) for side, which in wanted.items() if which}
-        if options['list'] == 'True':
+        sides = {side: check_out(which, Path(temp, side)) for side, which in wanted.items()}
+        if options['list']:
             for case in chosen(only):
-                say(f'{case.name:28} {" ".join(Path(a).stem if a[0] != "-" else a for a in command(case, next(reversed(sides.values()))))}')
+                say(f'{case.name:24} {shown(command(case, sides["new"]))}')
             return 0
         began = time.monotonic()
-        records = run_all(sides, only, int(options['jobs']), options['fresh'] == 'True', options['keep'], say)
+        records = run_all(sides, only, int(options['jobs']), bool(options['fresh']), options['keep'], say)
         say(f'{time.monotonic() - began:.0f} seconds')
-    if options['record']:
-        path = Path(options['record'])
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(kept | records['old'], indent=1))
-        return int(any(record.get('failed') or record['resumed'] for record in records['old'].values()))
+    if path := options['record']:
+        kept = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+        Path(path).write_text(json.dumps(kept | records['old'], indent=1))
+        return int(any('failed' in record or record['resumed'] != '' for record in records['old'].values()))
     lines, fine = table(known or records['old'], records['new'])
     say('\n'.join(['', *lines]))
     return int(not fine)
