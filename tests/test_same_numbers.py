@@ -7,7 +7,8 @@ import pytest
 import compare_checkouts
 from compare_checkouts import OLD, ROOT, chosen, declaring, first_difference
 
-OLD_IS_HERE = subprocess.run(['git', 'cat-file', '-e', f'{OLD}^{{tree}}'], cwd=ROOT, capture_output=True).returncode == 0
+LOOK = ['git', 'cat-file', '-e', f'{OLD}^{{tree}}']
+OLD_IS_HERE = subprocess.run(LOOK, cwd=ROOT, capture_output=True).returncode == 0
 
 
 def test_a_difference_is_found_and_named():
