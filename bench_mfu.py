@@ -1093,8 +1093,8 @@ def keep_sweep(runs, root):
     train.write_beside(root / 'sweep.md', lambda f: f.write(text.encode() + b'\n'))
     train.write_beside(root / 'sweep.json', lambda f: f.write(
         json.dumps(dict(rows=rows, said=said, **found), indent=1).encode()))
-    train.write_page(root / 'sweep.html', f'A sweep of {", ".join(keys)}',
-                     [dict(kind='text', title='What the runs say', text='\n'.join(said)), *charts, table])
+    said = dict(kind='text', title='What the runs say', text='\n'.join(said))
+    train.write_page(root / 'sweep.html', f'A sweep of {", ".join(keys)}', blocks=[said, *charts, table])
     return text
 
 
@@ -1196,6 +1196,12 @@ def front_blocks(texts):
                            series=[dict(name='runs', points=points)], path=pareto(points))
 
 
+def thinned(points, most):
+    """Means of as many neighbours as leave `most` points at most: a page need not hold every step."""
+    n = -(-len(points) // most) or 1
+    return [[statistics.fmean(column) for column in zip(*points[i:i + n])] for i in range(0, len(points), n)]
+
+
 def progress_blocks(texts, most=8):
     """Learning curves and ability curves of the best runs."""
     for name, rows in texts.items():
@@ -1207,7 +1213,7 @@ def progress_blocks(texts, most=8):
                                 r.get('evals', {}).get(key, {}).get('accuracy')) for key in abilities)):
             points = {run: [[r['elapsed_s'] / 60, of(r)] for r in log if of(r) is not None]
                       for run, log in logs.items()}
-            series = [dict(name=run, points=train.thinned(ps, 60)) for run, ps in points.items()]
+            series = [dict(name=run, points=thinned(ps, 60)) for run, ps in points.items()]
             if any(len(one['points']) > 1 for one in series):
                 yield dict(kind='lines', title=f'{title}, {name}', x='minutes', y=y, series=series,
                            note=f'The best {most} of {len(rows)} runs.' * (len(rows) > most))
@@ -1224,10 +1230,17 @@ def label(key):
     return {'run': 'model', 'total_params': 'parameters'}.get(key, key.replace('_', ' '))
 
 
+def short(value):
+    """A number in few characters; a text as it is."""
+    if isinstance(value, float):
+        return f'{value:,.0f}' if 1000 <= abs(value) < 1e9 else f'{value:.4g}'
+    return f'{value:,}' if type(value) is int else str(value)
+
+
 def text_table(columns, rows):
     """Lines of Markdown; columns: {key: decimals, or None}."""
     return markdown([[label(key) for key in columns], *([
-        '-' if (v := row.get(key)) is None else train.in_words(v) if digits is None else f'{v:,.{digits}f}'
+        '-' if (v := row.get(key)) is None else short(v) if digits is None else f'{v:,.{digits}f}'
         for key, digits in columns.items()] for row in rows)])
 
 
@@ -1279,7 +1292,7 @@ def leaderboard(argv):
     text = '\n'.join([*text_table(columns | dict(notes=None), ordered), '', ' '.join(notes), *left_out, '',
                       ELSEWHERE, '', *text_table(their_columns, theirs)])
     train.write_beside(folder / 'leaderboard.md', lambda f: f.write(text.encode() + b'\n'))
-    train.write_page(folder / 'leaderboard.html', f'halfhour leaderboard: {len(rows)} runs', [
+    train.write_page(folder / 'leaderboard.html', f'halfhour leaderboard: {len(rows)} runs', blocks=[
         table_block('Runs', ' '.join(notes), columns | ON_PAGE | dict(notes=None), ordered),
         table_block('Published elsewhere', ELSEWHERE, their_columns, theirs),
         *front_blocks(texts), *progress_blocks(texts),
@@ -1344,7 +1357,7 @@ def say_dynamics(folders):
             blocks.append(dict(kind='heat', title=f'{folder}: {title}', y=found['names'], low=0, high=1,
                                x=[f'{p:.1%}' for p in found['progress']], values=values))
     page = Path(folders[0]) / 'dynamics.html'
-    train.write_page(page, 'Learning dynamics', blocks)
+    train.write_page(page, 'Learning dynamics', blocks=blocks)
     print(page)
 
 

@@ -310,8 +310,12 @@ class GPT(nn.Module):
 
     def loss(self, x, targets, reduction, **extras):
         """That of hidden states x (B, T, C), as forward has it."""
-        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction)
+        loss = self.cross_entropy(x.flatten(0, 1), targets.flatten(), reduction, **extras)
         return loss.view_as(targets) if reduction == 'none' else loss
+
+    def cross_entropy(self, x, targets, reduction, **extras):
+        """That of targets (N,) under the logits of x (N, C)."""
+        return linear_cross_entropy(x, self.lm_head.weight, targets, reduction)
 
     def logits(self, x):
         """Logits (..., V) in fp32 of hidden states (..., C)."""
@@ -1157,7 +1161,7 @@ attend_forward.register_autograd(attend_gradient, setup_context=attend_save)
 #   z = x W^T     p = softmax(z)     loss = lse - z_target     lse = log sum_j e^z_j     dz = (p - onehot) / count
 
 @jit
-def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, n_rows, V: constexpr, GRAD: constexpr,
+def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, V: constexpr, GRAD: constexpr,
                          BLOCK_V: constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -1192,7 +1196,7 @@ def cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, grad: bool
     for i in range(0, N, rows):
         xs, ys = x[i:i + rows], targets[i:i + rows]
         z = xs @ w.t()
-        launch(cross_entropy_kernel, (len(xs),), z, ys, losses[i:i + rows], count, len(xs), V, grad,
+        launch(cross_entropy_kernel, (len(xs),), z, ys, losses[i:i + rows], count, V, grad,
                BLOCK_V=min(triton.next_power_of_2(V), 4096), num_warps=8)
         if grad:
             torch.mm(z, w, out=dx[i:i + rows])

@@ -257,12 +257,16 @@ class Ideas:
         self.seen, self.modules, self.made = set(), [], {}
         for table in tables:
             self.declare_table(table)
+        later = []                               # what a config that is yet to come may declare
         for arg in argv:
             if not arg.startswith('-'):
                 self.read(Path(arg))
-        for arg in argv:
-            if arg.startswith('-'):
+            elif arg.lstrip('-').partition('=')[0] in self.known:
                 self.override(arg)
+            else:
+                later.append(arg)
+        for arg in later:
+            self.override(arg)
         if not self.errors:
             self.execute()
         count = f'{len(self.errors)} mistake{"s" * (len(self.errors) > 1)} in the settings:'
@@ -1471,6 +1475,7 @@ def source_weights(text, data):
         raise UserError(f'weights leave nothing to train on: weigh one of {", ".join(trained)} above 0')
     return list(weights.values()) if text else None
 
+
 def write_beside(path, write):
     """A file that write(f) fills, beside its place, then moved into it. A folder that is read-only costs time
     later, no more: what is written so can be made again."""
@@ -1510,7 +1515,7 @@ def page(corpus, data):
     """Prints counts of all of a data set, and words of 2,000 training documents."""
     bounds = data.bounds('train')
     sample = np.random.default_rng(corpus.s.data_seed).permutation(len(bounds) - 1)[:2000]
-    print(*corpus.summary(data), '\n\ntokens a document, training', *histogram(np.diff(bounds)),
+    print(*corpus.summary(data), '\ntokens a document, training', *histogram(np.diff(bounds)),
           *corpus.examples(data, sample), sep='\n')
     text = ' '.join(data.texts('train', sample)).lower()
     words = Counter(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text))

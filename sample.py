@@ -36,13 +36,12 @@ import zipfile
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import prepare_data
-from model import GPT, IN_USE, KVCache, configured
+from model import IN_USE, KVCache, configured
 from prepare_data import UserError
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
@@ -76,18 +75,11 @@ def read_checkpoint(run):
         raise UserError(what) from e
 
 
-class Asked(NamedTuple):
-    """A run that is asked."""
-    folder: Path
-    model: GPT
-    tokenizer: prepare_data.Tokenizer
-    ideas: object            # prepare_data.Ideas: those that it was made with, and those named now
-    settings: dict           # the run's, what those ideas declare, and what the command line says of it
-    state: dict              # its checkpoint
-
-
 def open_run(run, device='cpu', argv=()):
-    """Asked of a run's folder, the model ready to generate. argv: further ideas' configs, and --key=value."""
+    """A run's folder, model, ready to generate, tokenizer, ideas, settings and state, its checkpoint.
+
+    argv: what the command line says of it, configs of further ideas and --key=value of what ideas declare.
+    """
     state, folder = read_checkpoint(run), Path(run) if Path(run).is_dir() else Path(run).parent
     tokenizer = prepare_data.load_tokenizer(folder)
     if hashlib.sha256(tokenizer.blob).hexdigest() != state['tokenizer']:
@@ -97,7 +89,7 @@ def open_run(run, device='cpu', argv=()):
     for name in ideas.changed:
         print(f'config/{name}.py is not what it was as {run} was made, see the copy there', file=sys.stderr)
     given = {name: ideas.values[name] for name, where in ideas.set_at.items() if where.startswith('--')}
-    settings, Config = {**ideas.values, **state['settings'], **given}, configured(ideas)
+    Config = configured(ideas)
     own = given.keys() & {field.name for field in dataclasses.fields(Config)}
     try:
         config = Config(**state['config'] | {name: given[name] for name in own})
@@ -108,9 +100,11 @@ def open_run(run, device='cpu', argv=()):
         raise UserError(f'{run} does not fit config/ as it is now ({why}): give its ideas the text that they '
                         f'had, of which the run keeps a copy') from e
     try:
-        return Asked(folder, model.to(device).eval(), tokenizer, ideas, settings, state)
+        model = model.to(device).eval()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f'--device is {device!r}, and torch cannot use it here: try cpu') from e
+    return SimpleNamespace(folder=folder, model=model, tokenizer=tokenizer, ideas=ideas, state=state,
+                           settings={**ideas.values, **state['settings'], **given})
 
 
 def load(run, device='cpu', argv=()):
@@ -259,8 +253,7 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
                 share=float(n.sum() / docs['bytes'].sum()), tokens=int(n_tokens.sum()),
                 per_source={int(i): float(per_source[i]) for i in np.flatnonzero(seen)},
                 per_source_error={int(i): float(text_error[i]) for i in np.flatnonzero(count > 1)},
-                **{f'bpb_{name}': float((weight * x / np.maximum(n, 1)).sum())
-                   for name, x in zip(further, more)})
+                **{f'bpb_{k}': float((weight * x / np.maximum(n, 1)).sum()) for k, x in zip(further, more)})
 
 
 # ---- evaluation sets: items of a context and options, of which the first is right, tokenized once ----------
@@ -421,8 +414,8 @@ def prepare_evals(folder, names, evals):
     if not measure.sets:
         raise UserError(f'{evals} holds no evaluation sets: put .jsonl files, folders or tars of them there')
     for name, items in measure.sets.items():
-        print(f'{name}: {len(items["seam"]):,} items, {len(items["kinds"])} kinds, '
-              f'{len(items["ids"]):,} tokens')
+        n, kinds, tokens = (len(items[key]) for key in ('seam', 'kinds', 'ids'))
+        print(f'{name}: {n:,} items, {kinds} kinds, {tokens:,} tokens')
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
@@ -482,8 +475,8 @@ def accuracy(cost, items):
               for f in sorted({*items['fields'][seen].tolist()} - {''})}
     return dict(accuracy=float(share[seen].mean()), error=float(error),
                 chance=over_kinds(np.where(n_options > 1, 1 / n_options, 0)), shortest=over_kinds(short),
-                items=len(first), ties=int(ties.sum()), per_field=fields,
-                per_kind={names[i]: float(share[i]) for i in np.flatnonzero(seen)})
+                items=len(first), ties=int(ties.sum()),
+                per_kind={names[i]: float(share[i]) for i in np.flatnonzero(seen)}, per_field=fields)
 
 
 def interval(p, error, n):
@@ -680,7 +673,6 @@ class Measure:
         parts, real = result.get('per_field') or result.get('per_kind', {}), result.get('held_out')
         for part, share in sorted(parts.items(), key=lambda item: item[1]) if 1 < len(parts) < 21 else ():
             yield f'  {part:22} {share:8.4f}' + (f'   held-out text {real[part]:.4f}' if real else '')
-
 
     def line(self, name, result):
         """The same in a line of a run's report."""

@@ -114,9 +114,9 @@ FREE = {field.name for field in dataclasses.fields(prepare_data.Options)} | set(
 SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'bos')]
 
 
-def read_settings(argv):
+def read_settings(argv, tables=TABLES):
     """Settings, and the ideas that go with them, of a command line. UserError lists all mistakes by line."""
-    ideas = prepare_data.Ideas(argv, TABLES)
+    ideas = prepare_data.Ideas(argv, tables)
     s = SimpleNamespace(**ideas.values)
     refuse(sample.grid(s.country) is None, f'country is {s.country!r}, it must be one of {", ".join(sample.GRID)}, '
            f'or the grams of CO2e a kWh')
@@ -424,15 +424,35 @@ def git_commit():
         return None
 
 
-def write_page(path, title, blocks):
-    raise NotImplementedError
+def write_page(path, title, **data):
+    """One HTML page that needs nothing else: web/page.html, which says what it draws, with its data in it."""
+    text = json.dumps(dict(title=title, **data))
+    text = json.dumps(json.loads(text, parse_constant=lambda _: None))      # NaN and infinities are no JSON
+    text = text.replace('<', '\\u003c')                     # without one, a sample with </script> stays text
+    page = (Path(__file__).parent / 'web' / 'page.html').read_text('utf-8')
+    write_beside(path, lambda f: f.write(page.replace('{}</script>', f'{text}</script>', 1).encode()))
 
 
 def write_report(out_dir, blocks=()):
-    pass
+    """Make report.html of a finished run from the files that it left, and of blocks that ideas add."""
+    out_dir = Path(out_dir)
+    result, rows = json.loads((out_dir / 'result.json').read_text()), read_rows(out_dir / 'metrics.jsonl')
+    write_page(out_dir / 'report.html', f'{out_dir.name}: {result["val_bpb"]:.4f} bits per byte',
+               result=result, rows=thinned(rows), blocks=[*blocks])
 
 
-# ---- what the hardware decides -----------------------------------------------------------------------------
+def thinned(rows, most=3000):
+    """The rows of metrics.jsonl, and of steps at most so many: each the mean of as many neighbours."""
+    steps = [row for row in rows if 'train_loss' in row]
+    if len(steps) <= most:
+        return rows
+    n, means = -(-len(steps) // most), []
+    for group in (steps[i:i + n] for i in range(0, len(steps), n)):
+        known = {key: [row[key] for row in group if row[key] is not None] for key in group[-1]}
+        means.append({key: sum(values) / len(values) if values else None for key, values in known.items()}
+                     | dict(step=group[-1]['step'], averaged=n))
+    return sorted([*means, *(row for row in rows if 'train_loss' not in row)], key=lambda row: row['step'])
+
 
 def choose_device(s):
     refuse(s.device == 'cuda' and not torch.cuda.is_available(),
@@ -555,8 +575,16 @@ class Run:
             dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=1))
         self.energy = sample.Energy(self.device, STARTED, share=1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
         self.earlier = np.zeros_like(self.energy.joules)         # of all ranks, in processes before this one
-        self.data = self.open_data()
-        self.measure = self.ideas.seam(sample.Measure)(self.s, self.data.tokenizer, self.data, self.say)
+        self.data = self.in_turn(self.ideas.seam(prepare_data.Corpus)(self.s).open)
+        self.check_data()
+        self.open_evaluations()
+
+    def in_turn(self, work):
+        """What work returns: rank 0 builds or fetches what is missing, then the others find it there."""
+        made = work() if self.master else None
+        if self.world > 1:
+            dist.barrier()
+        return made if self.master else work()
 
     def heed(self, number, frame):
         self.signals.append(number)
@@ -627,19 +655,16 @@ class Run:
         """Settings that a run which goes on may change; all others decide what a step computes."""
         return FREE
 
-    def open_data(self):
-        """The data set, built first if it is missing; refused where it is too small for a step."""
-        s, corpus = self.s, self.ideas.seam(prepare_data.Corpus)(self.s)
-        if self.master:
-            corpus.open()
-        if self.world > 1:
-            dist.barrier()
-        data = corpus.open()
-        n = len(data.tokens['train'])
+    def check_data(self):
+        """Refuses text that is too little for a step."""
+        s, n = self.s, len(self.data.tokens['train'])
         refuse(n < s.tokens_per_step // 16 or n <= s.block_size,
-               f'the training split of {data.folder} holds {n:,} tokens, less than one block of {s.block_size} or a '
+               f'the training split of {self.data.folder} holds {n:,} tokens, less than one block of {s.block_size} or a '
                f'sixteenth of a step of {s.tokens_per_step:,}: bring more text or lower them')
-        return data
+
+    def open_evaluations(self):
+        measure = self.ideas.seam(sample.Measure)
+        self.measure = self.in_turn(lambda: measure(self.s, self.data.tokenizer, self.data, self.say))
 
     # -- build: the model, and what trains it
 
@@ -831,15 +856,19 @@ class Run:
     def warm_up(self):
         self.times['startup'] += self.clock.age()
         s, began = self.s, time.monotonic()
-        self.batches = Prefetcher(self.stream, self.rows_read, self.micro, s.block_size, self.rank, self.world,
-                                  self.device, 3 * self.accum)
+        self.read_ahead()
         self.get_going()
         self.times['compile'] += time.monotonic() - began
         self.measure_evaluation()
         self.save_seconds = 0.5 + 12 * models.blueprint(self.largest()).params()['total'] / 2 ** 30
         self.last_save = self.clock.elapsed()
         self.next_eval = s.eval_interval * max(1, math.ceil(self.clock.progress / (s.eval_interval or 1)))
+
+    def read_ahead(self):
+        """Begins to read what the first step takes."""
         self.first_step = self.steps
+        self.batches = Prefetcher(self.stream, self.rows_read, self.micro, self.s.block_size, self.rank, self.world,
+                                  self.device, 3 * self.accum)
 
     def get_going(self):
         """Makes what computes a step, compiled, and learns how many seconds it takes."""
@@ -852,8 +881,8 @@ class Run:
         batch = {k: t.to(self.device) for k, t in batch.items()}
         self.progress = self.clock.progress
         self.make_noise()
-        self.loss(**batch).backward()
-        seconds = seconds_of(lambda: self.loss(**batch).backward(), 1)
+        self.batch_loss(**batch).backward()
+        seconds = seconds_of(lambda: self.batch_loss(**batch).backward(), 1)
         self.step_seconds = self.accum * self.agreed(seconds)
         self.model.zero_grad()
 
@@ -940,8 +969,12 @@ class Run:
         """How many micro-batches make a step."""
         return self.accum
 
+    def batch_loss(self, **batch):
+        """That of a micro-batch, whose mean a step makes smaller; of rows of several kinds an idea asks one by one."""
+        return self.loss(**batch)
+
     def loss(self, idx, targets, **extras):
-        """That of a micro-batch, whose mean a step makes smaller; extras go to the model by keyword."""
+        """That of rows of one kind; extras go to the model by keyword."""
         return self.step_model(idx, targets, **extras)
 
     def make_noise(self):
@@ -982,7 +1015,7 @@ class Run:
             if self.world == 1 and self.signals:     # a CPU's step can outlast the grace before a machine goes
                 self.model.zero_grad()
                 return None, waited
-            loss = self.loss(**{k: t.to(self.device, non_blocking=True) for k, t in batch.items()}) / n_micro
+            loss = self.batch_loss(**{k: t.to(self.device, non_blocking=True) for k, t in batch.items()}) / n_micro
             loss.backward()
             total += loss.detach()
             waited += wait
@@ -1201,13 +1234,12 @@ class Run:
             kept -= seconds
             with self.evaluating():
                 if self.master and not late(self.deadline(last)):
-                    evals[name] = self.measure.other(name, self.model, n, functools.partial(late, self.deadline(kept)))
-                elif self.master:
-                    self.say(f'warning: no time was left for {name}')
+                    found = self.measure.other(name, self.model, n, functools.partial(late, self.deadline(kept)))
+                    evals |= {name: found} if found else {}
         text = self.continuation(0 if self.signals else self.s.sample_tokens, self.deadline(LEAVING))
-        for name, e in evals.items():
-            if e.get('items', 0) < (self.counts.get(name) or self.others.get(name, (0,))[0] or 0):
-                self.say(f'warning: {name} was cut to {e["items"]:,} items, for the time that was left')
+        for name in [*self.counts, *self.others] if self.master and not self.signals else ():
+            if (share := evals[name].get('share', 1) if name in evals else 0) < 1:
+                self.say(f'warning: {name} was cut to {share:.0%} of its items: no more time was left')
         if evals:
             self.record_abilities(evals)
         return result, evals, text
