@@ -94,18 +94,18 @@ class UserError(Exception):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Configs and ideas. A config is a file of settings; an idea is one that holds code too, classes that derive from the
-# seams of the scripts and take their places in this run. Settings are read, never executed: name = value sets one that
-# exists, name: type = value declares one, with its legal values and what it is in the comment behind.
+# Configs and ideas. A config is a file of settings; an idea is one that holds code too, classes that derive from
+# the seams of the scripts and take their places in this run. Settings are read, never executed: name = value
+# sets one that exists, name: type = value declares one, with its legal values and what it is in the comment.
 
 CONFIG = Path(__file__).resolve().parent / 'config'
-SEAMS = dict(GPT='model', Block='model', Attention='model', MLP='model', Corpus='prepare_data', Measure='sample',
-             Stream='train', Run='train')
+SEAMS = dict(GPT='model', Block='model', Attention='model', MLP='model', Corpus='prepare_data',
+             Measure='sample', Stream='train', Run='train')
 KINDS_OF_SETTING = dict(int=int, float=float, str=str, bool=bool, tuple=tuple)
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow, ast.USub: operator.neg}
 NUMBER = r'-?\d[\d.]*(?:e-?\d+)?'
-LEGAL = re.compile(rf'(?:({NUMBER})?\.\.({NUMBER})?|([\w.+-]*(?:\|[\w.+-]*)+))(?:: |$)')      # 0..1: 1..: one|two:
+LEGAL = re.compile(rf'(?:({NUMBER})?\.\.({NUMBER})?|([\w.+-]*(?:\|[\w.+-]*)+))(?:: |$)')  # 0..1: 1..: one|two:
 
 
 def refuse(wrong, why):
@@ -245,9 +245,9 @@ def load_idea(path, text):
 class Ideas:
     """What configs and --key=value of a command line say: values of settings, and classes for the seams.
 
-    tables: dataclasses whose fields are the settings that exist. A mistake in a config, or several, is one UserError
-    that lists all of them, by line. Unless strict, names that no table knows are passed over in files: they belong
-    to another script.
+    tables: dataclasses whose fields are the settings that exist. A mistake in a config, or several, is one
+    UserError that lists all of them, by line. Unless strict, names that no table knows are passed over in files:
+    they belong to another script.
     """
 
     def __init__(self, argv, tables, strict=True, values=()):
@@ -276,14 +276,14 @@ class Ideas:
         source, line = inspection.getsourcelines(table)
         tree, file = ast.parse(''.join(source)), Path(inspection.getfile(table)).name
         for node in tree.body[0].body:
-            if isinstance(node, ast.AnnAssign) and not isinstance(node.value, ast.Call):    # field(): no setting
+            if isinstance(node, ast.AnnAssign) and not isinstance(node.value, ast.Call):    # field() is none
                 self.declare(node, source, f'{file}:{line + node.lineno - 1}')
 
     def declare(self, node, lines, where):
         name = node.target.id
         if name in self.known:
-            return self.errors.append(f'{where}: {name} is declared already, at {self.known[name].where}: to set it '
-                                      f'write {name} = value')
+            return self.errors.append(f'{where}: {name} is declared already, at {self.known[name].where}: to set '
+                                      f'it write {name} = value')
         try:
             setting = Setting.read(node, lines, where, self.values)
         except ValueError as e:
@@ -326,13 +326,15 @@ class Ideas:
             try:
                 value = literal(node, self.values)
             except (ValueError, TypeError, ArithmeticError):
-                return self.errors.append(f'{where}: the value of {name} must be a literal, or arithmetic on settings')
+                return self.errors.append(f'{where}: the value of {name} must be a literal, or arithmetic on '
+                                          f'settings')
             self.set(name, self.known[name].taken(value), where)
 
     def check_name(self, name, where):
         near = difflib.get_close_matches(name, self.known, 1)
         if name not in self.known:
-            self.errors.append(f'{where}: no setting is called {name}' + ''.join(f'; did you mean {n}?' for n in near))
+            near = ''.join(f'; did you mean {n}?' for n in near)
+            self.errors.append(f'{where}: no setting is called {name}{near}')
         return name in self.known
 
     def override(self, arg):
@@ -359,14 +361,15 @@ class Ideas:
                 at = [frame.lineno for frame in traceback.extract_tb(e.__traceback__)
                       if Path(frame.filename).resolve() == path.resolve()]
                 missing = f': pip install {e.name}' if isinstance(e, ModuleNotFoundError) and e.name else ''
-                self.errors.append(f'{path}:{at[-1] if at else getattr(e, "lineno", None) or 1}: {type(e).__name__} as '
-                                   f'it is loaded ({e}){missing}')
+                self.errors.append(f'{path}:{at[-1] if at else getattr(e, "lineno", None) or 1}: '
+                                   f'{type(e).__name__} as it is loaded ({e}){missing}')
                 continue
             self.modules.append(module)
             self.check_seams(path, module)
         for module, other in itertools.permutations(self.modules, 2):
             if why := getattr(module, 'NOT_WITH', {}).get(file_of(other).stem):
-                self.errors.append(f'{name_of(module)} and {name_of(other)} do not go together ({why}): leave one out')
+                self.errors.append(f'{name_of(module)} and {name_of(other)} do not go together ({why}): leave '
+                                   f'one out')
         for name in SEAMS:
             self.errors += self.hidden(name)
 
@@ -375,8 +378,8 @@ class Ideas:
             base, ours = getattr(sys.modules.get(owner), name, None), getattr(module, name, None)
             if isinstance(ours, type) and (base is None or not issubclass(ours, base)):
                 line = inspection.getsourcelines(ours)[1] if ours.__module__ == module.__name__ else 1
-                self.errors.append(f'{path}:{line}: class {name} has the name of a seam and does not derive from it: '
-                                   f'write class {name}({owner}.{name}), or call it otherwise')
+                self.errors.append(f'{path}:{line}: class {name} has the name of a seam and does not derive from '
+                                   f'it: write class {name}({owner}.{name}), or call it otherwise')
 
     def tops(self, name):
         """The ideas' classes of a seam, the later first, without those that another one builds on."""
@@ -389,33 +392,37 @@ class Ideas:
         """What stands in the place of a seam in this run."""
         tops = self.tops(base.__name__)
         if base not in self.made:
-            self.made[base] = (type(base.__name__, tuple(tops), {'__module__': 'stack', '__doc__': tops[0].__doc__})
-                               if len(tops) > 1 else [*tops, base][0])
+            names = {'__module__': 'stack', '__doc__': tops[0].__doc__ if tops else None}
+            self.made[base] = type(base.__name__, tuple(tops), names) if len(tops) > 1 else [*tops, base][0]
         return self.made[base]
 
     def hidden(self, name):
-        """A sentence for each method that two ideas replace where the one that comes first never calls the other's."""
+        """A sentence for each method of two ideas where the one that comes first never calls the other's."""
         tops = self.tops(name)
         if len(tops) < 2:
             return []
         base = getattr(sys.modules[SEAMS[name]], name)
         try:
-            classes = [c for c in type(name, tuple(tops), {}).__mro__[1:] if issubclass(c, base) and c is not base]
+            stack = type(name, tuple(tops), {}).__mro__[1:]
+            classes = [c for c in stack if issubclass(c, base) and c is not base]
         except TypeError as e:
             return [f'{" and ".join(name_of(c) for c in tops)} cannot be stacked ({e}): leave one out']
         said = []
         for first, other in itertools.combinations(classes, 2):
             both = vars(first).keys() & vars(other).keys() & set(dir(base))
-            for method in sorted(m for m in both if not issubclass(first, other) and not calls_super(vars(first)[m])):
+            both = () if issubclass(first, other) else (m for m in both if not calls_super(vars(first)[m]))
+            for method in sorted(both):
                 swap = f' or name {name_of(first)} first' * calls_super(vars(other)[method])
                 if callable(getattr(vars(first)[method], '__func__', vars(first)[method])):
-                    said.append(f'{name_of(first)} and {name_of(other)} both replace {name}.{method}: leave one out{swap}')
+                    said.append(f'{name_of(first)} and {name_of(other)} both replace {name}.{method}: leave one '
+                                f'out{swap}')
         return said
 
     def sources(self):
         """[(bare name, sha256, whether it was named, not only imported)] of all files with code in this run."""
         named = [path.resolve() for path in self.named]
-        return [(path.stem, hashlib.sha256(text.encode()).hexdigest(), path in named) for path, text in self.files.items()]
+        return [(path.stem, hashlib.sha256(text.encode()).hexdigest(), path in named)
+                for path, text in self.files.items()]
 
 
 def calls_super(function):
@@ -434,14 +441,14 @@ def name_of(thing):
 
 
 def ideas_of(recorded, settings, argv=()):
-    """The ideas that a checkpoint names, as Ideas.sources has them: from the paths in argv, else from this checkout's
-    config/, never from the checkpoint. Their `changed` lists those whose text is another now."""
+    """The ideas that a checkpoint names, as Ideas.sources has them: from the paths in argv, else from this
+    checkout's config/, never from the checkpoint. Their `changed` lists those whose text is another now."""
     named, paths = [name for name, _, named in recorded if named], {Path(arg).stem: arg for arg in argv}
     for name in [name for name, *_ in recorded]:
-        refuse(not re.fullmatch(r'[A-Za-z_]\w*', name), f'the checkpoint names an idea {name!r}, which is no bare name of '
-               f'a file in config/: it is not loaded')
-        refuse(name not in paths and not (CONFIG / f'{name}.py').is_file(), f'the run was made with {name}.py, and config/ '
-               f'has no such file: put it there, or name its path too')
+        refuse(not re.fullmatch(r'[A-Za-z_]\w*', name), f'the checkpoint names an idea {name!r}, which is no '
+               f'bare name of a file in config/: it is not loaded')
+        refuse(name not in paths and not (CONFIG / f'{name}.py').is_file(), f'the run was made with {name}.py, '
+               f'and config/ has no such file: put it there, or name its path too')
     files = [paths.pop(name, CONFIG / f'{name}.py') for name in named] + [*paths.values()]
     ideas = Ideas([*map(str, files)], [], strict=False, values=settings)
     now = {name: digest for name, digest, _ in ideas.sources()}
