@@ -94,9 +94,9 @@ class UserError(Exception):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Configs and ideas. A config is a file of settings; an idea is one that holds code too, classes that derive from
-# the seams of the scripts and take their places in this run. Settings are read, never executed: name = value
-# sets one that exists, name: type = value declares one, with its legal values and what it is in the comment.
+# Configs and ideas. A config is a file of settings; an idea is one that holds code too, classes that derive
+# from the seams of the scripts and take their places in this run. Settings are read, never executed: name =
+# value sets one that exists, name: type = value declares one, its comment says legal values and what it is.
 
 CONFIG = Path(__file__).resolve().parent / 'config'
 SEAMS = dict(GPT='model', Block='model', Attention='model', MLP='model', Corpus='prepare_data',
@@ -105,7 +105,7 @@ KINDS_OF_SETTING = dict(int=int, float=float, str=str, bool=bool, tuple=tuple)
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow, ast.USub: operator.neg}
 NUMBER = r'-?\d[\d.]*(?:e-?\d+)?'
-LEGAL = re.compile(rf'(?:({NUMBER})?\.\.({NUMBER})?|([\w.+-]*(?:\|[\w.+-]*)+))(?:: |$)')  # 0..1: 1..: one|two:
+LEGAL = re.compile(rf'(?:({NUMBER})?\.\.({NUMBER})?|([\w.+-]*(?:\|[\w.+-]*)+))(?:: |$)')   # 0..1: one|two:
 
 
 def refuse(wrong, why):
@@ -120,7 +120,8 @@ def literal(node, names):
     match node:
         case ast.BinOp(left, op, right) if type(op) in OPERATORS:
             left, right = value(left), value(right)
-            if isinstance(op, ast.Pow) and abs(right) > 64:
+            numbers = all(isinstance(x, (int, float)) for x in (left, right))
+            if not numbers or isinstance(op, ast.Pow) and abs(right) > 64:
                 raise ValueError
             return OPERATORS[type(op)](left, right)
         case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
@@ -181,9 +182,9 @@ class Setting:
     def wrong(self, value):
         """What a value must be, if it is not; else ''."""
         if type(value) is not self.kind:
-            shown = ', '.join(self.choices) or repr(self.default)
-            return f'one of {shown}' if self.choices else f'{self.kind.__name__}, like {shown}'
-        if self.choices and value not in self.choices:
+            like = f', like {self.default!r}' * (self.default is not None)
+            return f'one of {", ".join(self.choices)}' if self.choices else f'{self.kind.__name__}{like}'
+        if self.choices and str(value) not in self.choices:
             return f'one of {", ".join(self.choices)}'
         if self.kind is float and not math.isfinite(value):
             return 'finite'
@@ -246,14 +247,14 @@ class Ideas:
     """What configs and --key=value of a command line say: values of settings, and classes for the seams.
 
     tables: dataclasses whose fields are the settings that exist. A mistake in a config, or several, is one
-    UserError that lists all of them, by line. Unless strict, names that no table knows are passed over in files:
-    they belong to another script.
+    UserError that lists all of them, by line. Unless strict, names that no table knows are passed over in
+    files: they belong to another script.
     """
 
     def __init__(self, argv, tables, strict=True, values=()):
         self.strict, self.errors, self.overruled, self.changed = strict, [], [], []
         self.known, self.values, self.set_at, self.declared = {}, dict(values), {}, {}
-        self.files, self.named = {}, []          # path: text of all that holds code; those to take classes from
+        self.files, self.named = {}, []          # path: text of what holds code; those to take classes from
         self.seen, self.modules, self.made = set(), [], {}
         for table in tables:
             self.declare_table(table)
@@ -282,8 +283,8 @@ class Ideas:
     def declare(self, node, lines, where):
         name = node.target.id
         if name in self.known:
-            return self.errors.append(f'{where}: {name} is declared already, at {self.known[name].where}: to set '
-                                      f'it write {name} = value')
+            return self.errors.append(f'{where}: {name} is declared already, at {self.known[name].where}: to '
+                                      f'set it write {name} = value')
         try:
             setting = Setting.read(node, lines, where, self.values)
         except ValueError as e:
@@ -303,7 +304,7 @@ class Ideas:
         except (SyntaxError, ValueError) as e:
             where = f'{path}:{getattr(e, "lineno", None) or 1}'
             return self.errors.append(f'{where}: this is not Python; a config is lines of name = value, and code')
-        real, lines = path.resolve(), text.splitlines()
+        real, lines = path.resolve(), text.split('\n')
         first = real not in self.seen
         self.seen.add(real)
         for node in tree.body:
@@ -346,8 +347,8 @@ class Ideas:
 
     def set(self, name, value, where):
         if wrong := self.known[name].wrong(value):
-            self.errors.append(f'{where}: {name} is {value!r}, it must be {wrong}')
-        elif name in self.set_at and self.values[name] != value and not where.startswith('--'):
+            return self.errors.append(f'{where}: {name} is {value!r}, it must be {wrong}')
+        if name in self.set_at and self.values[name] != value and not where.startswith('--'):
             self.overruled.append(f'{where} sets {name} to {value!r}, {self.set_at[name]} had set it to '
                                   f'{self.values[name]!r}')
         self.values[name], self.set_at[name] = value, where
@@ -378,8 +379,8 @@ class Ideas:
             base, ours = getattr(sys.modules.get(owner), name, None), getattr(module, name, None)
             if isinstance(ours, type) and (base is None or not issubclass(ours, base)):
                 line = inspection.getsourcelines(ours)[1] if ours.__module__ == module.__name__ else 1
-                self.errors.append(f'{path}:{line}: class {name} has the name of a seam and does not derive from '
-                                   f'it: write class {name}({owner}.{name}), or call it otherwise')
+                self.errors.append(f'{path}:{line}: class {name} has the name of a seam and does not derive '
+                                   f'from it: write class {name}({owner}.{name}), or call it otherwise')
 
     def tops(self, name):
         """The ideas' classes of a seam, the later first, without those that another one builds on."""
@@ -419,7 +420,7 @@ class Ideas:
         return said
 
     def sources(self):
-        """[(bare name, sha256, whether it was named, not only imported)] of all files with code in this run."""
+        """[(bare name, sha256, whether it was named, not only imported)] of all files with code."""
         named = [path.resolve() for path in self.named]
         return [(path.stem, hashlib.sha256(text.encode()).hexdigest(), path in named)
                 for path, text in self.files.items()]
@@ -447,8 +448,8 @@ def ideas_of(recorded, settings, argv=()):
     for name in [name for name, *_ in recorded]:
         refuse(not re.fullmatch(r'[A-Za-z_]\w*', name), f'the checkpoint names an idea {name!r}, which is no '
                f'bare name of a file in config/: it is not loaded')
-        refuse(name not in paths and not (CONFIG / f'{name}.py').is_file(), f'the run was made with {name}.py, '
-               f'and config/ has no such file: put it there, or name its path too')
+        refuse(name not in paths and not (CONFIG / f'{name}.py').is_file(), f'the run was made with '
+               f'{name}.py, and config/ has no such file: put it there, or name its path too')
     files = [paths.pop(name, CONFIG / f'{name}.py') for name in named] + [*paths.values()]
     ideas = Ideas([*map(str, files)], [], strict=False, values=settings)
     now = {name: digest for name, digest, _ in ideas.sources()}
