@@ -195,12 +195,31 @@ class Setting:
 
 def is_setting(node):
     """Whether a line of a config is a setting, not code: UPPER_CASE names are code."""
-    target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, 'targets', [None])[0]
-    return isinstance(target, ast.Name) and not target.id.isupper()
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, 'targets', [None])
+    return all(isinstance(target, ast.Name) and not target.id.isupper() for target in targets)
 
 
 def is_docstring(node):
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def names_set(node):
+    """The names that a statement sets where it stands, not inside of a function."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.DictComp, ast.GeneratorExp)):
+        return set()
+    own = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+    return own.union(*map(names_set, ast.iter_child_nodes(node)))
+
+
+def imported(tree):
+    """The ideas of config/ that a file imports, at its top or later."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name[7:] for alias in node.names if alias.name.startswith('config.'))
+        elif isinstance(node, ast.ImportFrom) and node.module == 'config':
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('config.'):
+            yield node.module[7:]
 
 
 class IdeaLoader(importlib.machinery.SourceFileLoader):
@@ -294,33 +313,45 @@ class Ideas:
         self.known[name], self.values[name] = setting, setting.default
         return setting
 
-    def read(self, path, brought=False):
-        """Takes in a config; of one that another idea imports (brought) only what it declares."""
+    def read(self, path, brought=None):
+        """Takes in a config; of one that another idea imports, brought, only what it declares."""
         try:
             text = path.read_text(encoding='utf-8-sig')
             tree = ast.parse(text)
         except OSError as e:
-            return self.errors.append(f'{path}: this config cannot be read ({e.strerror}); is the path right?')
+            why = f', which {brought} imports' if brought else '; is the path right?'
+            return self.errors.append(f'{path}: this config cannot be read ({e.strerror}){why}')
         except (SyntaxError, ValueError) as e:
             where = f'{path}:{getattr(e, "lineno", None) or 1}'
-            return self.errors.append(f'{where}: this is not Python; a config is lines of name = value, and code')
+            return self.errors.append(f'{where}: this is not Python ({getattr(e, "msg", e)}); a config is lines of '
+                                      f'name = value, and code')
         real, lines = path.resolve(), text.split('\n')
         first = real not in self.seen
         self.seen.add(real)
+        for name in imported(tree) if first else ():
+            self.read(CONFIG / f'{name}.py', brought=path)
         for node in tree.body:
             where = f'{path}:{node.lineno}'
-            match node:
-                case ast.AnnAssign(ast.Name(name)) if not name.isupper():
-                    if first and (setting := self.declare(node, lines, where)):
-                        self.declared[name] = setting
-                case ast.Assign([ast.Name(name)], value) if not name.isupper():
-                    if not brought:
-                        self.assign(name, value, where)
-                case ast.ImportFrom(module) if (module or '').startswith('config.') and first:
-                    self.read(CONFIG / f'{module[7:]}.py', brought=True)
+            if not is_setting(node):
+                self.errors += [f'{where}: {name} is set by code: a setting is a line name = value of its own'
+                                for name in sorted(names_set(node) & self.known.keys())]
+            elif isinstance(node, ast.AnnAssign):
+                if first and (setting := self.declare(node, lines, where)):
+                    self.declared[setting.name] = setting
+            elif not brought:
+                for target in node.targets:
+                    self.assign(target.id, node.value, where)
         if not all(is_setting(node) or is_docstring(node) for node in tree.body):
-            self.files.setdefault(real, text)
-            self.named += [path] * (not brought and real not in [p.resolve() for p in self.named])
+            self.keep(path, real, text, brought)
+
+    def keep(self, path, real, text, brought):
+        """Keeps a file that holds code; a checkpoint will know it by its bare name."""
+        twin = next((p for p in self.files if p.stem == real.stem and p != real), None)
+        if twin or not real.stem.isidentifier():
+            why = f'{twin} is called so too' if twin else 'a checkpoint could not name it'
+            self.errors.append(f'{path}:1: {why}: give this file, which holds code, a name like my_idea.py')
+        self.files.setdefault(real, text)
+        self.named += [path] * (not brought and real not in [p.resolve() for p in self.named])
 
     def assign(self, name, node, where):
         if name in self.known or self.strict and self.check_name(name, where):
