@@ -247,10 +247,10 @@ sys.modules['config'].__path__ = []
 
 
 def load_idea(path, text):
-    """The module of an idea's file; one that stands elsewhere than in config/ is known by its content."""
+    """The module of an idea's file; one that stands elsewhere than in config/ is known by path and content."""
     if path.resolve().parent == CONFIG:
         return importlib.import_module(f'config.{path.stem}')
-    name = f'idea_{hashlib.sha256(text.encode()).hexdigest()[:16]}_{path.stem}'
+    name = f'idea_{hashlib.sha256(f"{path.resolve()} {text}".encode()).hexdigest()[:16]}_{path.stem}'
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path, loader=IdeaLoader(name, str(path)))
         sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -287,8 +287,7 @@ class Ideas:
                 later.append(arg)
         for arg in later:
             self.override(arg)
-        if not self.errors:
-            self.execute()
+        self.execute()
         count = f'{len(self.errors)} mistake{"s" * (len(self.errors) > 1)} in the settings:'
         refuse(self.errors, '\n  '.join([count] + self.errors))
 
@@ -389,21 +388,25 @@ class Ideas:
         for path in self.named:
             try:
                 module = load_idea(path, self.files[path.resolve()])
-            except Exception as e:               # whatever somebody's code may throw is a mistake in it
-                at = [frame.lineno for frame in traceback.extract_tb(e.__traceback__)
-                      if Path(frame.filename).resolve() == path.resolve()]
-                missing = f': pip install {e.name}' if isinstance(e, ModuleNotFoundError) and e.name else ''
-                self.errors.append(f'{path}:{at[-1] if at else getattr(e, "lineno", None) or 1}: '
-                                   f'{type(e).__name__} as it is loaded ({e}){missing}')
+            except (Exception, SystemExit) as e:     # whatever somebody's code may throw is a mistake in it
+                at = [f'{frame.filename}:{frame.lineno}' for frame in traceback.extract_tb(e.__traceback__)
+                      if Path(frame.filename).resolve() in self.files]
+                at = at[-1] if at else f'{path}:{getattr(e, "lineno", None) or 1}'
+                name = getattr(e, 'name', None) if isinstance(e, ModuleNotFoundError) else None
+                missing = f': pip install {name}' if name and not name.startswith('config.') else ''
+                self.errors.append(f'{at}: {type(e).__name__} as it is loaded ({e}){missing}')
                 continue
             self.modules.append(module)
             self.check_seams(path, module)
         for module, other in itertools.permutations(self.modules, 2):
-            if why := getattr(module, 'NOT_WITH', {}).get(file_of(other).stem):
-                self.errors.append(f'{name_of(module)} and {name_of(other)} do not go together ({why}): leave '
-                                   f'one out')
+            theirs = {file_of(part).stem for part in parts_of(other)}
+            for whose, why in [pair for part in parts_of(module) for pair in getattr(part, 'NOT_WITH', {}).items()]:
+                if whose in theirs:
+                    self.errors.append(f'{name_of(module)} and {name_of(other)} do not go together ({why}): leave '
+                                       f'one out')
         for name in SEAMS:
             self.errors += self.hidden(name)
+        self.errors = [*dict.fromkeys(self.errors)]
 
     def check_seams(self, path, module):
         for name, owner in SEAMS.items():
@@ -441,13 +444,12 @@ class Ideas:
             return [f'{" and ".join(name_of(c) for c in tops)} cannot be stacked ({e}): leave one out']
         said = []
         for first, other in itertools.combinations(classes, 2):
-            both = vars(first).keys() & vars(other).keys() & set(dir(base))
-            both = () if issubclass(first, other) else (m for m in both if not calls_super(vars(first)[m]))
-            for method in sorted(both):
+            both = () if issubclass(first, other) else sorted(vars(first).keys() & vars(other).keys())
+            for method in [m for m in both if not calls_super(vars(first)[m])]:
+                who = f'{name_of(first)} and {name_of(other)} both'
                 swap = f' or name {name_of(first)} first' * calls_super(vars(other)[method])
-                if callable(getattr(vars(first)[method], '__func__', vars(first)[method])):
-                    said.append(f'{name_of(first)} and {name_of(other)} both replace {name}.{method}: leave one '
-                                f'out{swap}')
+                said.append(f'{who} replace {name}.{method}: leave one out{swap}' if hasattr(base, method) else
+                            f'{who} add a method {name}.{method}: rename one')
         return said
 
     def sources(self):
@@ -457,9 +459,21 @@ class Ideas:
                 for path, text in self.files.items()]
 
 
+def plain(thing):
+    """The function that a method, property or decorated function is made of; other things as they are."""
+    return inspection.unwrap(getattr(thing, '__func__', None) or getattr(thing, 'fget', None) or thing)
+
+
 def calls_super(function):
-    code = getattr(getattr(function, '__func__', function), '__code__', None)
+    code = getattr(plain(function), '__code__', None)
     return code is None or '__class__' in code.co_freevars
+
+
+def parts_of(module):
+    """An idea's module, and those of the ideas that its classes of a seam build on."""
+    classes = [c for name in SEAMS for c in getattr(getattr(module, name, None), '__mro__', ())]
+    modules = {id(m): m for m in [module, *(sys.modules.get(c.__module__) for c in classes)] if m}
+    return [m for m in modules.values() if m.__name__.startswith(('config.', 'idea_'))]
 
 
 def file_of(thing):
