@@ -489,14 +489,16 @@ def name_of(thing):
 def ideas_of(recorded, settings, argv=()):
     """The ideas that a checkpoint names, as Ideas.sources has them: from the paths in argv, else from this
     checkout's config/, never from the checkpoint. Their `changed` lists those whose text is another now."""
-    named, paths = [name for name, _, named in recorded if named], {Path(arg).stem: arg for arg in argv}
+    options = [arg for arg in argv if arg.startswith('-')]
+    named, paths = [name for name, _, named in recorded if named], {
+        Path(arg).stem: arg for arg in argv if arg not in options}
     for name in [name for name, *_ in recorded]:
         refuse(not re.fullmatch(r'[A-Za-z_]\w*', name), f'the checkpoint names an idea {name!r}, which is no '
                f'bare name of a file in config/: it is not loaded')
         refuse(name not in paths and not (CONFIG / f'{name}.py').is_file(), f'the run was made with '
                f'{name}.py, and config/ has no such file: put it there, or name its path too')
     files = [paths.pop(name, CONFIG / f'{name}.py') for name in named] + [*paths.values()]
-    ideas = Ideas([*map(str, files)], [], strict=False, values=settings)
+    ideas = Ideas([*map(str, files), *options], [], strict=False, values=settings)
     now = {name: digest for name, digest, _ in ideas.sources()}
     ideas.changed = [name for name, digest, _ in recorded if now.get(name) != digest]
     return ideas
