@@ -39,6 +39,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 import types
@@ -205,7 +206,8 @@ def is_docstring(node):
 
 def names_set(node):
     """The names that a statement sets where it stands, not inside of a function."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.DictComp, ast.GeneratorExp)):
+    comprehensions = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda, *comprehensions)):
         return set()
     own = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
     return own.union(*map(names_set, ast.iter_child_nodes(node)))
@@ -247,7 +249,7 @@ sys.modules['config'].__path__ = []
 
 
 def load_idea(path, text):
-    """The module of an idea's file; one that stands elsewhere than in config/ is known by path and content."""
+    """The module of an idea's file; one that stands elsewhere than in config/ goes by path and content."""
     if path.resolve().parent == CONFIG:
         return importlib.import_module(f'config.{path.stem}')
     name = f'idea_{hashlib.sha256(f"{path.resolve()} {text}".encode()).hexdigest()[:16]}_{path.stem}'
@@ -321,9 +323,9 @@ class Ideas:
             why = f', which {brought} imports' if brought else '; is the path right?'
             return self.errors.append(f'{path}: this config cannot be read ({e.strerror}){why}')
         except (SyntaxError, ValueError) as e:
-            where = f'{path}:{getattr(e, "lineno", None) or 1}'
-            return self.errors.append(f'{where}: this is not Python ({getattr(e, "msg", e)}); a config is lines of '
-                                      f'name = value, and code')
+            where, why = f'{path}:{getattr(e, "lineno", None) or 1}', getattr(e, 'msg', e)
+            return self.errors.append(f'{where}: this is not Python ({why}); a config is lines of name = value, '
+                                      f'and code')
         real, lines = path.resolve(), text.split('\n')
         first = real not in self.seen
         self.seen.add(real)
@@ -400,10 +402,10 @@ class Ideas:
             self.check_seams(path, module)
         for module, other in itertools.permutations(self.modules, 2):
             theirs = {file_of(part).stem for part in parts_of(other)}
-            for whose, why in [pair for part in parts_of(module) for pair in getattr(part, 'NOT_WITH', {}).items()]:
-                if whose in theirs:
-                    self.errors.append(f'{name_of(module)} and {name_of(other)} do not go together ({why}): leave '
-                                       f'one out')
+            refused = [pair for part in parts_of(module) for pair in getattr(part, 'NOT_WITH', {}).items()]
+            both = f'{name_of(module)} and {name_of(other)}'
+            self.errors += [f'{both} do not go together ({why}): leave one out' for name, why in refused
+                            if name in theirs]
         for name in SEAMS:
             self.errors += self.hidden(name)
         self.errors = [*dict.fromkeys(self.errors)]
@@ -448,8 +450,8 @@ class Ideas:
             for method in [m for m in both if not calls_super(vars(first)[m])]:
                 who = f'{name_of(first)} and {name_of(other)} both'
                 swap = f' or name {name_of(first)} first' * calls_super(vars(other)[method])
-                said.append(f'{who} replace {name}.{method}: leave one out{swap}' if hasattr(base, method) else
-                            f'{who} add a method {name}.{method}: rename one')
+                said.append(f'{who} replace {name}.{method}: leave one out{swap}' if hasattr(base, method)
+                            else f'{who} add a method {name}.{method}: rename one')
         return said
 
     def sources(self):
@@ -483,7 +485,47 @@ def file_of(thing):
 
 def name_of(thing):
     path = file_of(thing)
-    return f'{path.parent.name}/{path.name}' if path.parent == CONFIG else str(path)
+    here = {CONFIG: f'config/{path.name}', Path(__file__).resolve().parent: path.name}
+    return here.get(path.resolve().parent, str(path))
+
+
+def shown(ideas):
+    """What a run is made of, as text: classes of every seam, settings that differ, what each idea changes."""
+    bases = [base for name, owner in SEAMS.items() if (base := getattr(sys.modules.get(owner), name, None))]
+    lines, diffs = ['classes, the first before those that it builds on'], []
+    for base in bases:
+        chain = [c for c in ideas.seam(base).__mro__ if issubclass(c, base) and c.__module__ != 'stack']
+        lines.append(f'    {base.__name__:10}' + '  <  '.join(place_of(c) for c in chain))
+        for c in chain[:-1]:
+            diffs += [difference(c, base, name) for name in vars(c) if source_of(vars(c)[name])[0]]
+    lines.append('settings that differ from the defaults, and those of the ideas')
+    for name, setting in ideas.known.items():
+        if (value := ideas.values[name]) != setting.default or name in ideas.declared:
+            where = f'{ideas.set_at.get(name, setting.where)}'
+            lines.append(f'    {name} = {value!r}'.ljust(46) + f'  {where}, default {setting.default!r}')
+    return '\n'.join([*lines, *(f'\n{diff}' for diff in diffs)])
+
+
+def place_of(thing):
+    """File and line of a class or a function."""
+    return f'{name_of(thing)}:{inspection.getsourcelines(thing)[1]}'
+
+
+def source_of(thing):
+    """The lines of a method, its decorators too, and the function it is made of; of other things none."""
+    function = plain(thing)
+    if not isinstance(function, types.FunctionType):
+        return [], function
+    return textwrap.dedent(inspection.getsource(function)).splitlines(), function
+
+
+def difference(cls, base, name):
+    """A unified diff of what an idea's class makes of a method of the baseline, or all of a new one."""
+    known = [vars(c)[name] for c in base.__mro__ if c.__module__ == base.__module__ and name in vars(c)]
+    (new, function), (old, before) = source_of(vars(cls)[name]), source_of(known[0]) if known else ([], None)
+    method = f'{base.__name__}.{name}'
+    was = f'{place_of(before)} {method}' if old else f'{method} is new'
+    return '\n'.join(difflib.unified_diff(old, new, was, f'{place_of(function)} {method}', lineterm=''))
 
 
 def ideas_of(recorded, settings, argv=()):
@@ -1182,7 +1224,7 @@ class Corpus:
     def line(self, data, i):
         """A training document on a line of the page."""
         source = data.meta['sources'][data.docs['train']['source'][i]]
-        return f'{source[:14]:15}{shown(next(data.texts("train", [i])))}'
+        return f'{source[:14]:15}{clipped(next(data.texts("train", [i])))}'
 
     def examples(self, data, sample):
         """Lines with documents; sample: numbers of some training documents."""
@@ -1546,7 +1588,7 @@ def write_beside(path, write):
 # ----------------------------------------------------------------------------------------------------
 # Look at what a prepared data set holds
 
-def shown(text, limit=88):
+def clipped(text, limit=88):
     """The head of a text on one line, without what a terminal would take for a command."""
     return ''.join(c if c.isprintable() else '\ufffd' for c in ' '.join(text[:4 * limit].split())[:limit])
 
@@ -1560,7 +1602,7 @@ def histogram(lengths):
 
 def marked(data, ids):
     """The pieces of tokens, apart by colours on a terminal, else by |."""
-    pieces = (shown(data.tokenizer.decode([token]).replace('\n', '¶').replace(' ', '·')) for token in ids)
+    pieces = (clipped(data.tokenizer.decode([token]).replace('\n', '¶').replace(' ', '·')) for token in ids)
     colours = itertools.cycle((46, 43))          # black on cyan, black on yellow
     return '|'.join(pieces) if not sys.stdout.isatty() else ''.join(
         f'\033[30;{next(colours)}m{piece}\033[0m' for piece in pieces)
