@@ -585,9 +585,12 @@ class Run:
 
     def shape(self):
         """The model's config: that of a run which goes on, else of the settings."""
-        kind, s, meta = models.configured(self.ideas), self.s, self.data.meta
         if self.resuming:
-            return kind(**self.checkpoint['config'])
+            return models.configured(self.ideas)(**self.checkpoint['config'])
+        return self.config_of_settings()
+
+    def config_of_settings(self):
+        kind, s, meta = models.configured(self.ideas), self.s, self.data.meta
         names = [f.name for f in dataclasses.fields(kind) if f.name not in ('vocab_size', 'bos')]
         try:
             kernels_named(s.kernels)
