@@ -1063,7 +1063,7 @@ class Run:
                 pieces.append(piece)
                 if self.clock.elapsed() > deadline:
                     break
-        return ''.join(pieces) or None
+        return ''.join(pieces) if self.master and length else None
 
     def record_abilities(self, evals):
         self.record(step=self.steps, progress=self.clock.progress, elapsed_s=self.clock.elapsed(), evals={
