@@ -51,8 +51,8 @@ CASES = '''
 plain: tiny | old --prepare="--scores --classes 5"
 
 quickstart: quickstart $world | old --prepare="--documents 300" | new --documents=300 | prompt It was
-quickstart_sv: quickstart_sv $world --evals=anisotropy
-    | old --prepare="--documents 300" | new --documents=300 | prompt Det var
+quickstart_sv: quickstart_sv $world
+    | old --prepare="--documents 300" --evals=anisotropy | new --documents=300 --evals=bpb | prompt Det var
 instructions: quickstart instructions $world --eval_interval=0
     | old --prepare="--documents 300" | new --documents=300 | prompt It was | after quickstart
 python: python $small | prompt def
@@ -353,7 +353,8 @@ def run(script, args, cwd, fresh, stop=None, expected=0):
 
 NOT_COMPARED = set('''tok_per_sec mfu tflops data_wait_share data_wait_s peak_mem_gb joules co2_g energy
     dollars hardware versions data commit settings config finished warnings protocol dynamics_share
-    elapsed_s'''.split())
+    elapsed_s ideas changed'''.split())
+MOVED = {'frequency_bias', 'replaced', 'anisotropy', 'text', 'python'}      # of the baseline at OLD, of ideas since
 KEPT = ('train.bin', 'val.bin', 'pairs.jsonl')       # of prepared data, with its tokenizer
 
 
@@ -374,6 +375,16 @@ def given(run_dir, checkout, cwd, prompt, fresh):
     asked = [run_dir, prompt, '--temperature', '0', '--max_new_tokens', '40', '--device', 'cpu']
     sample = run(checkout / 'sample.py', asked, cwd, fresh)
     return dict(data=digests, rows=rows, result=numbers(result), sample=sample, dynamics=dynamics)
+
+
+def without_moved(value):
+    """A record without what is MOVED, and what is left empty of that."""
+    if isinstance(value, dict):
+        value = {key: without_moved(v) for key, v in value.items() if key not in MOVED}
+        return {key: v for key, v in value.items() if key != 'evals' or v}
+    if isinstance(value, list):
+        return [row for row in map(without_moved, value) if not isinstance(row, dict) or row.keys() - {'step', 'progress'}]
+    return value
 
 
 def first_difference(a, b, path=''):
@@ -475,7 +486,7 @@ def table(old, new):
         said = ['not recorded'] * (before is None)
         said += [f'{side} {verdict(r)}' for side, r in sides if 'failed' in r or r['resumed']]
         if before and 'numbers' in before and 'numbers' in record:
-            said += [first_difference(before['numbers'], record['numbers'])]
+            said += [first_difference(*(without_moved(r['numbers']) for r in (before, record)))]
         said = '; '.join(filter(None, said)) or 'equal'
         fine = fine and said == 'equal'
         lines.append(f'{name:24} {sum("train_loss" in row for row in rows):5}  {said}')
