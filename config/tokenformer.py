@@ -53,6 +53,24 @@ class Pattention(nn.Module):
         self.keys.weight.normal_(std=self.keys.in_features ** -0.5, generator=generator)
         self.values.weight.normal_(std=size * (power * self.values.in_features) ** -0.5, generator=generator)
 
+    @torch.no_grad()
+    def grow_from(self, old, dice):
+        """Become `old` and some tokens more, as config/growth.py asks it; None if there are no more.
+
+        Where scale_tokens is still the old one's the new keys are 0, and the output is the old one to rounding;
+        else they are random, as in the released code, which changes it. The new values are random: where key
+        and value are both 0 neither would ever get a gradient.
+        """
+        n = old.keys.out_features
+        if n == self.keys.out_features:
+            return None
+        self.init_weights((self.keys.out_features / n) ** 0.5, dice)         # as large as old values began
+        if self.share != 1:
+            self.keys.weight.zero_()
+        self.keys.weight[:n], self.values.weight[:, :n] = old.keys.weight, old.values.weight
+        return {mine.weight: (theirs.weight, 1, 'append')
+                for mine, theirs in ((self.keys, old.keys), (self.values, old.values))}
+
 
 class Attention(model.Attention):
     """Attention whose four matrices are Pattention; all else is as it was."""
