@@ -29,7 +29,7 @@ BASE = [*TINY, '--tokenizer=bpe', '--vocab_size=500', '--tokens_per_step=1024', 
 def ideas():
     """Names of the files of config/ that hold a seam's class of their own or another's, but a Corpus alone."""
     seams = '|'.join(name for name in prepare_data.SEAMS if name != 'Corpus')
-    found = [path.stem for path in sorted((ROOT / 'config').glob('*.py'))
+    found = [path.stem for path in sorted((ROOT / 'config').glob('[!_]*.py'))
              if re.search(rf'^class ({seams})\(|^from config\.\w+ import .*\b({seams})\b', path.read_text(), re.M)]
     return [name for name in found if name != 'babylm']
 
