@@ -94,6 +94,10 @@ class MLP(model.MLP):
         C = config.n_embd
         self.tokens = Pattention(C, C, config.mlp_tokens, config.mlp_scale_tokens, config.token_norm)
 
+    @property
+    def values(self):
+        return self.tokens.values                               # what its output is made of, as `down` elsewhere
+
     def forward(self, x, context):
         return self.tokens(x) if hasattr(self, 'tokens') else super().forward(x, context)
 
