@@ -813,8 +813,8 @@ def keep_table(runs, root):
                     'change: beside the base with its seeds; sd: standard deviation of val_bpb over seeds; '
                     'in_sd: the change in sd of the base.',
                     'Within noise: less than 2 of them, or not known, as one seed of the base has no sd.')
-    train.write_beside(root / 'compare.md', lambda f: f.write(text.encode() + b'\n'))
-    train.write_beside(root / 'compare.json', lambda f: f.write(json.dumps(rows, indent=1).encode()))
+    sample.write_beside(root / 'compare.md', lambda f: f.write(text.encode() + b'\n'))
+    sample.write_beside(root / 'compare.json', lambda f: f.write(json.dumps(rows, indent=1).encode()))
     return text
 
 
@@ -942,7 +942,7 @@ def spoken(values, least=-math.inf, most=math.inf):
 
 
 def dots(title, said, x, series, **more):
-    """A chart of losses for train.write_page; series of (name, x, loss, x and loss of a curve), all logs."""
+    """A chart of losses for sample.write_page; series of (name, x, loss, x and loss of a curve), all logs."""
     def pairs(x, y):
         return np.exp(np.stack([x, y], 1)).tolist()
     series = [dict(name=name, points=pairs(x, y), path=pairs(*curve)) for name, x, y, *curve in series]
@@ -1090,11 +1090,11 @@ def keep_sweep(runs, root):
     digits = {key: int(COLUMNS[key].partition('.')[2][:1] or 0) for key in SHOWN}
     table = dict(kind='table', title='Runs', rows=rows, columns=[
         dict(key='name'), *(dict(key=key, digits=n) for key, n in digits.items())])
-    train.write_beside(root / 'sweep.md', lambda f: f.write(text.encode() + b'\n'))
-    train.write_beside(root / 'sweep.json', lambda f: f.write(
+    sample.write_beside(root / 'sweep.md', lambda f: f.write(text.encode() + b'\n'))
+    sample.write_beside(root / 'sweep.json', lambda f: f.write(
         json.dumps(dict(rows=rows, said=said, **found), indent=1).encode()))
     said = dict(kind='text', title='What the runs say', text='\n'.join(said))
-    train.write_page(root / 'sweep.html', f'A sweep of {", ".join(keys)}', blocks=[said, *charts, table])
+    sample.write_page(root / 'sweep.html', f'A sweep of {", ".join(keys)}', blocks=[said, *charts, table])
     return text
 
 
@@ -1205,7 +1205,7 @@ def thinned(points, most):
 def progress_blocks(texts, most=8):
     """Learning curves and ability curves of the best runs."""
     for name, rows in texts.items():
-        logs = {row['run']: train.read_rows(row['folder'] / 'metrics.jsonl') for row in rows[:most]}
+        logs = {row['run']: sample.read_rows(row['folder'] / 'metrics.jsonl') for row in rows[:most]}
         abilities = dict.fromkeys(key for log in logs.values() for r in log for key in r.get('evals', ()))
         for title, y, of in (('Validation', 'bits per byte', lambda r: r.get('val_bpb')),
                              ('Training loss', 'nats per token', lambda r: r.get('train_loss')),
@@ -1291,8 +1291,8 @@ def leaderboard(argv):
     their_columns = dict(run=None, total_params=0) | {key: 2 for row in theirs for key in row if 'BPB' in key}
     text = '\n'.join([*text_table(columns | dict(notes=None), ordered), '', ' '.join(notes), *left_out, '',
                       ELSEWHERE, '', *text_table(their_columns, theirs)])
-    train.write_beside(folder / 'leaderboard.md', lambda f: f.write(text.encode() + b'\n'))
-    train.write_page(folder / 'leaderboard.html', f'halfhour leaderboard: {len(rows)} runs', blocks=[
+    sample.write_beside(folder / 'leaderboard.md', lambda f: f.write(text.encode() + b'\n'))
+    sample.write_page(folder / 'leaderboard.html', f'halfhour leaderboard: {len(rows)} runs', blocks=[
         table_block('Runs', ' '.join(notes), columns | ON_PAGE | dict(notes=None), ordered),
         table_block('Published elsewhere', ELSEWHERE, their_columns, theirs),
         *front_blocks(texts), *progress_blocks(texts),
@@ -1357,7 +1357,7 @@ def say_dynamics(folders):
             blocks.append(dict(kind='heat', title=f'{folder}: {title}', y=found['names'], low=0, high=1,
                                x=[f'{p:.1%}' for p in found['progress']], values=values))
     page = Path(folders[0]) / 'dynamics.html'
-    train.write_page(page, 'Learning dynamics', blocks=blocks)
+    sample.write_page(page, 'Learning dynamics', blocks=blocks)
     print(page)
 
 
@@ -1449,7 +1449,7 @@ def main(argv):
 
     def keep(result):
         if own['json']:
-            train.write_beside(own['json'], lambda f: f.write(json.dumps(result, indent=1).encode()))
+            sample.write_beside(own['json'], lambda f: f.write(json.dumps(result, indent=1).encode()))
 
     if only_compile:
         shape = {k: getattr(s, k) for k in train.MODEL_KEYS}
@@ -1462,10 +1462,10 @@ def main(argv):
     data = train.open_or_build(s, 0)
     config = train.model_config(s, data)
     dtype_name, _, micro, _ = train.adapt(s, device, 1)
-    dtype, compiling, name = getattr(torch, dtype_name), s.compile != 'off', train.hardware(device)
+    dtype, compiling, name = getattr(torch, dtype_name), s.compile != 'off', sample.hardware(device)
     torch.set_float32_matmul_precision('high')
     torch._dynamo.config.recompile_limit = 64          # contestants share the model's code
-    peak = train.peak_flops(name) if device == 'cuda' and dtype == torch.bfloat16 else None
+    peak = sample.peak_flops(name) if device == 'cuda' and dtype == torch.bfloat16 else None
     print(f'{name}, {dtype_name}, {s.tokens_per_step:,} tokens a step')
     if own['rival_lr']:
         result = train_rival(s, config, data, micro, device, own['rival_bf16'], own['rival_lr'], compiling)

@@ -45,7 +45,6 @@ import queue
 import re
 import shutil
 import signal
-import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +58,8 @@ import prepare_data
 import sample
 from model import GPTConfig, Linear, choose_kernels, kernels_named
 from prepare_data import UserError, refuse
+from sample import (git_commit, hardware, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
+                    write_beside, write_report)
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
@@ -342,117 +343,7 @@ class Clock:
         return (not self.max_steps or step < self.max_steps) and self.left() > max(0.5 * seconds, seconds - 5)
 
 
-# ---- files and the machine ---------------------------------------------------------------------------------
-
-def write_beside(path, write):
-    """Make a file complete or not at all: write(file) beside its place, flush, move."""
-    path = Path(path)
-    beside = path.with_name(path.name + '.part')
-    try:
-        with open(beside, 'wb') as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as e:        # torch's writer turns a full disk into a RuntimeError
-        beside.unlink(missing_ok=True)
-        raise UserError(f'{path} could not be written ({e}); free some space and go on with '
-                        f'--init_from=resume') from e
-
-
-def save_checkpoint(out_dir, state):
-    path = Path(out_dir) / 'ckpt.pt'
-    write_beside(path.with_name('ckpt.new.pt'), lambda f: torch.save(state, f))
-    if path.exists():
-        os.replace(path, path.with_name('ckpt.prev.pt'))
-    os.replace(path.with_name('ckpt.new.pt'), path)
-
-
-def read_rows(path):
-    """The whole rows of a metrics.jsonl, if there is one; a last line that was cut off is left out."""
-    rows = []
-    for line in (Path(path).read_text().splitlines() if Path(path).exists() else []):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-# Dense bf16 peak with fp32 accumulation, TFLOP/s, from the makers' data sheets; a card not here gets no MFU.
-PEAK_TFLOPS = {'RTX 4090': 165.2, 'RTX 3090': 71.2, 'RTX 5090': 209.5, 'L40S': 362.1, 'L4': 121.0,
-               'A10G': 70.0, 'A100': 311.9, 'H100 PCIe': 756.4, 'H100 NVL': 835.5, 'H100': 989.4,
-               'H200 NVL': 835.5, 'H200': 989.4}
-
-
-def peak_flops(name):
-    exact = (v for k, v in PEAK_TFLOPS.items() if re.search(rf'\b{k}\b(?! (Laptop|D\b))', name))  # no 4090 D
-    return next((1e12 * v for v in exact), None)
-
-
-def proc(name):
-    """The text of a file of Linux's /proc; empty elsewhere."""
-    try:
-        return Path('/proc', name).read_text()
-    except OSError:
-        return ''
-
-
-def hardware(device):
-    """The name of what computes here."""
-    if device == 'cuda':
-        return torch.cuda.get_device_name()
-    model = re.search(r'^model name\s*: *([^:\n]*[^:\s])', proc('cpuinfo'), re.M)
-    name = model[1] if model else platform.processor() or platform.machine()
-    return f'{name}, {torch.get_num_threads()} threads'
-
-
-def peak_memory_gb(device):
-    if device == 'cuda':
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    import resource
-    unit = 2 ** 30 if sys.platform == 'darwin' else 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def git_commit():
-    try:
-        run = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=Path(__file__).parent,
-                             capture_output=True, text=True, timeout=5)
-        return run.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-
-
-def write_page(path, title, **data):
-    """One HTML page that needs nothing else: web/page.html, which says what it draws, with its data in it."""
-    text = json.dumps(dict(title=title, **data))
-    text = json.dumps(json.loads(text, parse_constant=lambda _: None))      # NaN and infinities are no JSON
-    text = text.replace('<', '\\u003c')                     # without one, a sample with </script> stays text
-    page = (Path(__file__).parent / 'web' / 'page.html').read_text('utf-8')
-    write_beside(path, lambda f: f.write(page.replace('{}</script>', f'{text}</script>', 1).encode()))
-
-
-def write_report(out_dir, blocks=()):
-    """Make report.html of a finished run from the files that it left, and of blocks that ideas add."""
-    out_dir = Path(out_dir)
-    result, rows = json.loads((out_dir / 'result.json').read_text()), read_rows(out_dir / 'metrics.jsonl')
-    write_page(out_dir / 'report.html', f'{out_dir.name}: {result["val_bpb"]:.4f} bits per byte',
-               result=result, rows=thinned(rows), blocks=[*blocks])
-
-
-def thinned(rows, most=3000):
-    """The rows of metrics.jsonl, and of steps at most so many: each the mean of as many neighbours."""
-    steps = [row for row in rows if 'train_loss' in row]
-    if len(steps) <= most:
-        return rows
-    n, means = -(-len(steps) // most), []
-    for group in (steps[i:i + n] for i in range(0, len(steps), n)):
-        known = {key: [row[key] for row in group if row[key] is not None] for key in group[-1]}
-        means.append({key: sum(values) / len(values) if values else None for key, values in known.items()}
-                     | dict(step=group[-1]['step'], averaged=n))
-    return sorted([*means, *(row for row in rows if 'train_loss' not in row)], key=lambda row: row['step'])
-
+# ---- what the hardware decides -----------------------------------------------------------------------------
 
 def choose_device(s):
     refuse(s.device == 'cuda' and not torch.cuda.is_available(),
@@ -694,9 +585,12 @@ class Run:
 
     def shape(self):
         """The model's config: that of a run which goes on, else of the settings."""
-        kind, s, meta = models.configured(self.ideas), self.s, self.data.meta
         if self.resuming:
-            return kind(**self.checkpoint['config'])
+            return models.configured(self.ideas)(**self.checkpoint['config'])
+        return self.config_of_settings()
+
+    def config_of_settings(self):
+        kind, s, meta = models.configured(self.ideas), self.s, self.data.meta
         names = [f.name for f in dataclasses.fields(kind) if f.name not in ('vocab_size', 'bos')]
         try:
             kernels_named(s.kernels)

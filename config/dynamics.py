@@ -179,7 +179,7 @@ class Run(train.Run):
 
     def keep_report(self, report):
         text = json.dumps(self.learned).encode()
-        train.write_beside(self.out_dir / 'dynamics.json', lambda f: f.write(text))
+        sample.write_beside(self.out_dir / 'dynamics.json', lambda f: f.write(text))
         super().keep_report(report)
 
     def page_blocks(self):

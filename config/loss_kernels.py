@@ -16,7 +16,7 @@ from torch import Tensor
 
 import model as models
 import train
-from model import IN_USE, LOG2E, BlockwiseLoss, blocks, constexpr, jit, op, rows_at_once, triton
+from model import LOG2E, BlockwiseLoss, blocks, constexpr, jit, op, rows_at_once, triton
 
 if triton is not None:
     import triton.language as tl
@@ -34,8 +34,8 @@ class Run(train.Run):
     def choose_kernels(self):
         """Tries the kernel once, as model.py does its own: one that does not work costs speed, no run."""
         super().choose_kernels()
-        if 'cross_entropy' in IN_USE and (fault := self.fault()):
-            IN_USE.discard('cross_entropy')
+        if 'cross_entropy' in models.IN_USE and (fault := self.fault()):
+            models.IN_USE.discard('cross_entropy')
             self.say(f'  cross_entropy: torch after all, {fault}')
 
     def fault(self):
@@ -100,7 +100,7 @@ def soft_cross_entropy(x, weight, targets, reduction, cap=0.0, z_loss=0.0, soft=
     Targets < 0 are left out; with 'none' they give 0.
     """
     rows, mean = rows or rows_at_once(x, weight), reduction == 'mean'
-    if 'cross_entropy' in IN_USE if kernel is None else kernel:
+    if 'cross_entropy' in models.IN_USE if kernel is None else kernel:
         soft = soft if mean and soft else (None, None, None)
         both = soft_cross_entropy_forward(x, weight, targets, *soft, cap, z_loss * mean, mean, rows)
         return both[0] if mean else both[1]

@@ -22,8 +22,8 @@ class Run(train.Run):
     def __init__(self, s, ideas):
         super().__init__(s, ideas)
         refuse(not are_points(s.weight_decay_points),
-               f'weight_decay_points is {s.weight_decay_points!r}, it must be pairs of progress, rising from 0 '
-               f'to 1, and a factor of at least 0, like ((0, 1), (1, 0))')
+               f'weight_decay_points is {s.weight_decay_points!r}, it must be pairs of progress, rising from '
+               f'0 to 1, and a factor of at least 0, like ((0, 1), (1, 0))')
 
     def decay(self, progress):
         """Straight from point to point."""

@@ -52,7 +52,7 @@ plain: tiny | old --prepare="--scores --classes 5"
 
 quickstart: quickstart $world | old --prepare="--documents 300" | new --documents=300 | prompt It was
 quickstart_sv: quickstart_sv $world
-    | old --prepare="--documents 300" --evals=anisotropy | new --documents=300 | prompt Det var
+    | old --prepare="--documents 300" --evals=anisotropy | new --documents=300 --evals=bpb | prompt Det var
 instructions: quickstart instructions $world --eval_interval=0
     | old --prepare="--documents 300" | new --documents=300 | prompt It was | after quickstart
 python: python $small | prompt def

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import train
+import sample
 from conftest import ROOT
 from prepare_data import UserError
 
@@ -44,7 +44,7 @@ def report(folder, result, rows=(), blocks=()):
     folder.mkdir(exist_ok=True)
     (folder / 'result.json').write_text(json.dumps(result))
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    train.write_report(folder, blocks)
+    sample.write_report(folder, blocks)
     return folder / 'report.html'
 
 
@@ -87,24 +87,24 @@ def test_a_page_holds_its_data_and_all_text_stays_text(tmp_path):
     assert data['rows'][1] == rows[1] | dict(train_loss=None, grad_norm=None)
     assert data['blocks'] == [extra[0], extra[1] | dict(values=[[None]])]
     assert [*tmp_path.rglob('*.part')] == []
-    train.write_page(page, 'other', blocks=[])                                      # in its place
+    sample.write_page(page, 'other', blocks=[])                                      # in its place
     assert inside(page) == dict(title='other', blocks=[])
 
 
 def test_a_page_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
-    train.write_page(tmp_path / 'a.html', 'first', blocks=[])
+    sample.write_page(tmp_path / 'a.html', 'first', blocks=[])
 
     def full(*args):
         raise OSError('no space left')
     monkeypatch.setattr(train.os, 'replace', full)
     with pytest.raises(UserError, match='no space left'):
-        train.write_page(tmp_path / 'a.html', 'second', blocks=[])
+        sample.write_page(tmp_path / 'a.html', 'second', blocks=[])
     assert inside(tmp_path / 'a.html')['title'] == 'first' and [*tmp_path.iterdir()] == [tmp_path / 'a.html']
 
 
 def test_a_run_that_recorded_nothing_has_a_page(tmp_path):
     (tmp_path / 'result.json').write_text(json.dumps(result_of(val_bpb=math.nan)))
-    train.write_report(tmp_path)
+    sample.write_report(tmp_path)
     data = inside(tmp_path / 'report.html')
     assert data['rows'] == data['blocks'] == [] and data['result']['val_bpb'] is None and 'nan bits per byte' in data['title']
 
@@ -285,8 +285,8 @@ def test_every_kind_of_block_in_a_browser(tmp_path):
              dict(kind='heat', title='H', x=['0.1', '0.9'], y=['wide ' * 20, 'k', 'v'], values=[[1, 2], [None, 3], [4, 5]]),
              dict(kind='dots', title='D', x='size', y='loss', series=[dict(name='one', points=[[1, 2, 'here']])], path=[[1, 2], [3, 4]]),
              dict(kind='lines', title='none', series=[]), dict(kind='table', title='empty', columns=[dict(key='x' * 99)], rows=[])]
-    train.write_page(tmp_path / 'kinds.html', 'K' * 200, blocks=kinds)
-    train.write_page(tmp_path / 'wrong.html', 'wrong', blocks=[dict(kind='nonsense')])
+    sample.write_page(tmp_path / 'kinds.html', 'K' * 200, blocks=kinds)
+    sample.write_page(tmp_path / 'wrong.html', 'wrong', blocks=[dict(kind='nonsense')])
     keys = 'const s = d.querySelector("svg[tabindex]"); for (const key of ["ArrowRight", "ArrowRight", "ArrowDown"]) s.onkeydown(new KeyboardEvent("keydown", {key}));'
     every, wrong = drawn(tmp_path, (tmp_path / 'kinds.html', 390, keys), (tmp_path / 'wrong.html', 390, ''))
     assert sound(every) and every.count('class="drawing"') == 4
@@ -303,7 +303,7 @@ def test_tables_sort_and_link_in_a_browser(tmp_path):
     """By a column's button, what is missing last; at first as the block says."""
     rows = [dict(run=name, size=size, href=f'{name}/report.html' if name == 'b_1' else None) for name, size in dict(a10=7, b_1=None, a9=30, c=2.5).items()]
     columns = [dict(key='run', label='model'), dict(key='size', label='size', digits=1)]
-    train.write_page(tmp_path / 'table.html', 'T', blocks=[dict(kind='table', title='T', columns=columns, rows=rows, sort='-size')])
+    sample.write_page(tmp_path / 'table.html', 'T', blocks=[dict(kind='table', title='T', columns=columns, rows=rows, sort='-size')])
     click = 'const [name, size] = d.querySelectorAll("th button"); '
     first, up, down, names = drawn(tmp_path, *[(tmp_path / 'table.html', 600, click + code) for code in (
         '', 'size.click();', 'size.click(); size.click();', 'name.click();')])

@@ -465,7 +465,7 @@ def test_the_previous_checkpoint_is_kept(tmp_path, monkeypatch):
     def full(state, f):
         f.write(b'x' * 1000)
         raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(train.torch, 'save', full)
+    monkeypatch.setattr(sample.torch, 'save', full)
     with pytest.raises(UserError, match='resume'):
         train.save_checkpoint(tmp_path, dict(version=3, steps=4))
     assert weights(tmp_path)['steps'] == 3 and weights(tmp_path, 'ckpt.prev.pt')['steps'] == 2
@@ -878,7 +878,7 @@ def test_a_run_keeps_what_it_warned_of(main, tmp_path, monkeypatch):
 def test_a_page_that_finds_no_room_costs_no_run(main, tmp_path, monkeypatch):
     def full(*args, **data):
         raise UserError('no space left')
-    monkeypatch.setattr(train, 'write_page', full)
+    monkeypatch.setattr(sample, 'write_page', full)
     assert 'warning: no space left' in main() and (tmp_path / 'run' / 'result.json').exists()
 
 
