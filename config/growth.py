@@ -14,7 +14,7 @@ the final ones. What it did stands in config/hypercloning.py and config/raise.py
 An idea whose modules grow otherwise gives them `grow_from(old, dice)`, which takes over the weights of the old
 module of the same name and returns {parameter: (old parameter, copies that share its gradient, how it was
 spread)}, or None where they grow as any other; it adds its sizes in Run.grown_config, and what it copies
-otherwise in Run.grow.
+otherwise in Run.grow. Where a class MLP has a true `keeps_width`, widths cannot grow.
 """
 import dataclasses
 import time
@@ -42,6 +42,8 @@ def grown_config(config, changes, stack=False):
     Widths grow by whole multiples, and n_embd takes the number of heads and mlp_hidden along unless they are
     named; a head keeps its width, and a key head that serves all queries stays the only one.
     """
+    if wide := [name for name in changes if name in WIDTHS and getattr(config.MLP, 'keeps_width', False)]:
+        raise ValueError(f'{wide[0]} cannot grow with the MLPs that {config.MLP.__module__.rpartition(".")[2]} makes')
     if unknown := [name for name in changes if name not in SIZES]:
         raise ValueError(f'{unknown[0]} cannot grow: choose {", ".join(SIZES)}')
     if wrong := [name for name, size in changes.items() if type(size) is not int]:
@@ -222,7 +224,7 @@ class Run(train.Run):
 
     def shape_from(self, before):
         theirs, ours, given = before.config, self.config, self.ideas.set_at
-        names = [*dict.fromkeys([*train.SHAPE, *SIZES, 'head_scale'])]
+        names = [*dict.fromkeys([*self.shape_names(), *SIZES, 'head_scale'])]
         shape = {k: getattr(theirs, k) for k in names if hasattr(theirs, k)}
         changes = {k: getattr(ours, k) for k in names if k in given and getattr(ours, k) != shape.get(k)}
         try:
@@ -232,8 +234,13 @@ class Run(train.Run):
         vars(self.s).update({k: getattr(config, k) for k in names})
         return config
 
+    def other_size(self, before):
+        """Whether the model of another run must grow to be this one's."""
+        names = [k for k in [*self.shape_names(), *SIZES] if hasattr(before.config, k)]
+        return any(getattr(before.config, k) != getattr(self.config, k) for k in names)
+
     def start_from(self, before):
-        if any(getattr(before.config, k) != getattr(self.config, k) for k in SIZES):
+        if self.other_size(before):
             before, _ = self.grow(before, self.config, self.s.seed)
         super().start_from(before)
 
