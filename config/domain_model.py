@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import model
+from config.growth import GPT as GrowingGPT
 from config.stacked_weights import GPT as CountedGPT, Several
 from prepare_data import refuse
 
@@ -57,7 +58,7 @@ class MLP(model.MLP):
             self.own_down.weight.zero_()
 
 
-class GPT(CountedGPT):
+class GPT(CountedGPT, GrowingGPT):
     """told: the domain () of all text that is read without one, or None."""
 
     def build(self, config):

@@ -18,7 +18,6 @@ beside 2.191), all but 0.004 of it by the even mix: the same micro-batches witho
 (RESULTS.md).
 """
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ import torch
 import train
 from config.domain_measure import Measure, domain_of, nats_by_domain
 from config.domain_model import GPT, MLP, names_of, own_hidden
+from config.growth import WIDTHS, Run as GrowingRun, spread
 from config.stacked_weights import Run as StackedRun
 from prepare_data import UserError, refuse
 
@@ -131,9 +131,9 @@ def parted(name, old, new, parts):
     """
     path, mlp, end = name.rpartition('mlp.')
     if not mlp:
-        return name, torch.clone, 1
+        return name, '', 1
     if names_of(old):
-        return name, (lambda x: x[parts]) if end.startswith('own_') else torch.clone, 1
+        return name, (lambda x: x[parts]) if end.startswith('own_') else '', 1
     n, shared, halves = len(names_of(new)), new.mlp_hidden - own_hidden(new), 2 if new.mlp == 'swiglu' else 1
 
     def up(which):
@@ -144,6 +144,21 @@ def parted(name, old, new, parts):
         'own_up.weight': ('up.weight', lambda x: up(slice(shared, None))(x).expand(n, -1, -1), n),
         'own_down.weight': ('down.weight', lambda x: x[:, shared:].expand(n, -1, -1), n)}[end]
     return path + mlp + there, how, copies
+
+
+@torch.no_grad()
+def split(old, config, parts, seed):
+    """The model of a config whose domains are others, and where its parameters came from, as growth.grow has it."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        new = config.GPT(config).to(old.wte.weight)
+    new.compute_dtype, source, came_from = old.compute_dtype, dict(old.named_parameters()), {}
+    for name, p in new.named_parameters():
+        there, how, copies = parted(name, old.config, config, parts)
+        if there in source:
+            p.copy_(spread(source[there], p.shape, how))
+            came_from[p] = source[there], copies, how
+    return new.train(old.training), came_from
 
 
 def nearest_parts(before, config, data):
@@ -160,14 +175,16 @@ def nearest_parts(before, config, data):
     return [has.index(name) if name in has else nearest(i) for i, name in enumerate(names_of(config))]
 
 
-class Run(StackedRun):
+class Run(StackedRun, GrowingRun):
+    """A split is the last growth of a run, and another one's domains that of its start."""
 
     def shape(self):
-        s = self.s
-        refuse(s.domain, f'--domain={s.domain} is for sample.py: leave it away')
-        self.domains = domain_names(s, self.data)
-        config = super().shape()
-        return config if self.resuming else self.with_domains(config, not s.domains_from)
+        refuse(self.s.domain, f'--domain={self.s.domain} is for sample.py: leave it away')
+        self.domains = domain_names(self.s, self.data)
+        return super().shape()
+
+    def config_of_settings(self):
+        return self.with_domains(super().config_of_settings(), not self.s.domains_from)
 
     def with_domains(self, config, split=True):
         config = dataclasses.replace(config, domains=','.join(self.domains) if split else '')
@@ -176,6 +193,25 @@ class Run(StackedRun):
         except ValueError as e:
             raise UserError(f'the model cannot have domains: {e}') from e
         return config
+
+    def grown_config(self, config, changes):
+        if names_of(config) and (wide := [name for name in changes if name in WIDTHS]):
+            raise ValueError(f'{wide[0]} cannot grow in a model that has domains')
+        return super().grown_config(config, changes)
+
+    def plan(self, config):
+        stages, s = super().plan(config), self.s
+        if not self.domains or names_of(config):
+            return stages
+        last, config = stages[-1] if stages else (0.0, config)
+        refuse(last >= s.domains_from, f'domains_from is {s.domains_from:g}, and the model grows until {last:g}: it can '
+               f'split only after that')
+        return [*stages, (s.domains_from, self.with_domains(config))]
+
+    def grow(self, old, config, seed):
+        if names_of(old.config) == names_of(config):
+            return super().grow(old, config, seed)
+        return split(old, config, nearest_parts(old, config, self.data) if names_of(old.config) else (), seed)
 
     def shape_names(self):
         return [*super().shape_names(), 'domain_share']
@@ -187,27 +223,23 @@ class Run(StackedRun):
         strange = [name for name in s.frozen.split(',') if s.frozen and name not in has]
         refuse(strange, f'frozen names {strange[0] if strange else ""!r}, and {s.init_from} has '
                f'{",".join(has) or "no domains"}: leave it away')
+        self.config = dataclasses.replace(self.config, domains=','.join(has))
         config = super().shape_from(before)
         s.domains_from = 0.0 if has else s.domains_from                   # it has them already
         return self.with_domains(config, not s.domains_from)
 
     def start_from(self, before):
-        """Where the domains change, the parts of the nearest, or of the plain MLP."""
-        old, known = before.config, before.state_dict()
-        if names_of(old) != names_of(self.config):
-            parts = nearest_parts(before, self.config, self.data) if names_of(old) else ()
-            state = {name: (parted(name, old, self.config, parts)) for name in self.model.state_dict()}
-            state = {name: how(known[there]) for name, (there, how, _) in state.items() if there in known}
-            before = SimpleNamespace(config=old, state_dict=lambda: state)
+        if names_of(before.config) != names_of(self.config):
+            as_it_was = dataclasses.replace(self.config, domains=','.join(names_of(before.config)))
+            if self.other_size(before):
+                before, _ = self.grow(before, as_it_was, self.s.seed)
+            before, _ = self.grow(before, self.config, self.s.seed)
         super().start_from(before)
 
     def rows_limit(self):
         """So few sequences that a step has room for all domains."""
         rows, n = self.s.tokens_per_step // self.s.block_size, len(self.domains)
         return min(super().rows_limit(), max(1, rows // n)) if n else super().rows_limit()
-
-    def largest(self):
-        return self.with_domains(super().largest())
 
     def make_optimizers(self, model):
         """What is frozen gets no text, so that what can learn are the others' parts."""
@@ -225,7 +257,7 @@ class Run(StackedRun):
 
     def dearer(self):
         """Each domain reads what is evaluated."""
-        return super().dearer() * max(1, len(self.domains)) / max(1, len(names_of(self.config)))
+        return super().dearer() * max(1, len(names_of(self.final))) / max(1, len(names_of(self.config)))
 
     def results(self, result, evals, text):
         told = dict(val_bpb_told=result['bpb_told']) if 'bpb_told' in result else {}

@@ -39,7 +39,8 @@ class Pattention(nn.Module):
     def __init__(self, fan_in, fan_out, n, scale_tokens, norm):
         super().__init__()
         self.keys, self.values = Linear(fan_in, n), Linear(n, fan_out)
-        self.share, self.norm_first = (scale_tokens or n) / n, norm == 'norm_gelu'
+        self.scale_tokens, self.norm_first = scale_tokens or n, norm == 'norm_gelu'
+        self.share = self.scale_tokens / n
 
     def forward(self, x):
         s = self.keys(x)
@@ -52,6 +53,24 @@ class Pattention(nn.Module):
         power = 0.425 if self.norm_first else 1.0             # mean square of GeLU of a unit normal
         self.keys.weight.normal_(std=self.keys.in_features ** -0.5, generator=generator)
         self.values.weight.normal_(std=size * (power * self.values.in_features) ** -0.5, generator=generator)
+
+    @torch.no_grad()
+    def grow_from(self, old, dice):
+        """Become `old` and some tokens more, as config/growth.py asks; None where there are no more. Where the scale
+        is still the old one's their keys are 0, and the output is the old one to rounding; else they are random, as
+        in the released code, and change it.
+
+        The new values are random: where key and value are both 0 neither would ever get a gradient.
+        """
+        n = old.keys.out_features
+        if n == self.keys.out_features:
+            return None
+        self.init_weights((self.keys.out_features / n) ** 0.5, dice)          # as large as old values began
+        if self.scale_tokens == old.scale_tokens:
+            self.keys.weight.zero_()
+        self.keys.weight[:n], self.values.weight[:, :n] = old.keys.weight, old.values.weight
+        pairs = (self.keys.weight, old.keys.weight), (self.values.weight, old.values.weight)
+        return {p: (q, 1, 'append') for p, q in pairs}
 
 
 class Attention(model.Attention):
