@@ -31,6 +31,7 @@ class MLP(model.MLP):
     largest s_i + bias_i, and the optimizer steps the bias against the sign of what the expert gets too much
     (DeepSeek-V3, 2412.19437, without its auxiliary loss). No token is dropped.
     """
+    keeps_width = True          # for config/growth.py
 
     def __init__(self, config):
         super().__init__(config)

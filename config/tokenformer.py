@@ -39,7 +39,8 @@ class Pattention(nn.Module):
     def __init__(self, fan_in, fan_out, n, scale_tokens, norm):
         super().__init__()
         self.keys, self.values = Linear(fan_in, n), Linear(n, fan_out)
-        self.share, self.norm_first = (scale_tokens or n) / n, norm == 'norm_gelu'
+        self.scale_tokens, self.norm_first = scale_tokens or n, norm == 'norm_gelu'
+        self.share = self.scale_tokens / n
 
     def forward(self, x):
         s = self.keys(x)
@@ -55,21 +56,21 @@ class Pattention(nn.Module):
 
     @torch.no_grad()
     def grow_from(self, old, dice):
-        """Become `old` and some tokens more, as config/growth.py asks it; None if there are no more.
+        """Become `old` and some tokens more, as config/growth.py asks; None where there are no more. Where the scale
+        is still the old one's their keys are 0, and the output is the old one to rounding; else they are random, as
+        in the released code, and change it.
 
-        Where scale_tokens is still the old one's the new keys are 0, and the output is the old one to rounding;
-        else they are random, as in the released code, which changes it. The new values are random: where key
-        and value are both 0 neither would ever get a gradient.
+        The new values are random: where key and value are both 0 neither would ever get a gradient.
         """
         n = old.keys.out_features
         if n == self.keys.out_features:
             return None
-        self.init_weights((self.keys.out_features / n) ** 0.5, dice)         # as large as old values began
-        if self.share != 1:
+        self.init_weights((self.keys.out_features / n) ** 0.5, dice)          # as large as old values began
+        if self.scale_tokens == old.scale_tokens:
             self.keys.weight.zero_()
         self.keys.weight[:n], self.values.weight[:, :n] = old.keys.weight, old.values.weight
-        return {mine.weight: (theirs.weight, 1, 'append')
-                for mine, theirs in ((self.keys, old.keys), (self.values, old.values))}
+        pairs = (self.keys.weight, old.keys.weight), (self.values.weight, old.values.weight)
+        return {p: (q, 1, 'append') for p, q in pairs}
 
 
 class Attention(model.Attention):
@@ -111,6 +112,10 @@ class MLP(model.MLP):
         nn.Module.__init__(self)                                # without the matrices
         C = config.n_embd
         self.tokens = Pattention(C, C, config.mlp_tokens, config.mlp_scale_tokens, config.token_norm)
+
+    @property
+    def values(self):
+        return self.tokens.values                               # what its output is made of, as `down` elsewhere
 
     def forward(self, x, context):
         return self.tokens(x) if hasattr(self, 'tokens') else super().forward(x, context)
