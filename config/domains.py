@@ -24,8 +24,8 @@ import torch
 
 import train
 from config.domain_measure import Measure, domain_of, nats_by_domain
-from config.domain_model import GPT, MLP, names_of, own_hidden
-from config.growth import WIDTHS, Run as GrowingRun, spread
+from config.domain_model import GPT, MLP, names_of, own_hidden, split
+from config.growth import WIDTHS, Run as GrowingRun
 from config.stacked_weights import Run as StackedRun
 from prepare_data import UserError, refuse
 
@@ -120,46 +120,7 @@ class Stream(train.Stream):
         return batch | domain
 
 
-# ---- the split
-
-def parted(name, old, new, parts):
-    """(name, how, copies): what a parameter comes from where the domains change from config to config, what is made
-    of that, and how many share its gradient.
-
-    The last hidden units of a plain MLP are copied to every domain, so that each computes what it did; of
-    domains that there are the i-th new one gets the part of the parts[i]-th.
-    """
-    path, mlp, end = name.rpartition('mlp.')
-    if not mlp:
-        return name, '', 1
-    if names_of(old):
-        return name, (lambda x: x[parts]) if end.startswith('own_') else '', 1
-    n, shared, halves = len(names_of(new)), new.mlp_hidden - own_hidden(new), 2 if new.mlp == 'swiglu' else 1
-
-    def up(which):
-        return lambda x: x.unflatten(0, (halves, -1))[:, which].flatten(0, 1)
-    there, how, copies = {
-        'up.weight': ('up.weight', up(slice(shared)), 1),
-        'down.weight': ('down.weight', lambda x: x[:, :shared], 1),
-        'own_up.weight': ('up.weight', lambda x: up(slice(shared, None))(x).expand(n, -1, -1), n),
-        'own_down.weight': ('down.weight', lambda x: x[:, shared:].expand(n, -1, -1), n)}[end]
-    return path + mlp + there, how, copies
-
-
-@torch.no_grad()
-def split(old, config, parts, seed):
-    """The model of a config whose domains are others, and where its parameters came from, as growth.grow has it."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        new = config.GPT(config).to(old.wte.weight)
-    new.compute_dtype, source, came_from = old.compute_dtype, dict(old.named_parameters()), {}
-    for name, p in new.named_parameters():
-        there, how, copies = parted(name, old.config, config, parts)
-        if there in source:
-            p.copy_(spread(source[there], p.shape, how))
-            came_from[p] = source[there], copies, how
-    return new.train(old.training), came_from
-
+# ---- the run
 
 def nearest_parts(before, config, data):
     """For each domain of `config` the number of the part of the model `before` to begin with: its own, or for a
