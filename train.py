@@ -581,6 +581,7 @@ class Run:
         if self.resuming:
             self.load(self.checkpoint)
         self.early = torch.from_numpy(self.stream.first_rows(min(64, s.tokens_per_step // s.block_size), s.block_size))
+        self.first_batch = self.stream.batch(0, self.micro, s.block_size)    # before a thread reads the stream
         self.checkpoint = None                   # its memory
 
     def shape(self):
@@ -773,7 +774,7 @@ class Run:
         """Makes what computes a step, compiled, and learns how many seconds it takes."""
         self.step_model = torch.compile(self.model, dynamic=False) if self.compiling else self.model
         self.flops_per_token = self.model.flops_per_token(self.model.attended(self.early.to(self.device)))
-        batch = self.stream.batch(0, self.micro, self.s.block_size)      # its ids do not matter, its kinds do
+        batch = dict(self.first_batch)           # its ids do not matter, its kinds do
         shape, size = batch['idx'].shape, batch['idx'].numel()
         batch['idx'] = torch.arange(size).view(shape) % self.config.vocab_size
         batch['targets'] = batch['idx'].clone()      # one tensor twice would compile another program
@@ -1067,7 +1068,7 @@ class Run:
                 pieces.append(piece)
                 if self.clock.elapsed() > deadline:
                     break
-        return ''.join(pieces) or None
+        return ''.join(pieces) if self.master and length else None
 
     def record_abilities(self, evals):
         self.record(step=self.steps, progress=self.clock.progress, elapsed_s=self.clock.elapsed(), evals={

@@ -1,5 +1,5 @@
-"""The model of config/domains.py: MLPs of which a part is each domain's own (DEMix, Gururangan 2021, 2108.05036).
-No idea of its own, and no settings.
+"""The model of config/domains.py: MLPs of which a part is each domain's own (DEMix, Gururangan 2021,
+2108.05036), and how a plain one splits. No idea of its own, and no settings.
 """
 import math
 
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import model
-from config.growth import GPT as GrowingGPT, spread
+from config.growth import GPT as GrowingGPT
+from config.grown_weights import spread
 from config.stacked_weights import GPT as CountedGPT, Several
 from prepare_data import refuse
 
@@ -64,8 +65,8 @@ class GPT(CountedGPT, GrowingGPT):
     def build(self, config):
         super().build(config)
         names = names_of(config)
-        refuse(config.domain and config.domain not in names, f'--domain is {config.domain!r}, and the model has '
-               f'{", ".join(names) or "no domains"}')
+        refuse(config.domain and config.domain not in names,
+               f'--domain is {config.domain!r}, and the model has {", ".join(names) or "no domains"}')
         told = torch.tensor(names.index(config.domain)) if config.domain else None
         self.register_buffer('told', told, persistent=False)
 
@@ -111,14 +112,15 @@ class GPT(CountedGPT, GrowingGPT):
 
     def describe(self):
         c, n = self.config, len(names_of(self.config))
-        return super().describe() + (f'; {own_hidden(c)} of {c.mlp_hidden} in each of {n} domains' if n else '')
+        own = f'; {own_hidden(c)} of {c.mlp_hidden} in each of {n} domains' if n else ''
+        return super().describe() + own
 
 
 # ---- the split
 
 def parted(name, old, new, parts):
-    """(name, how, copies): what a parameter comes from where the domains change from config to config, what is made
-    of that, and how many share its gradient.
+    """(name, how, copies): what a parameter comes from where the domains change from config to config, what is
+    made of that, and how many share its gradient.
 
     The last hidden units of a plain MLP are copied to every domain, so that each computes what it did; of
     domains that there are the i-th new one gets the part of the parts[i]-th.
@@ -142,7 +144,7 @@ def parted(name, old, new, parts):
 
 @torch.no_grad()
 def split(old, config, parts, seed):
-    """The model of a config whose domains are others, and where its parameters came from, as growth.grow has it."""
+    """The model of a config whose domains are others, and where its parameters came from, as `grow` has it."""
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         new = config.GPT(config).to(old.wte.weight)

@@ -64,6 +64,23 @@ def losses(x, weight, gold, kernel, soft):
     return found
 
 
+def kernel_cases(config, dtype, rows):
+    """For bench_mfu.py: the loss that the ideas of this model make."""
+    cap, z_loss = (getattr(config, name, 0.0) for name in ('logit_softcap', 'z_loss'))
+    C, V, rank = config.n_embd, config.vocab_size, 32 * hasattr(config, 'smoothing')
+
+    def loss(x, weight, kernel=False):
+        table = x.new_zeros((V, rank), dtype=torch.float32)
+        soft = (table, table.new_full((V,), math.log2(V - 1)), table.new_full((), 0.7)) if rank else ()
+        gold = torch.arange(len(x), device=x.device) % V
+        return soft_cross_entropy(x, weight, gold, 'mean', cap, z_loss, soft, kernel=kernel)
+
+    ours = lambda x, w: loss(x, w, x.is_cuda or 'cross_entropy' in models.IN_USE)
+    inputs = [torch.randn(rows, C, dtype=dtype), torch.randn(V, C, dtype=dtype) / C ** 0.5]
+    yield ('soft cross-entropy', 2 * rows * C * V, dtype.itemsize * (rows * C + V * C),
+           {'ours': ours, 'torch, in blocks': loss}, inputs)
+
+
 # ---- in PyTorch
 
 def softcap(logits, cap):

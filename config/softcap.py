@@ -9,7 +9,7 @@ On a GPU it is made in the pass that makes the loss (loss_kernels.py) and costs 
 in half an hour. Not measured yet.
 """
 from config import loss_kernels
-from config.loss_kernels import Run
+from config.loss_kernels import Run, kernel_cases
 
 logit_softcap: float = 30.0     # the cap; 0 is none
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from config import loss_kernels
-from config.loss_kernels import GPT
+from config.loss_kernels import GPT, kernel_cases
 from config.word_classes import table       # brings the setting word_classes
 
 smoothing: float = 0.5                  # 0..1: share of a target that tokens like the right one get at first

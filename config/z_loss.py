@@ -9,7 +9,7 @@ an hour, but safer at high head_lr and in bf16. What it did: +0.1 % bits per byt
 fifth of an epoch, where 0.3 % says nothing (commit 91d7dcc; RESULTS.md). Neutral.
 """
 from config import loss_kernels
-from config.loss_kernels import Run
+from config.loss_kernels import Run, kernel_cases
 
 z_loss: float = 1e-4        # weight of the squared log of the softmax's sum; 0 is none
 

@@ -445,6 +445,6 @@ def test_domains_that_cannot_be(main, tmp_path, wrong, said):
 
 def test_experts_that_cannot_grow(main, tmp_path):
     for order in [path('experts'), path('growth')], [path('growth'), path('experts')]:
-        with pytest.raises(UserError, match='n_embd cannot grow with the MLPs that experts makes'):
+        with pytest.raises(UserError, match='n_embd cannot grow in a model that has several'):
             main(*order, '--growth=[(0.5, dict(n_embd=128))]')
     assert not (tmp_path / 'run').exists()

@@ -19,7 +19,7 @@ from conftest import stack, tales
 from prepare_data import UserError
 from test_prepare_data import ROOT, SHARED, needs_shared, prepare, prose, refuses, split_text, texts, web, write
 
-from config import arithmetic, clean, dedup, difficulty, python, quality, secure, stories as tell, word_classes, worlds
+from config import arithmetic, clean, dedup, difficulty, python, quality, stories as tell, word_classes, worlds
 
 
 # Data sets
