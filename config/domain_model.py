@@ -1,5 +1,5 @@
-"""The model of config/domains.py: MLPs of which a part is each domain's own (DEMix, Gururangan 2021, 2108.05036).
-No idea of its own, and no settings.
+"""The model of config/domains.py: MLPs of which a part is each domain's own (DEMix, Gururangan 2021,
+2108.05036), and how a plain one splits. No idea of its own, and no settings.
 """
 import math
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import model
 from config.growth import GPT as GrowingGPT
+from config.grown_weights import spread
 from config.stacked_weights import GPT as CountedGPT, Several
 from prepare_data import refuse
 
@@ -64,8 +65,8 @@ class GPT(CountedGPT, GrowingGPT):
     def build(self, config):
         super().build(config)
         names = names_of(config)
-        refuse(config.domain and config.domain not in names, f'--domain is {config.domain!r}, and the model has '
-               f'{", ".join(names) or "no domains"}')
+        refuse(config.domain and config.domain not in names,
+               f'--domain is {config.domain!r}, and the model has {", ".join(names) or "no domains"}')
         told = torch.tensor(names.index(config.domain)) if config.domain else None
         self.register_buffer('told', told, persistent=False)
 
@@ -111,4 +112,46 @@ class GPT(CountedGPT, GrowingGPT):
 
     def describe(self):
         c, n = self.config, len(names_of(self.config))
-        return super().describe() + (f'; {own_hidden(c)} of {c.mlp_hidden} in each of {n} domains' if n else '')
+        own = f'; {own_hidden(c)} of {c.mlp_hidden} in each of {n} domains' if n else ''
+        return super().describe() + own
+
+
+# ---- the split
+
+def parted(name, old, new, parts):
+    """(name, how, copies): what a parameter comes from where the domains change from config to config, what is
+    made of that, and how many share its gradient.
+
+    The last hidden units of a plain MLP are copied to every domain, so that each computes what it did; of
+    domains that there are the i-th new one gets the part of the parts[i]-th.
+    """
+    path, mlp, end = name.rpartition('mlp.')
+    if not mlp:
+        return name, '', 1
+    if names_of(old):
+        return name, (lambda x: x[parts]) if end.startswith('own_') else '', 1
+    n, shared, halves = len(names_of(new)), new.mlp_hidden - own_hidden(new), 2 if new.mlp == 'swiglu' else 1
+
+    def up(which):
+        return lambda x: x.unflatten(0, (halves, -1))[:, which].flatten(0, 1)
+    there, how, copies = {
+        'up.weight': ('up.weight', up(slice(shared)), 1),
+        'down.weight': ('down.weight', lambda x: x[:, :shared], 1),
+        'own_up.weight': ('up.weight', lambda x: up(slice(shared, None))(x).expand(n, -1, -1), n),
+        'own_down.weight': ('down.weight', lambda x: x[:, shared:].expand(n, -1, -1), n)}[end]
+    return path + mlp + there, how, copies
+
+
+@torch.no_grad()
+def split(old, config, parts, seed):
+    """The model of a config whose domains are others, and where its parameters came from, as `grow` has it."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        new = config.GPT(config).to(old.wte.weight)
+    new.compute_dtype, source, came_from = old.compute_dtype, dict(old.named_parameters()), {}
+    for name, p in new.named_parameters():
+        there, how, copies = parted(name, old.config, config, parts)
+        if there in source:
+            p.copy_(spread(source[there], p.shape, how))
+            came_from[p] = source[there], copies, how
+    return new.train(old.training), came_from

@@ -1,8 +1,8 @@
 """Experts for domains (DEMix, Gururangan 2021, 2108.05036): late on, a quarter of every MLP is each source's.
 
     torchrun train.py config/babylm.py config/domains.py
-    python train.py config/babylm.py config/domains.py --init_from=out/babylm+domains --domains=...,new --frozen=...
-        --out_dir=out/added
+    python train.py config/babylm.py config/domains.py --init_from=out/babylm+domains --domains=...,new
+        --frozen=... --out_dir=out/added
     python sample.py out/babylm+domains "Mia" --domain=childes
 
 A micro-batch is of one source, so that a token meets no more weights than before, and which is a look-up. The
@@ -13,9 +13,9 @@ Text of no domain is not read. Evaluations cost a forward pass a domain. Expecte
 little where domains are small. At equal total parameters its rival is a wider plain model (config/wide.py).
 
 What it did: +2.0 % bits per byte in ten minutes of a CPU (1.5770, told 1.5763, beside 1.5462, standard
-deviation 0.0020; the wide plain model +1.0 %; 2026-11-21, commit 3f931df). At 300,000 tokens it gained (2.1415
-beside 2.191), all but 0.004 of it by the even mix: the same micro-batches without any split gave 2.145. Lost
-(RESULTS.md).
+deviation 0.0020; the wide plain model +1.0 %; 2026-11-21, commit 3f931df). At 300,000 tokens it gained
+(2.1415 beside 2.191), all but 0.004 of it by the even mix: the same micro-batches without any split gave
+2.145. Lost (RESULTS.md).
 """
 import dataclasses
 
@@ -24,19 +24,19 @@ import torch
 
 import train
 from config.domain_measure import Measure, domain_of, nats_by_domain
-from config.domain_model import GPT, MLP, names_of, own_hidden
+from config.domain_model import GPT, MLP, names_of, own_hidden, split
 from config.growth import Run as GrowingRun
-from config.grown_weights import WIDTHS, spread
 from config.stacked_weights import Run as StackedRun
 from prepare_data import UserError, refuse
 
 domains: str = 'sources'      # 'sources', or names of sources; 'childes+qed,wiki' puts two in one; '' is none
-domains_from: float = 0.6     # 0..0.999: progress at which the MLPs split into the domains' parts; 0 is at once
+domains_from: float = 0.6     # 0..0.999: progress at which the MLPs split into domains' parts; 0 is at once
 domain_share: float = 0.25    # 0.001..0.999: of mlp_hidden that is a domain's own
 frozen: str = ''              # domains that stay as they are, as does all that is shared
 domain: str = ''              # for sample.py: the one that all text is of; else the text tells
 
-NOT_WITH = dict.fromkeys(('climb_data', 'raise'), 'a curriculum reads all sources as one, domains each on its own')
+NOT_WITH = dict.fromkeys(('climb_data', 'raise'),
+                         'a curriculum reads all sources as one, domains each on its own')
 
 
 # ---- what it reads
@@ -62,9 +62,9 @@ def domain_names(s, data):
 
 
 class Stream(train.Stream):
-    """A stream for each domain that learns: a micro-batch is of the one that is furthest behind its share of the
-    text, so that every step has all that are large enough. Where a domain's stream stands follows from the number
-    of the micro-batch alone; the turns repeat after so many."""
+    """A stream for each domain that learns: a micro-batch is of the one that is furthest behind its share of
+    the text, so that every step has all that are large enough. Where a domain's stream stands follows from the
+    number of the micro-batch alone; the turns repeat after so many."""
 
     TURNS = 4096
 
@@ -121,50 +121,11 @@ class Stream(train.Stream):
         return batch | domain
 
 
-# ---- the split
-
-def parted(name, old, new, parts):
-    """(name, how, copies): what a parameter comes from where the domains change from config to config, what is made
-    of that, and how many share its gradient.
-
-    The last hidden units of a plain MLP are copied to every domain, so that each computes what it did; of
-    domains that there are the i-th new one gets the part of the parts[i]-th.
-    """
-    path, mlp, end = name.rpartition('mlp.')
-    if not mlp:
-        return name, '', 1
-    if names_of(old):
-        return name, (lambda x: x[parts]) if end.startswith('own_') else '', 1
-    n, shared, halves = len(names_of(new)), new.mlp_hidden - own_hidden(new), 2 if new.mlp == 'swiglu' else 1
-
-    def up(which):
-        return lambda x: x.unflatten(0, (halves, -1))[:, which].flatten(0, 1)
-    there, how, copies = {
-        'up.weight': ('up.weight', up(slice(shared)), 1),
-        'down.weight': ('down.weight', lambda x: x[:, :shared], 1),
-        'own_up.weight': ('up.weight', lambda x: up(slice(shared, None))(x).expand(n, -1, -1), n),
-        'own_down.weight': ('down.weight', lambda x: x[:, shared:].expand(n, -1, -1), n)}[end]
-    return path + mlp + there, how, copies
-
-
-@torch.no_grad()
-def split(old, config, parts, seed):
-    """The model of a config whose domains are others, and where its parameters came from, as growth.grow has it."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        new = config.GPT(config).to(old.wte.weight)
-    new.compute_dtype, source, came_from = old.compute_dtype, dict(old.named_parameters()), {}
-    for name, p in new.named_parameters():
-        there, how, copies = parted(name, old.config, config, parts)
-        if there in source:
-            p.copy_(spread(source[there], p.shape, how))
-            came_from[p] = source[there], copies, how
-    return new.train(old.training), came_from
-
+# ---- the run
 
 def nearest_parts(before, config, data):
-    """For each domain of `config` the number of the part of the model `before` to begin with: its own, or for a
-    new one that which some of its documents surprise least."""
+    """For each domain of `config` the number of the part of the model `before` to begin with: its own, or for
+    a new one that which some of its documents surprise least."""
     has, tokens, docs = names_of(before.config), data.tokens['train'], data.docs['train']
     ends = np.append(docs['start'][1:], len(tokens))
     of = np.array(domain_of(config, data))[docs['source']]
@@ -195,18 +156,13 @@ class Run(StackedRun, GrowingRun):
             raise UserError(f'the model cannot have domains: {e}') from e
         return config
 
-    def grown_config(self, config, changes):
-        if names_of(config) and (wide := [name for name in changes if name in WIDTHS]):
-            raise ValueError(f'{wide[0]} cannot grow in a model that has domains')
-        return super().grown_config(config, changes)
-
     def plan(self, config):
         stages, s = super().plan(config), self.s
         if not self.domains or names_of(config):
             return stages
         last, config = stages[-1] if stages else (0.0, config)
-        refuse(last >= s.domains_from, f'domains_from is {s.domains_from:g}, and the model grows until {last:g}: it can '
-               f'split only after that')
+        refuse(last >= s.domains_from, f'domains_from is {s.domains_from:g}, and the model grows until '
+                                       f'{last:g}: it can split only after that')
         return [*stages, (s.domains_from, self.with_domains(config))]
 
     def grow(self, old, config, seed):
@@ -219,8 +175,8 @@ class Run(StackedRun, GrowingRun):
 
     def shape_from(self, before):
         s, has = self.s, names_of(before.config)
-        refuse(has and not self.domains, f'{s.init_from} has the domains {",".join(has)}: name those to go on with, '
-               f'--domains={",".join(has)}')
+        refuse(has and not self.domains, f'{s.init_from} has the domains {",".join(has)}: name those to go on '
+                                         f'with, --domains={",".join(has)}')
         strange = [name for name in s.frozen.split(',') if s.frozen and name not in has]
         refuse(strange, f'frozen names {strange[0] if strange else ""!r}, and {s.init_from} has '
                f'{",".join(has) or "no domains"}: leave it away')
@@ -230,11 +186,11 @@ class Run(StackedRun, GrowingRun):
         return self.with_domains(config, not s.domains_from)
 
     def start_from(self, before):
-        if names_of(before.config) != names_of(self.config):
-            as_it_was = dataclasses.replace(self.config, domains=','.join(names_of(before.config)))
-            if self.other_size(before):
-                before, _ = self.grow(before, as_it_was, self.s.seed)
-            before, _ = self.grow(before, self.config, self.s.seed)
+        """Where the domains change it grows to its size as it was, and is then split or branched."""
+        if (theirs := names_of(before.config)) != names_of(self.config):
+            for domains in theirs, names_of(self.config):
+                config = dataclasses.replace(self.config, domains=','.join(domains))
+                before, _ = self.grow(before, config, self.s.seed)
         super().start_from(before)
 
     def rows_limit(self):

@@ -91,14 +91,10 @@ class Run(train.Run):
         vars(self.s).update({k: getattr(config, k) for k in self.shape_names()})
         return config
 
-    def other_size(self, before):
-        """Whether the model of another run must grow to be this one's."""
-        theirs, ours = before.config, self.config
-        return any(getattr(theirs, k, getattr(ours, k)) != getattr(ours, k) for k in self.shape_names())
-
     def start_from(self, before):
-        if self.other_size(before):
-            before, _ = self.grow(before, self.config, self.s.seed)
+        theirs, ours = before.config, self.config
+        if any(getattr(theirs, k, getattr(ours, k)) != getattr(ours, k) for k in self.shape_names()):
+            before, _ = self.grow(before, ours, self.s.seed)
         super().start_from(before)
 
     def groups(self, model):

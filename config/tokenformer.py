@@ -8,8 +8,8 @@ At equal width it would be a third larger and slower than a plain transformer. 3
 q, k, v and out and 3 n_embd for the feed-forward layer, the ratio of the paper's 354M model, give exactly as
 many weights as relu2 at 4 n_embd. GeLU before the norm, not after as in the paper, because it trained better
 here. Expected: no gain from scratch at equal size; the point is growth. What it did: +1.0 % bits per byte in
-ten minutes of a CPU (one seed, commit 91d7dcc); at 500,000 tokens 2.056 beside 2.039 of the plain model, 2.069
-with the paper's order of norm and GeLU, and a pass 22 % slower. Lost, but for growth (RESULTS.md).
+ten minutes of a CPU (one seed, commit 91d7dcc); at 500,000 tokens 2.056 beside 2.039 of the plain model,
+2.069 with the paper's order of norm and GeLU, and a pass 22 % slower. Lost, but for growth (RESULTS.md).
 """
 import torch
 import torch.nn as nn
@@ -19,8 +19,8 @@ import model
 import train
 from model import Linear, rms_norm
 
-attn_tokens: int = 3 * n_embd // 4  # parameter tokens in place of each matrix of attention; 0 leaves the matrices
-mlp_tokens: int = 3 * n_embd        # parameter tokens in place of the MLP; 0 leaves the MLP
+attn_tokens: int = 3 * n_embd // 4  # parameter tokens in place of each matrix of attention; 0 is off
+mlp_tokens: int = 3 * n_embd        # parameter tokens in place of the MLP; 0 is off
 token_norm: str = 'gelu_norm'       # gelu_norm|norm_gelu: of their scores; the paper normalises first
 attn_scale_tokens: int = 0          # the root of this scales the scores; 0 means attn_tokens. A grown model
 mlp_scale_tokens: int = 0           # that keeps its old number computes what it did; 0 means mlp_tokens
@@ -56,11 +56,11 @@ class Pattention(nn.Module):
 
     @torch.no_grad()
     def grow_from(self, old, dice):
-        """Become `old` and some tokens more, as config/growth.py asks; None where there are no more. Where the scale
-        is still the old one's their keys are 0, and the output is the old one to rounding; else they are random, as
-        in the released code, and change it.
+        """Become `old` and some tokens more, as config/growth.py asks it; None if there are no more.
 
-        The new values are random: where key and value are both 0 neither would ever get a gradient.
+        Where the scale is still the old one's the new keys are 0, and the output is the old one to rounding;
+        else they are random, as in the released code, which changes it. The new values are random: where key
+        and value are both 0 neither would ever get a gradient.
         """
         n = old.keys.out_features
         if n == self.keys.out_features:
@@ -96,7 +96,7 @@ class Attention(model.Attention):
             part.init_weights(size)
         n, keys, out = self.q.values.in_features, self.v.keys.weight, self.proj.values.weight
         heads = self.q.values.weight.view(self.n_kv_head, -1, self.head_dim, n)
-        self.k.keys.weight.copy_(self.q.keys.weight)            # a token looks for its like, as without tokens
+        self.k.keys.weight.copy_(self.q.keys.weight)           # a token looks for its like, as without tokens
         self.k.values.weight.copy_(heads[:, 0].flatten(0, 1))
         values = self.v.values.weight.view(self.n_kv_head, 1, self.head_dim, n).expand_as(heads)
         self.proj.keys.weight.copy_(values.reshape(-1, n).t())  # and goes back by the way that a value came
@@ -115,7 +115,7 @@ class MLP(model.MLP):
 
     @property
     def values(self):
-        return self.tokens.values                               # what its output is made of, as `down` elsewhere
+        return self.tokens.values                              # what its output is made of, as `down` is
 
     def forward(self, x, context):
         return self.tokens(x) if hasattr(self, 'tokens') else super().forward(x, context)

@@ -12,11 +12,12 @@ beside 1.5462, standard deviation 0.0020; 2026-11-21, commit 3f931df). Lost (RES
 """
 import dataclasses
 
-from config.growth import GPT as GrowingGPT, Run as GrowingRun
+from config import growth as growing, tokenformer
 from config.grown_weights import WIDTHS
-from config.tokenformer import MLP, NOT_WITH, Attention, GPT as TokenGPT, Run as TokenRun
+from config.tokenformer import MLP, Attention
 
-growth_tokens: str = 'zero'       # zero|random: keys of appended tokens; 0 does nothing at first
+growth_tokens: str = 'zero'        # zero|random: keys of appended tokens; those of 0 do nothing at first
+token_norm = 'gelu_norm'
 attn_tokens = 3 * n_embd // 8
 mlp_tokens = 3 * n_embd // 2
 growth = [(0.33, dict(attn_tokens=2 * attn_tokens, mlp_tokens=2 * mlp_tokens))]
@@ -24,25 +25,30 @@ growth = [(0.33, dict(attn_tokens=2 * attn_tokens, mlp_tokens=2 * mlp_tokens))]
 TOKENS = ('attn_tokens', 'mlp_tokens')
 
 
-class GPT(TokenGPT, GrowingGPT):
+def with_tokens(config, changes, random):
+    """The config with tokens appended, their scores scaled as before; if random as if they had all been there."""
+    sizes = {}
+    for name in TOKENS:
+        old, new = getattr(config, name), changes.get(name, getattr(config, name))
+        if type(new) is not int:
+            raise ValueError(f'{name} is {new!r}, it must be a whole number')
+        if new < old or old == 0 < new:
+            raise ValueError(f'{name} grows by more of them, and {new} is none of {old}')
+        scale = name.replace('tokens', 'scale_tokens')
+        sizes |= {name: new, scale: new if random else getattr(config, scale) or old}
+    return dataclasses.replace(config, **sizes)
+
+
+class GPT(tokenformer.GPT, growing.GPT):
     pass
 
 
-class Run(TokenRun, GrowingRun):
+class Run(tokenformer.Run, growing.Run):
 
     def grown_config(self, config, changes):
-        """Tokens are appended, their scores scaled as before; random ones as if they had all been there."""
-        tokens = {name: size for name, size in changes.items() if name in TOKENS}
-        for name, size in tokens.items():
-            if type(size) is not int:
-                raise ValueError(f'{name} is {size!r}, it must be a whole number')
-            if size < (old := getattr(config, name)) or old == 0 < size:
-                raise ValueError(f'{name} grows by more of them, and {size} is none of {old}')
-        if any(size > getattr(config, name) for name, size in tokens.items()) and any(
-                changes.get(name, 0) > getattr(config, name) for name in WIDTHS):
+        appended = {name: size for name, size in changes.items() if name in TOKENS}
+        rest = {name: size for name, size in changes.items() if name not in TOKENS}
+        new = super().grown_config(config, rest)
+        if appended and any(getattr(new, name) > getattr(config, name) for name in WIDTHS):
             raise ValueError('tokens and widths cannot grow at once: grow one after the other')
-        new = super().grown_config(config, {name: size for name, size in changes.items() if name not in TOKENS})
-        scales = {name: getattr(config, f'{name[:-6]}scale_tokens') or getattr(config, name) for name in TOKENS}
-        if self.s.growth_tokens == 'random':
-            scales = {name: 0 for name in TOKENS}                            # those of the new number
-        return dataclasses.replace(new, **tokens, **{f'{name[:-6]}scale_tokens': n for name, n in scales.items()})
+        return with_tokens(new, appended, self.s.growth_tokens == 'random')

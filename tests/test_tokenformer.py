@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as models
 import prepare_data
 from config.tokenformer import Pattention
-from conftest import ROOT, in_two_parts, train_module
+from conftest import ROOT, train_module
 
 SMALL = dict(vocab_size=97, bos=0, block_size=64, n_layer=3, n_head=4, n_embd=32)
 SHAPES = [dict(attn_tokens=24, mlp_tokens=80, n_kv_head=2), dict(attn_tokens=24, mlp_tokens=0, token_norm='norm_gelu'),
