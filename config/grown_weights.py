@@ -9,7 +9,7 @@ start but computes something else.
 
 A module that grows in a way of its own has `grow_from(old, dice)`: it takes over the weights of the old module in
 its place and returns {its parameter: (old parameter, copies that share its gradient, how: see `spread`)}, or None to
-grow as any other. Where a class MLP has a true `keeps_width`, widths cannot grow.
+grow as any other.
 """
 import dataclasses
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from model import Linear
+from model import Linear, blueprint
 
 WIDTHS = ('n_embd', 'n_head', 'n_kv_head', 'mlp_hidden')
 SIZES = (*WIDTHS, 'n_layer')
@@ -29,8 +29,6 @@ def grown_config(config, changes, stack=False):
     Widths grow by whole multiples, and n_embd takes the number of heads and mlp_hidden along unless they are
     named; a head keeps its width, and a key head that serves all queries stays the only one.
     """
-    if wide := [name for name in changes if name in WIDTHS and getattr(config.MLP, 'keeps_width', False)]:
-        raise ValueError(f'{wide[0]} cannot grow with the MLPs that {config.MLP.__module__.rpartition(".")[2]} makes')
     if unknown := [name for name in changes if name not in SIZES]:
         raise ValueError(f'{unknown[0]} cannot grow: choose {", ".join(SIZES)}')
     if wrong := [name for name, size in changes.items() if type(size) is not int]:
@@ -48,6 +46,9 @@ def grown_config(config, changes, stack=False):
     if stack and new.n_layer % config.n_layer:
         raise ValueError(f'{new.n_layer} layers are no stack of {config.n_layer}')
     times = {name: getattr(new, name) // getattr(config, name) for name in WIDTHS}
+    whole = all(p.ndim < 3 for p in blueprint(config).parameters())
+    if not whole and (wide := [name for name in WIDTHS if times[name] > 1]):
+        raise ValueError(f'{wide[0]} cannot grow in a model that has several matrices in one tensor')
     if times['n_kv_head'] != times['n_head'] and not kept:
         raise ValueError(f'n_kv_head {new.n_kv_head} would give key heads other query heads than before: '
                          f'let it grow as n_head does')
