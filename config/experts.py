@@ -18,7 +18,7 @@ from model import Linear
 
 experts: int = 8            # 1..: routed MLPs beside the one that all tokens pass
 experts_top: int = 3        # 1..: how many of them a token passes; together they then are as wide as one MLP
-expert_hidden: int = 0      # width of a routed one; 0 means mlp_hidden, which is by default that of one that all pass
+expert_hidden: int = 0      # width of a routed one; 0 means mlp_hidden, the width of that which all tokens pass
 balance_lr: float = 0.01    # of the biases: a step against what each expert has too much of the load
 
 NOT_WITH = {'domains': 'both change the MLP'}
@@ -90,7 +90,8 @@ class GPT(CountedGPT):
 
     def describe(self):
         c = self.config
-        return f'{super().describe()}; {c.experts_top} of {c.experts} experts of {c.expert_hidden or c.mlp_hidden}'
+        routed = f'{c.experts_top} of {c.experts} experts of {c.expert_hidden or c.mlp_hidden}'
+        return f'{super().describe()}; {routed}'
 
 
 class Run(StackedRun):

@@ -8,8 +8,8 @@ At equal width it would be a third larger and slower than a plain transformer. 3
 q, k, v and out and 3 n_embd for the feed-forward layer, the ratio of the paper's 354M model, give exactly as
 many weights as relu2 at 4 n_embd. GeLU before the norm, not after as in the paper, because it trained better
 here. Expected: no gain from scratch at equal size; the point is growth. What it did: +1.0 % bits per byte in
-ten minutes of a CPU (one seed, commit 91d7dcc); at 500,000 tokens 2.056 beside 2.039 of the plain model, 2.069
-with the paper's order of norm and GeLU, and a pass 22 % slower. Lost, but for growth (RESULTS.md).
+ten minutes of a CPU (one seed, commit 91d7dcc); at 500,000 tokens 2.056 beside 2.039 of the plain model,
+2.069 with the paper's order of norm and GeLU, and a pass 22 % slower. Lost, but for growth (RESULTS.md).
 """
 import torch
 import torch.nn as nn
@@ -19,8 +19,8 @@ import model
 import train
 from model import Linear, rms_norm
 
-attn_tokens: int = 3 * n_embd // 4  # parameter tokens in place of each matrix of attention; 0 leaves the matrices
-mlp_tokens: int = 3 * n_embd        # parameter tokens in place of the MLP; 0 leaves the MLP
+attn_tokens: int = 3 * n_embd // 4  # parameter tokens in place of each matrix of attention; 0 is off
+mlp_tokens: int = 3 * n_embd        # parameter tokens in place of the MLP; 0 is off
 token_norm: str = 'gelu_norm'       # gelu_norm|norm_gelu: of their scores; the paper normalises first
 attn_scale_tokens: int = 0          # the root of this scales the scores; 0 means attn_tokens. A grown model
 mlp_scale_tokens: int = 0           # that keeps its old number computes what it did; 0 means mlp_tokens
@@ -39,7 +39,8 @@ class Pattention(nn.Module):
     def __init__(self, fan_in, fan_out, n, scale_tokens, norm):
         super().__init__()
         self.keys, self.values = Linear(fan_in, n), Linear(n, fan_out)
-        self.share, self.norm_first = (scale_tokens or n) / n, norm == 'norm_gelu'
+        self.scale_tokens, self.norm_first = scale_tokens or n, norm == 'norm_gelu'
+        self.share = self.scale_tokens / n
 
     def forward(self, x):
         s = self.keys(x)
@@ -57,19 +58,19 @@ class Pattention(nn.Module):
     def grow_from(self, old, dice):
         """Become `old` and some tokens more, as config/growth.py asks it; None if there are no more.
 
-        Where scale_tokens is still the old one's the new keys are 0, and the output is the old one to rounding;
+        Where the scale is still the old one's the new keys are 0, and the output is the old one to rounding;
         else they are random, as in the released code, which changes it. The new values are random: where key
         and value are both 0 neither would ever get a gradient.
         """
         n = old.keys.out_features
         if n == self.keys.out_features:
             return None
-        self.init_weights((self.keys.out_features / n) ** 0.5, dice)         # as large as old values began
-        if self.share != 1:
+        self.init_weights((self.keys.out_features / n) ** 0.5, dice)          # as large as old values began
+        if self.scale_tokens == old.scale_tokens:
             self.keys.weight.zero_()
         self.keys.weight[:n], self.values.weight[:, :n] = old.keys.weight, old.values.weight
-        return {mine.weight: (theirs.weight, 1, 'append')
-                for mine, theirs in ((self.keys, old.keys), (self.values, old.values))}
+        pairs = (self.keys.weight, old.keys.weight), (self.values.weight, old.values.weight)
+        return {p: (q, 1, 'append') for p, q in pairs}
 
 
 class Attention(model.Attention):
@@ -95,7 +96,7 @@ class Attention(model.Attention):
             part.init_weights(size)
         n, keys, out = self.q.values.in_features, self.v.keys.weight, self.proj.values.weight
         heads = self.q.values.weight.view(self.n_kv_head, -1, self.head_dim, n)
-        self.k.keys.weight.copy_(self.q.keys.weight)            # a token looks for its like, as without tokens
+        self.k.keys.weight.copy_(self.q.keys.weight)           # a token looks for its like, as without tokens
         self.k.values.weight.copy_(heads[:, 0].flatten(0, 1))
         values = self.v.values.weight.view(self.n_kv_head, 1, self.head_dim, n).expand_as(heads)
         self.proj.keys.weight.copy_(values.reshape(-1, n).t())  # and goes back by the way that a value came
@@ -111,6 +112,10 @@ class MLP(model.MLP):
         nn.Module.__init__(self)                                # without the matrices
         C = config.n_embd
         self.tokens = Pattention(C, C, config.mlp_tokens, config.mlp_scale_tokens, config.token_norm)
+
+    @property
+    def values(self):
+        return self.tokens.values                              # what its output is made of, as `down` is
 
     def forward(self, x, context):
         return self.tokens(x) if hasattr(self, 'tokens') else super().forward(x, context)
