@@ -466,7 +466,7 @@ class Run:
             dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=1))
         self.energy = sample.Energy(self.device, STARTED, share=1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
         self.earlier = np.zeros_like(self.energy.joules)         # of all ranks, in processes before this one
-        self.data = self.in_turn(self.ideas.seam(prepare_data.Corpus)(self.s).open)
+        self.data = self.in_turn(self.corpus().open)
         self.check_data()
         self.open_evaluations()
 
@@ -552,6 +552,14 @@ class Run:
         refuse(n < s.tokens_per_step // 16 or n <= s.block_size,
                f'the training split of {self.data.folder} holds {n:,} tokens, less than one block of {s.block_size} or a '
                f'sixteenth of a step of {s.tokens_per_step:,}: bring more text or lower them')
+
+    def corpus(self):
+        """Where the text comes from. Weights go with the vocabulary that they learned: what is prepared for those of
+        another run has that run's."""
+        s = self.s
+        other = s.init_from if s.init_from not in ('scratch', 'resume') else ''
+        return self.ideas.seam(prepare_data.Corpus)(SimpleNamespace(**vars(s) | dict(
+            tokenizer_from=s.tokenizer_from or other)))
 
     def open_evaluations(self):
         measure = self.ideas.seam(sample.Measure)

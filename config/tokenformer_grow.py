@@ -2,7 +2,7 @@
 the run on.
 
     python train.py config/babylm.py config/tokenformer_grow.py
-    python train.py config/babylm.py config/tokenformer_grow.py --growth_tokens=random     as in the authors' code
+    python train.py config/babylm.py config/tokenformer_grow.py --growth_tokens=random   as in the authors' code
 
 The final size is that of config/tokenformer.py, its rival at equal time. Appended keys are 0 and the scores
 keep their scale, so the model computes at first what it did; random keys, with a scale that follows their
@@ -14,7 +14,7 @@ import dataclasses
 
 from config import growth as growing, tokenformer
 from config.grown_weights import WIDTHS
-from config.tokenformer import MLP, Attention
+from config.tokenformer import MLP, NOT_WITH, Attention
 
 growth_tokens: str = 'zero'        # zero|random: keys of appended tokens; those of 0 do nothing at first
 token_norm = 'gelu_norm'

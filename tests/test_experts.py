@@ -283,7 +283,7 @@ def stream_of_domains():
     lengths = dice.integers(2, 30, 120)
     docs = np.zeros(120, [('start', np.int64), ('source', np.int64), ('bytes', np.int64)])
     docs['start'], docs['source'] = np.cumsum(lengths) - lengths, np.arange(120) % 4
-    meta = dict(sources=[*'wxyz'], splits=dict(train=dict(sources=dict.fromkeys('wxyz'))))
+    meta = dict(sources=[*'wxyz'], splits=dict(train=dict(sources=dict.fromkeys('wxyz', dict(documents=30)))))
     data = SimpleNamespace(tokens=dict(train=np.arange(lengths.sum())), docs=dict(train=docs), meta=meta, folder='toy')
     stream = Stream(data, settings('--domains=w,x+y,z', '--weights=y:0.5', '--seed=3'))
     return stream, np.repeat(docs['source'], lengths)

@@ -1,4 +1,5 @@
-"""config/tokenformer.py: tokens in place of matrices. Its growth: config/tokenformer_grow.py."""
+"""config/tokenformer.py, tokens in place of matrices, and config/tokenformer_grow.py, more of them on the way."""
+import dataclasses
 import json
 import math
 import zlib
@@ -10,11 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as models
 import prepare_data
+from config.grown_weights import spread
 from config.tokenformer import Pattention
 from conftest import ROOT, train_module
 
 SMALL = dict(vocab_size=97, bos=0, block_size=64, n_layer=3, n_head=4, n_embd=32)
-SHAPES = [dict(attn_tokens=24, mlp_tokens=80, n_kv_head=2), dict(attn_tokens=24, mlp_tokens=0, token_norm='norm_gelu'),
+SHAPES = [dict(attn_tokens=24, mlp_tokens=80, n_kv_head=2),
+          dict(attn_tokens=24, mlp_tokens=0, token_norm='norm_gelu'),
           dict(attn_tokens=0, mlp_tokens=80, mlp_scale_tokens=60, head_dim=6)]
 
 
@@ -36,7 +39,7 @@ def made(*names, **options):
 
 
 def make(*names, std=0.15, **options):
-    """A model of which no part is zero, so that every part shows in the output; a weight depends on its name alone."""
+    """A model of which no part is zero, so that all show in the output; a weight depends on its name alone."""
     model = made(*names, **options)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -96,16 +99,17 @@ def test_it_is_causal_cached_counted_and_learns_everywhere(options):
 
 
 def test_as_many_weights_as_the_plain_model():
-    assert made('tokenformer', n_embd=64, attn_tokens=48, mlp_tokens=192).params() == made(n_embd=64).params()
-    assert 'tokens in place of matrices: 48 for each of attention, 192' in made('tokenformer', n_embd=64, attn_tokens=48,
-                                                                               mlp_tokens=192).describe()
+    model = made('tokenformer', n_embd=64, attn_tokens=48, mlp_tokens=192)
+    assert model.params() == made(n_embd=64).params()
+    assert 'tokens in place of matrices: 48 for each of attention, 192' in model.describe()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('norm', ['norm_gelu', 'gelu_norm'])
 def test_attention_made_of_tokens_begins_by_copying_too(norm):
     torch.manual_seed(0)
-    attn = made('tokenformer', vocab_size=20, n_layer=1, n_embd=128, attn_tokens=96, token_norm=norm).blocks[0].attn
+    shape = dict(vocab_size=20, n_layer=1, n_embd=128)
+    attn = made('tokenformer', attn_tokens=96, token_norm=norm, **shape).blocks[0].attn
     x = torch.randn(500, 128)
     back = attn.proj(attn.v(x))
     assert torch.equal(attn.q(x), attn.k(x))
@@ -116,7 +120,8 @@ def test_copying_from_the_context_is_learned_in_thirty_steps():
     """The second half of a row is the first, turned by a different number of places each step, so that only a
     search by content helps."""
     torch.manual_seed(0)
-    model = made('tokenformer', vocab_size=64, block_size=48, n_layer=2, n_head=2, n_embd=64, attn_tokens=48, mlp_tokens=192)
+    shape = dict(vocab_size=64, block_size=48, n_layer=2, n_head=2, n_embd=64)
+    model = made('tokenformer', attn_tokens=48, mlp_tokens=192, **shape)
     run, losses = run_of(path('tokenformer')), []
     run.model, run.optimizers = model, run.make_optimizers(model)
     for _ in range(30):
@@ -152,7 +157,7 @@ def test_pattention_is_the_formula_of_the_paper(norm, scale_tokens):
         s = [(token @ key).item() for key in layer.keys.weight]
         weights = gelu(scaled(s)) if norm == 'norm_gelu' else scaled(gelu(s))
         expected = sum(g * value for g, value in zip(weights, layer.values.weight.t()))
-        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)     # eps is in the one and not the other
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)     # eps is in one, not the other
 
 
 @pytest.mark.parametrize('norm', ['norm_gelu', 'gelu_norm'])
@@ -164,6 +169,69 @@ def test_pattention_begins_with_outputs_as_large_as_its_inputs(norm):
         assert y.square().mean().sqrt().item() == pytest.approx(1, abs=0.1)
 
 
+def appended(old, more, scale_tokens, norm):
+    wide = pattention(256 + more, scale_tokens, norm)
+    assert wide.grow_from(old, torch.Generator().manual_seed(1)).keys() == {wide.keys.weight, wide.values.weight}
+    return wide
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('norm', ['norm_gelu', 'gelu_norm'])
+def test_appended_tokens_change_nothing_while_the_scale_stays(norm):
+    torch.manual_seed(0)
+    old, x = pattention(256, norm=norm), torch.randn(100, 24, dtype=torch.double)
+    before, random = old(x), []
+    for more in (64, 256, 768):
+        wide = appended(old, more, 256, norm)
+        spread = wide.values.weight[:, 256:].std().item()
+        assert spread == pytest.approx(old.values.weight.std().item(), rel=0.1)
+        assert (wide(x) - before).norm() / before.norm() < 1e-10 and not wide.keys.weight[256:].any()
+        random.append(((appended(old, more, 0, norm)(x) - before).norm() / before.norm()).item())
+    assert 0.05 < random[0] < random[1] < random[2]
+    if norm == 'norm_gelu':                              # the size that the arithmetic gives: sqrt(added / old)
+        assert random == pytest.approx([0.5, 1.0, 1.73], abs=0.15)
+
+
+def test_appended_tokens_learn_at_once_by_their_keys():
+    torch.manual_seed(0)
+    for scale_tokens, values in ((256, False), (0, True)):           # of keys of 0 values learn from the second step on
+        wide = appended(pattention(256), 48, scale_tokens, 'norm_gelu')
+        wide(torch.randn(10, 24, dtype=torch.double)).square().sum().backward()
+        assert wide.keys.weight.grad[256:].any(1).all() and wide.values.weight.grad[:, 256:].any() == values
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('norm', ['norm_gelu', 'gelu_norm'])
+def test_a_model_grown_by_tokens_computes_the_same(norm):
+    """Exactly with zero keys and the old scale; with random keys, as the authors' code does it, it does not."""
+    old, idx = make('tokenformer_grow', attn_tokens=24, mlp_tokens=80, token_norm=norm).double(), tokens(2, 40, (0, 13))
+    old.compute_dtype, changes = torch.float64, dict(attn_tokens=40, mlp_tokens=100, n_layer=4)
+    before = old.lm_head(old.trunk(idx))
+
+    def grown(*argv):
+        run = run_of(path('tokenformer_grow'), *argv)
+        return run.grow(old, run.grown_config(old.config, changes), 1)
+    new, came_from = grown()
+    assert (new.lm_head(new.trunk(idx)) - before).abs().max() < 1e-10 and new.config.attn_scale_tokens == 24
+    other, _ = grown('--growth_tokens=random')
+    assert (other.lm_head(other.trunk(idx)) - before).abs().max() > 1e-3 and other.config.attn_scale_tokens == 40
+    p = next(b.mlp for b in new.blocks if b.mlp.tokens.keys.weight in came_from).tokens.keys.weight
+    q, copies, how = came_from[p]
+    state = spread(q, p.shape, how)
+    assert copies == 1 and torch.equal(state[:80], q) and not state[80:].any()
+
+
+def test_growth_by_tokens_that_cannot_be():
+    config, run = config_of('tokenformer_grow', attn_tokens=24, mlp_tokens=80), run_of(path('tokenformer_grow'))
+    for wrong in (dict(attn_tokens=12), dict(attn_tokens=48, n_embd=64), dict(attn_tokens=48, n_head=8)):
+        with pytest.raises(ValueError, match='attn_tokens grows by more|cannot grow at once'):
+            run.grown_config(config, wrong)
+    with pytest.raises(ValueError, match='attn_tokens grows by more'):
+        run.grown_config(dataclasses.replace(config, attn_tokens=0), dict(attn_tokens=8))
+    with pytest.raises(ValueError, match='mlp_tokens is 96.0, it must be a whole number'):
+        run.grown_config(config, dict(mlp_tokens=96.0))
+
+
 def test_a_run_takes_the_shape_of_another(main, tmp_path):
     sizes = ['--attn_tokens=24', '--mlp_tokens=72']
     main(path('tokenformer'), *sizes)
@@ -172,5 +240,5 @@ def test_a_run_takes_the_shape_of_another(main, tmp_path):
     assert (config['attn_tokens'], config['mlp_tokens'], config['token_norm']) == (24, 72, 'gelu_norm')
     with pytest.raises(prepare_data.UserError, match='mlp_tokens 72 there, 80 here'):
         main(path('tokenformer'), '--init_from=run', '--mlp_tokens=80', '--out_dir=third')
-    with pytest.raises(prepare_data.UserError, match='tokenformer.py and config/experts.py do not go together'):
+    with pytest.raises(prepare_data.UserError, match='tokenformer.py and .*experts.py do not go together'):
         main(path('tokenformer'), path('experts'), '--out_dir=third')
