@@ -60,8 +60,7 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.rotary_dim = self.rotary_dim or self.head_dim
-        hidden = 4 * self.n_embd if self.mlp == 'relu2' else -(-self.n_embd // 12) * 32
-        self.mlp_hidden = self.mlp_hidden or hidden
+        self.mlp_hidden = self.mlp_hidden or self.MLP.width(self)
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}')
         if self.head_dim % 2:
@@ -171,6 +170,11 @@ class MLP(nn.Module):
         self.gated, hidden = config.mlp == 'swiglu', hidden or config.mlp_hidden
         self.up = Linear(config.n_embd, hidden * (2 if self.gated else 1))
         self.down = Linear(hidden, config.n_embd)
+
+    @classmethod
+    def width(cls, config):
+        """mlp_hidden where it is not given."""
+        return 4 * config.n_embd if config.mlp == 'relu2' else -(-config.n_embd // 12) * 32
 
     def forward(self, x, context):
         return self.through(x, self.up.weight, self.down.weight)

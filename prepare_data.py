@@ -234,7 +234,7 @@ class IdeaLoader(importlib.machinery.SourceFileLoader):
 
 
 class IdeaFinder:
-    """`from config.growth import Run` finds the file of this checkout, whatever else is called config."""
+    """`from config.my_idea import Run` finds the file of this checkout, whatever else is called config."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -246,6 +246,13 @@ class IdeaFinder:
 sys.meta_path.insert(0, IdeaFinder)
 sys.modules['config'] = types.ModuleType('config', 'The ideas of this checkout, a module each.')
 sys.modules['config'].__path__ = []
+
+
+@functools.cache
+def table_source(table):
+    """The statements of a dataclass, its lines, and where they stand."""
+    source, line = inspection.getsourcelines(table)
+    return ast.parse(''.join(source)).body[0].body, source, Path(inspection.getfile(table)).name, line
 
 
 def load_idea(path, text):
@@ -294,9 +301,8 @@ class Ideas:
         refuse(self.errors, '\n  '.join([count] + self.errors))
 
     def declare_table(self, table):
-        source, line = inspection.getsourcelines(table)
-        tree, file = ast.parse(''.join(source)), Path(inspection.getfile(table)).name
-        for node in tree.body[0].body:
+        nodes, source, file, line = table_source(table)
+        for node in nodes:
             if isinstance(node, ast.AnnAssign) and not isinstance(node.value, ast.Call):    # field() is none
                 self.declare(node, source, f'{file}:{line + node.lineno - 1}')
 
@@ -324,8 +330,8 @@ class Ideas:
             return self.errors.append(f'{path}: this config cannot be read ({e.strerror}){why}')
         except (SyntaxError, ValueError) as e:
             where, why = f'{path}:{getattr(e, "lineno", None) or 1}', getattr(e, 'msg', e)
-            return self.errors.append(f'{where}: this is not Python ({why}); a config is lines of name = value, '
-                                      f'and code')
+            return self.errors.append(f'{where}: this is not Python ({why}); a config is lines of name = '
+                                      f'value, and code')
         real, lines = path.resolve(), text.split('\n')
         first = real not in self.seen
         self.seen.add(real)
@@ -396,7 +402,7 @@ class Ideas:
                 at = at[-1] if at else f'{path}:{getattr(e, "lineno", None) or 1}'
                 name = getattr(e, 'name', None) if isinstance(e, ModuleNotFoundError) else None
                 missing = f': pip install {name}' if name and not name.startswith('config.') else ''
-                self.errors.append(f'{at}: {type(e).__name__} as it is loaded ({e}){missing}')
+                self.errors.append(f'{at}: {type(e).__name__} as it is loaded ({in_a_line(e)}){missing}')
                 continue
             self.modules.append(module)
             self.check_seams(path, module)
@@ -443,7 +449,8 @@ class Ideas:
             stack = type(name, tuple(tops), {}).__mro__[1:]
             classes = [c for c in stack if issubclass(c, base) and c is not base]
         except TypeError as e:
-            return [f'{" and ".join(name_of(c) for c in tops)} cannot be stacked ({e}): leave one out']
+            return [f'{" and ".join(name_of(c) for c in tops)} cannot be stacked ({in_a_line(e)}): leave one '
+                    f'out']
         said = []
         for first, other in itertools.combinations(classes, 2):
             both = () if issubclass(first, other) else sorted(vars(first).keys() & vars(other).keys())
@@ -459,6 +466,10 @@ class Ideas:
         named = [path.resolve() for path in self.named]
         return [(path.stem, hashlib.sha256(text.encode()).hexdigest(), path in named)
                 for path, text in self.files.items()]
+
+
+def in_a_line(error):
+    return ' '.join(str(error).split())
 
 
 def plain(thing):

@@ -534,7 +534,7 @@ class Run:
                + (', '.join(f'{name}.py' for name, _ in now) or 'none') + ': name the same')
         for name in [name for name, digest in now if (name, digest) not in before]:
             self.say(f'warning: {name}.py is not what it was as this run began')
-        adopted, free = SHAPE if checkpoint['origin'] != 'scratch' else (), self.free()
+        adopted, free = self.shape_names() if checkpoint['origin'] != 'scratch' else (), self.free()
         for name in [k for k in theirs if k in vars(s) and k not in free]:
             if name not in self.ideas.set_at or name in adopted:
                 setattr(s, name, theirs[name])
@@ -601,13 +601,18 @@ class Run:
             raise UserError(f'the model cannot be built: {e}') from e
         return config
 
+    def shape_names(self):
+        """The settings that decide which weights a model has; an idea adds its own."""
+        return SHAPE
+
     def shape_from(self, before):
         """The config where weights come from another run: that run's shape, which the settings follow."""
         theirs, ours, given = before.config, self.config, self.ideas.set_at
-        differ = [f'{k} {getattr(theirs, k)} there, {getattr(ours, k)} here' for k in SHAPE
+        names = [k for k in self.shape_names() if hasattr(theirs, k)]
+        differ = [f'{k} {getattr(theirs, k)} there, {getattr(ours, k)} here' for k in names
                   if k in given and getattr(theirs, k) != getattr(ours, k)]
         refuse(differ, f'{self.s.init_from} is of another model: {"; ".join(differ)}: give its shape, or none')
-        shape = {k: getattr(theirs, k) for k in SHAPE}
+        shape = {k: getattr(theirs, k) for k in names}
         vars(self.s).update(shape)
         return dataclasses.replace(ours, **shape)
 
