@@ -1,13 +1,40 @@
-"""Tokens a step grow by the clock (Smith 2017, 1711.00489).
+"""A step has few tokens at first and more by and by, up to tokens_per_step: more steps of the same text.
 
-Expected: more steps early.
+    python train.py config/babylm.py config/batch_rampup.py
+
+Whence: Smith 2017 (1711.00489), GPT-3 (Brown 2020, 2005.14165). Learning rates stay what they are. Expected: a
+little better where steps are few, nothing where gradients of a whole step are noisy still.
 """
 import train
 
-batch_start: float = 0.25    # 0..1: share of tokens_per_step as training begins
-batch_full: float = 0.5      # 0..1: progress at which a step has all of them
+ramp_start: float = 0.25    # 0..1: share of tokens_per_step that the first steps have
+ramp_end: float = 0.5       # 0..1: progress from which on they have all
+
 
 class Run(train.Run):
-    def micro_steps(self):
-        share = self.s.batch_start + (1 - self.s.batch_start) * min(1, self.progress / self.s.batch_full)
-        return max(1, round(super().micro_steps() * share))
+
+    def rows_limit(self):
+        """A first step is one micro-batch at least, so that cannot be larger."""
+        rows = self.s.tokens_per_step // (self.s.block_size * self.world)
+        return max(1, min(super().rows_limit(), round(self.s.ramp_start * rows)))
+
+    def micro_steps(self, progress):
+        rise = min(1.0, progress / self.s.ramp_end) if self.s.ramp_end else 1.0
+        share = self.s.ramp_start + (1 - self.s.ramp_start) * rise
+        return max(1, round(share * super().micro_steps(progress)))
+
+    def build(self):
+        super().build()
+        if self.s.max_tokens and not self.s.max_steps:      # the clock counts steps as if all were alike
+            steps = tokens = 0
+            while tokens < self.s.max_tokens:
+                tokens, steps = tokens + self.step_tokens(tokens), steps + 1
+            self.clock.max_steps = steps
+
+    def step_tokens(self, tokens):
+        return self.micro_steps(tokens / self.s.max_tokens) * self.micro * self.s.block_size * self.world
+
+    def count(self, *account):
+        super().count(*account)
+        if self.s.max_tokens and not self.s.max_steps:      # then progress goes by tokens, as by the clock it would
+            self.clock.progress = min(1.0, self.tokens / self.s.max_tokens)
