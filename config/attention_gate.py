@@ -4,8 +4,8 @@
     python train.py config/babylm.py config/attention_gate.py
 
 Whence: Qiu 2025 (2505.06708) of all channels; of the first 12, as here, modded-nanogpt and the slowrun
-leaderboard. There w begins as 0 too; the 2 is ours, so that training begins as the base does. Expected: 0.2 to
-0.5 % fewer bits per byte, for 12 weights a head, and most where documents are long.
+leaderboard. There w begins as 0 too; the 2 is ours, so that training begins as the base does. Expected: 0.2
+to 0.5 % fewer bits per byte, for 12 weights a head, and most where documents are long.
 """
 import torch
 
