@@ -3,7 +3,7 @@
     python train.py config/quickstart.py                     five minutes on whatever is here, then a sample
     torchrun train.py config/babylm.py                       thirty minutes on one rented card
     torchrun --nproc_per_node=2 train.py config/babylm.py    the same on two
-    python train.py config/babylm.py config/ema.py           an idea stacked on it; --show says what that makes
+    python train.py config/babylm.py my_idea.py --show       an idea stacked on it, and what that makes
     python train.py config/babylm.py --dry_run               check everything, say what the budget buys, stop
 
 Settings come from the list below (with GPTConfig in model.py and Options in prepare_data.py), then each config

@@ -41,9 +41,9 @@ class Run(train.Run):
     def fault(self):
         V, C = self.model.lm_head.weight.shape
         dice = torch.Generator().manual_seed(0)
-        shapes = (64, C), (V, C), (V, 16)
+        shapes = (32, C), (V, C), (V, 16)
         x, weight, table = (torch.randn(shape, generator=dice).to(self.device) for shape in shapes)
-        x, weight, gold = x.to(self.dtype), weight / C ** 0.5, torch.arange(64, device=self.device) % V
+        x, weight, gold = x.to(self.dtype), weight / C ** 0.5, torch.arange(32, device=self.device) % V
         soft = table / 4, similarity_norm(table / 4), torch.full((), 0.7, device=self.device)
         try:
             ours, theirs = (losses(x, weight, gold, kernel, soft) for kernel in (True, False))
@@ -57,9 +57,9 @@ class Run(train.Run):
 def losses(x, weight, gold, kernel, soft):
     """Losses and gradients of all that the kernel can do."""
     found = []
-    for cap, z_loss, targets in ((15.0, 0.0, ()), (0.0, 1e-2, ()), (15.0, 1e-2, soft)):
+    for targets in (), soft:
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-        loss = soft_cross_entropy(*leaves, gold, 'mean', cap, z_loss, targets, kernel=kernel)
+        loss = soft_cross_entropy(*leaves, gold, 'mean', 15.0, 1e-2, targets, kernel=kernel)
         found += [loss.detach().float(), *(g.float() for g in torch.autograd.grad(loss, leaves))]
     return found
 

@@ -184,7 +184,7 @@ def chosen(only=()):
 def declaring(checkout, words):
     """The configs to add to those that a line names, so that all settings of the line are declared."""
     named = [word for word in words if not word.startswith('--')]
-    texts = {path.stem: path.read_text('utf-8') for path in sorted((checkout / 'config').glob('*.py'))}
+    texts = {path.stem: path.read_text('utf-8') for path in sorted((checkout / 'config').glob('[!_]*.py'))}
     added = []
 
     def brings(name, seen=()):

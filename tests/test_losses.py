@@ -145,8 +145,8 @@ def kernels(monkeypatch):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == 'cuda'))
-@pytest.mark.parametrize('N, V, rows', [(37, 100, 16), (1, 257, 64), (20, 1031, 20)])
-@pytest.mark.parametrize('cap, z_loss, soft', KINDS[1:])
+@pytest.mark.parametrize('N, V, rows, cap, z_loss, soft', [
+    *((*size, *kind) for size in ((37, 100, 16), (1, 257, 64), (20, 1031, 20)) for kind in KINDS[1:3] + KINDS[4:]), (37, 100, 16, *KINDS[3])])
 def test_the_kernel(N, V, rows, cap, z_loss, soft, dtype, kernels):
     targets = torch.randint(0, V, (N,), device=DEVICE)
     targets[N // 2:N // 2 + 3] = -1 if N > 1 else V - 1
@@ -168,10 +168,10 @@ def test_the_kernel(N, V, rows, cap, z_loss, soft, dtype, kernels):
 @pytest.mark.parametrize('names, options', [(('window', 'softcap'), dict(window=15, logit_softcap=9.0)),
                                             (('z_loss', 'syntactic_smoothing'), dict(z_loss=0.01))])
 def test_a_step_with_kernels_is_the_step_without(names, options, kernels, monkeypatch):
-    model = make(*names, head_dim=32, n_head=2, **options).to(DEVICE)
-    idx, soft = tokens(2, 41, (0, 13)).to(DEVICE), mixture(97) if 'syntactic_smoothing' in names else ()
+    model = make(*names, n_layer=1, head_dim=16, n_head=2, **options).to(DEVICE)
+    idx, soft = tokens(2, 31, (0, 13)).to(DEVICE), mixture(97) if 'syntactic_smoothing' in names else ()
     found = []
-    for in_use in (models.IN_USE, set()):
+    for in_use in ({'cross_entropy', *['attention', 'qk_norm'] * ('window' in names)}, set()):
         monkeypatch.setattr(models, 'IN_USE', in_use)
         model.zero_grad()
         loss = model(idx[:, :-1].contiguous(), idx[:, 1:].contiguous(), soft=soft)
@@ -193,7 +193,7 @@ def test_a_kernel_that_does_not_work_here_stays_out(kernels, monkeypatch):
     def wrong(kernel, grid, *args, **options):
         right(kernel, grid, *args, **options)
         args[2].mul_(1.2)
-    for launch, why in ((wrong, 'its result differs by 20%'), (None, "does not run here (TypeError: 'NoneType' object is not callable)")):
+    for launch, why in ((wrong, 'its result differs by '), (None, "does not run here (TypeError: 'NoneType' object is not callable)")):
         monkeypatch.setattr(models, 'launch', launch)
         models.IN_USE.add('cross_entropy')
         run.choose_kernels()
@@ -405,10 +405,10 @@ def test_a_run_learns_from_an_earlier_one_of_other_ideas(main, tmp_path, corpus)
     assert apart(teacher) == pytest.approx(0, abs=1e-5) and apart(student) < 0.5 * losses(tmp_path / 'taught')[0]
 
 
-def test_teachers_that_cannot_be(main, tmp_path, finished):
-    teacher = shutil.copytree(finished[0], tmp_path / 'teacher')
-    for settings, said in ((['--teacher=nowhere'], 'nowhere.*does not exist'), ([f'--teacher={teacher}', '--block_size=128'], 'reads 64 tokens'),
-                           ([f'--teacher={teacher}', '--tokenizer=bpe', '--vocab_size=300'], 'another vocabulary than'),
+def test_teachers_that_cannot_be(main, tmp_path):
+    main('--out_dir=teacher', '--max_steps=1', '--n_layer=1', '--n_embd=32')
+    for settings, said in ((['--teacher=nowhere'], 'nowhere.*does not exist'), (['--teacher=teacher', '--block_size=128'], 'reads 64 tokens'),
+                           (['--teacher=teacher', '--tokenizer=bpe', '--vocab_size=300'], 'another vocabulary than'),
                            (['--teacher=run'], 'is where this run goes')):
         with pytest.raises(UserError, match=said):
             main(*paths('distillation'), *settings)
@@ -489,7 +489,7 @@ def test_runs_with_another_objective(main, tmp_path, classed):
     main(*here)
     plain, smoothing = losses(tmp_path / 'run'), paths('syntactic_smoothing')
     others = [[*smoothing, '--word_classes=4'], [*smoothing, '--smoothing_by=uniform'], [*paths('climb_objective'), '--word_classes=4'],
-              [*paths('z_loss'), '--z_loss=0.01'], [*paths('softcap'), '--logit_softcap=2'], [*paths('window'), '--window=4']]
+              [*paths('z_loss'), '--z_loss=0.01']]
     for number, settings in enumerate(others):
         main(*here, *settings, f'--out_dir=other{number}')
         assert losses(tmp_path / f'other{number}') != plain
@@ -526,6 +526,25 @@ def test_another_objective_from_a_finished_run(main, tmp_path, classed):
     main(here, *paths('climb_objective', 'multi_token'), '--init_from=run', '--out_dir=second', '--word_classes=4')
     result = json.loads((tmp_path / 'second' / 'result.json').read_text())
     assert result['active_params'] == result['total_params'] - 64 * 64 - 7 * 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, extras', [
+    ('distillation', lambda teacher, x: dict(hidden=x, logits=teacher.logits)), ('multi_token', lambda teacher, x: dict(ahead=torch.rand(()))),
+    ('syntactic_smoothing', lambda teacher, x: dict(soft=tuple(t.cpu() for t in mixture(97)))), ('masked', lambda teacher, x: dict(two_way=True)),
+    ('climb_objective', lambda teacher, x: dict(class_of=torch.arange(97) % 4, class_share=torch.rand(())))])
+def test_torch_compile_finds_one_graph(name, extras):
+    model, teacher, idx = make(name), make('softcap', 'window', n_embd=16), tokens(2, 30)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, dynamic=False, fullgraph=True, backend='aot_eager')
+    for _ in range(3):                                        # what changes on the way is a tensor: no further program
+        with torch.no_grad():
+            given = extras(teacher, teacher.trunk(idx).flatten(0, 1))
+        loss = compiled(idx, idx.roll(-1, 1), **given)
+        loss.backward()
+        torch.testing.assert_close(loss, model(idx, idx.roll(-1, 1), **given))
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 
 @pytest.mark.slow

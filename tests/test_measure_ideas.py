@@ -294,7 +294,7 @@ def test_probes_that_cost_more_than_their_share_are_fewer(corpus, monkeypatch, a
 
 def test_a_compiled_model_is_not_compiled_again_for_a_probe(corpus):
     import torch._dynamo
-    programs, model, probe = [], small(n_layer=1, n_embd=32), dynamics.Probe(corpus.open(), 64, 'cpu')
+    made, programs, model, probe = 0, [], small(n_layer=1, n_embd=32), dynamics.Probe(corpus.open(), 64, 'cpu')
     compiled = torch.compile(model, dynamic=False, backend=lambda graph, _: programs.append(graph) or graph.forward)
     idx = torch.randint(257, (2, 64))
     for step in range(2):

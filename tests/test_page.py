@@ -96,7 +96,7 @@ def test_a_page_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
 
     def full(*args):
         raise OSError('no space left')
-    monkeypatch.setattr(train.os, 'replace', full)
+    monkeypatch.setattr(sample.os, 'replace', full)
     with pytest.raises(UserError, match='no space left'):
         sample.write_page(tmp_path / 'a.html', 'second', blocks=[])
     assert inside(tmp_path / 'a.html')['title'] == 'first' and [*tmp_path.iterdir()] == [tmp_path / 'a.html']
