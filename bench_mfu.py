@@ -65,7 +65,8 @@ import model as m
 import prepare_data
 import sample
 import train
-from prepare_data import UserError, literal, refuse
+from config import literal
+from prepare_data import UserError, refuse
 
 sys.modules.setdefault('bench_mfu', sys.modules[__name__])
 
@@ -477,9 +478,8 @@ class Operations:
 
 def kernel_cases(modules, config, dtype, rows):
     """The operations that ideas bring kernels for, as Operations has them."""
-    for module in modules:
-        if hasattr(module, 'kernel_cases'):
-            yield from module.kernel_cases(config, dtype, rows)
+    for cases in dict.fromkeys(module.kernel_cases for module in modules if hasattr(module, 'kernel_cases')):
+        yield from cases(config, dtype, rows)
 
 
 def kernel_rows(name, flops, size, rivals, tensors, rounds, rates):
@@ -741,8 +741,8 @@ def as_table(rows, runs, columns, *notes):
 
 def write_table(path, text, found):
     """path.md and path.json."""
-    train.write_beside(path.with_suffix('.md'), lambda f: f.write(text.encode() + b'\n'))
-    train.write_beside(path.with_suffix('.json'), lambda f: f.write(json.dumps(found, indent=1).encode()))
+    sample.write_beside(path.with_suffix('.md'), lambda f: f.write(text.encode() + b'\n'))
+    sample.write_beside(path.with_suffix('.json'), lambda f: f.write(json.dumps(found, indent=1).encode()))
 
 
 def keep_table(runs, root):
@@ -873,7 +873,7 @@ def spoken(values, least=-math.inf, most=math.inf):
 
 
 def dots(title, said, x, series, **more):
-    """A chart of losses for train.write_page; series of (name, x, loss, x and loss of a curve), all logs."""
+    """A chart of losses for sample.write_page; series of (name, x, loss, x and loss of a curve), all logs."""
     def pairs(x, y):
         return np.exp(np.stack([x, y], 1)).tolist()
     series = [dict(name=name, points=pairs(x, y), path=pairs(*curve)) for name, x, y, *curve in series]
@@ -1022,7 +1022,7 @@ def keep_sweep(runs, root):
         dict(key='name'), *(dict(key=key, digits=COLUMNS[key]) for key in SHOWN)])
     write_table(root / 'sweep', text, dict(rows=rows, said=said, **found))
     said = dict(kind='text', title='What the runs say', text='\n'.join(said))
-    train.write_page(root / 'sweep.html', f'A sweep of {", ".join(keys)}', blocks=[said, *charts, table])
+    sample.write_page(root / 'sweep.html', f'A sweep of {", ".join(keys)}', blocks=[said, *charts, table])
     return text
 
 
@@ -1133,7 +1133,7 @@ def thinned(points, most):
 def progress_blocks(texts, most=8):
     """Learning curves and ability curves of the best runs."""
     for name, rows in texts.items():
-        logs = {row['run']: train.read_rows(row['folder'] / 'metrics.jsonl') for row in rows[:most]}
+        logs = {row['run']: sample.read_rows(row['folder'] / 'metrics.jsonl') for row in rows[:most]}
         abilities = dict.fromkeys(key for log in logs.values() for r in log for key in r.get('evals', ()))
         for title, y, of in (('Validation', 'bits per byte', lambda r: r.get('val_bpb')),
                              ('Training loss', 'nats per token', lambda r: r.get('train_loss')),
@@ -1210,8 +1210,8 @@ def leaderboard(own, rest):
     their_columns = dict(run=None, total_params=0) | {key: 2 for row in theirs for key in row if 'BPB' in key}
     text = '\n'.join([*text_table(columns | dict(notes=None), ordered), '', ' '.join(notes), *left_out, '',
                       ELSEWHERE, '', *text_table(their_columns, theirs)])
-    train.write_beside(folder / 'leaderboard.md', lambda f: f.write(text.encode() + b'\n'))
-    train.write_page(folder / 'leaderboard.html', f'halfhour leaderboard: {len(rows)} runs', blocks=[
+    sample.write_beside(folder / 'leaderboard.md', lambda f: f.write(text.encode() + b'\n'))
+    sample.write_page(folder / 'leaderboard.html', f'halfhour leaderboard: {len(rows)} runs', blocks=[
         table_block('Runs', ' '.join(notes), columns | ON_PAGE | dict(notes=None), ordered),
         table_block('Published elsewhere', ELSEWHERE, their_columns, theirs),
         *front_blocks(texts), *progress_blocks(texts),
@@ -1292,7 +1292,7 @@ def measure(s, ideas, argv, **shape):
     """Everything about one shape of model, printed and returned."""
     run = measured(ideas)(s, optimizer='muon', **shape)
     run.shape_given = shape
-    config, T, peak, name = run.config, run.config.block_size, run.peak(), train.hardware(run.device)
+    config, T, peak, name = run.config, run.config.block_size, run.peak(), sample.hardware(run.device)
     run.choose_kernels()
     print(f'{name}, {str(run.dtype)[6:]}, {s.tokens_per_step:,} tokens a step\n{run.model.describe()}')
     print(f'micro-batches of {run.micro} x {T}', *run.said, sep='\n')
@@ -1339,7 +1339,7 @@ def main(argv):
     building = s.kernels == 'compile-only'
     result = dict(builds=compile_only(words)) if building else measure_all(s, ideas, words)
     if s.json:
-        train.write_beside(s.json, lambda f: f.write(json.dumps(result, indent=1).encode()))
+        sample.write_beside(s.json, lambda f: f.write(json.dumps(result, indent=1).encode()))
     if building:
         over, n = [r for r in result['builds'] if r['over']], len(result['builds'])
         refuse(over, f'{len(over)} of {n} builds are over the limits')

@@ -60,8 +60,7 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.rotary_dim = self.rotary_dim or self.head_dim
-        hidden = 4 * self.n_embd if self.mlp == 'relu2' else -(-self.n_embd // 12) * 32
-        self.mlp_hidden = self.mlp_hidden or hidden
+        self.mlp_hidden = self.mlp_hidden or self.MLP.width(self)
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}')
         if self.head_dim % 2:
@@ -171,6 +170,11 @@ class MLP(nn.Module):
         self.gated, hidden = config.mlp == 'swiglu', hidden or config.mlp_hidden
         self.up = Linear(config.n_embd, hidden * (2 if self.gated else 1))
         self.down = Linear(hidden, config.n_embd)
+
+    @classmethod
+    def width(cls, config):
+        """mlp_hidden where it is not given."""
+        return 4 * config.n_embd if config.mlp == 'relu2' else -(-config.n_embd // 12) * 32
 
     def forward(self, x, context):
         return self.through(x, self.up.weight, self.down.weight)
@@ -310,8 +314,12 @@ class GPT(nn.Module):
 
     def loss(self, x, targets, reduction, **extras):
         """That of hidden states x (B, T, C), as forward has it."""
-        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction)
+        loss = self.cross_entropy(x.flatten(0, 1), targets.flatten(), reduction, **extras)
         return loss.view_as(targets) if reduction == 'none' else loss
+
+    def cross_entropy(self, x, targets, reduction, **extras):
+        """That of targets (N,) under the logits of x (N, C)."""
+        return linear_cross_entropy(x, self.lm_head.weight, targets, reduction)
 
     def logits(self, x):
         """Logits (..., V) in fp32 of hidden states (..., C)."""
@@ -1157,7 +1165,7 @@ attend_forward.register_autograd(attend_gradient, setup_context=attend_save)
 #   z = x W^T     p = softmax(z)     loss = lse - z_target     lse = log sum_j e^z_j     dz = (p - onehot) / count
 
 @jit
-def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, n_rows, V: constexpr, GRAD: constexpr,
+def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, V: constexpr, GRAD: constexpr,
                          BLOCK_V: constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -1192,7 +1200,7 @@ def cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, grad: bool
     for i in range(0, N, rows):
         xs, ys = x[i:i + rows], targets[i:i + rows]
         z = xs @ w.t()
-        launch(cross_entropy_kernel, (len(xs),), z, ys, losses[i:i + rows], count, len(xs), V, grad,
+        launch(cross_entropy_kernel, (len(xs),), z, ys, losses[i:i + rows], count, V, grad,
                BLOCK_V=min(triton.next_power_of_2(V), 4096), num_warps=8)
         if grad:
             torch.mm(z, w, out=dx[i:i + rows])

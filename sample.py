@@ -25,8 +25,10 @@ import lzma
 import math
 import os
 import pickle
+import platform
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -36,13 +38,12 @@ import zipfile
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import prepare_data
-from model import GPT, IN_USE, KVCache, configured
+from model import IN_USE, KVCache, configured
 from prepare_data import UserError
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
@@ -50,7 +51,7 @@ sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that 
 PROTOCOL = 1     # version of bits_per_byte's definition; stored beside every number it makes
 SLICES = 1024    # the parts that a validation split is dealt into
 
-# ---- loading -----------------------------------------------------------------------------------------------
+# ---- a run's files -----------------------------------------------------------------------------------------
 
 def read_checkpoint(run):
     """The newest checkpoint of a run's folder (or the file itself), on the CPU; UserError if damaged."""
@@ -76,18 +77,46 @@ def read_checkpoint(run):
         raise UserError(what) from e
 
 
-class Asked(NamedTuple):
-    """A run that is asked."""
-    folder: Path
-    model: GPT
-    tokenizer: prepare_data.Tokenizer
-    ideas: object            # prepare_data.Ideas: those that it was made with, and those named now
-    settings: dict           # the run's, what those ideas declare, and what the command line says of it
-    state: dict              # its checkpoint
+def write_beside(path, write):
+    """Make a file complete or not at all: write(file) beside its place, flush, move."""
+    path = Path(path)
+    beside = path.with_name(path.name + '.part')
+    try:
+        with open(beside, 'wb') as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as e:        # torch's writer turns a full disk into a RuntimeError
+        beside.unlink(missing_ok=True)
+        raise UserError(f'{path} could not be written ({e}); free some space and go on with '
+                        f'--init_from=resume') from e
+
+
+def save_checkpoint(out_dir, state):
+    path = Path(out_dir) / 'ckpt.pt'
+    write_beside(path.with_name('ckpt.new.pt'), lambda f: torch.save(state, f))
+    if path.exists():
+        os.replace(path, path.with_name('ckpt.prev.pt'))
+    os.replace(path.with_name('ckpt.new.pt'), path)
+
+
+def read_rows(path):
+    """The whole rows of a metrics.jsonl, if there is one; a last line that was cut off is left out."""
+    rows = []
+    for line in (Path(path).read_text().splitlines() if Path(path).exists() else []):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def open_run(run, device='cpu', argv=()):
-    """Asked of a run's folder, the model ready to generate. argv: further ideas' configs, and --key=value."""
+    """A run's folder, model, ready to generate, tokenizer, ideas, settings and state, its checkpoint.
+
+    argv: what the command line says of it, configs of further ideas and --key=value of what ideas declare.
+    """
     state, folder = read_checkpoint(run), Path(run) if Path(run).is_dir() else Path(run).parent
     tokenizer = prepare_data.load_tokenizer(folder)
     if hashlib.sha256(tokenizer.blob).hexdigest() != state['tokenizer']:
@@ -97,7 +126,7 @@ def open_run(run, device='cpu', argv=()):
     for name in ideas.changed:
         print(f'config/{name}.py is not what it was as {run} was made, see the copy there', file=sys.stderr)
     given = {name: ideas.values[name] for name, where in ideas.set_at.items() if where.startswith('--')}
-    settings, Config = {**ideas.values, **state['settings'], **given}, configured(ideas)
+    Config = configured(ideas)
     own = given.keys() & {field.name for field in dataclasses.fields(Config)}
     try:
         config = Config(**state['config'] | {name: given[name] for name in own})
@@ -108,15 +137,49 @@ def open_run(run, device='cpu', argv=()):
         raise UserError(f'{run} does not fit config/ as it is now ({why}): give its ideas the text that they '
                         f'had, of which the run keeps a copy') from e
     try:
-        return Asked(folder, model.to(device).eval(), tokenizer, ideas, settings, state)
+        model = model.to(device).eval()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f'--device is {device!r}, and torch cannot use it here: try cpu') from e
+    return SimpleNamespace(folder=folder, model=model, tokenizer=tokenizer, ideas=ideas, state=state,
+                           settings={**ideas.values, **state['settings'], **given})
 
 
 def load(run, device='cpu', argv=()):
     """(model, tokenizer) of a run's folder, as open_run has them."""
     run = open_run(run, device, argv)
     return run.model, run.tokenizer
+
+
+# ---- pages -------------------------------------------------------------------------------------------------
+
+def write_page(path, title, **data):
+    """One HTML page that needs nothing else: web/page.html, which says what it draws, with its data in it."""
+    text = json.dumps(dict(title=title, **data))
+    text = json.dumps(json.loads(text, parse_constant=lambda _: None))      # NaN and infinities are no JSON
+    text = text.replace('<', '\\u003c')                     # without one, a sample with </script> stays text
+    page = (Path(__file__).parent / 'web' / 'page.html').read_text('utf-8')
+    write_beside(path, lambda f: f.write(page.replace('{}</script>', f'{text}</script>', 1).encode()))
+
+
+def write_report(out_dir, blocks=()):
+    """Make report.html of a finished run from the files that it left, and of blocks that ideas add."""
+    out_dir = Path(out_dir)
+    result, rows = json.loads((out_dir / 'result.json').read_text()), read_rows(out_dir / 'metrics.jsonl')
+    write_page(out_dir / 'report.html', f'{out_dir.name}: {result["val_bpb"]:.4f} bits per byte',
+               result=result, rows=thinned(rows), blocks=[*blocks])
+
+
+def thinned(rows, most=3000):
+    """The rows of metrics.jsonl, and of steps at most so many: each the mean of as many neighbours."""
+    steps = [row for row in rows if 'train_loss' in row]
+    if len(steps) <= most:
+        return rows
+    n, means = -(-len(steps) // most), []
+    for group in (steps[i:i + n] for i in range(0, len(steps), n)):
+        known = {key: [row[key] for row in group if row[key] is not None] for key in group[-1]}
+        means.append({key: sum(values) / len(values) if values else None for key, values in known.items()}
+                     | dict(step=group[-1]['step'], averaged=n))
+    return sorted([*means, *(row for row in rows if 'train_loss' not in row)], key=lambda row: row['step'])
 
 
 # ---- completing --------------------------------------------------------------------------------------------
@@ -259,8 +322,7 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
                 share=float(n.sum() / docs['bytes'].sum()), tokens=int(n_tokens.sum()),
                 per_source={int(i): float(per_source[i]) for i in np.flatnonzero(seen)},
                 per_source_error={int(i): float(text_error[i]) for i in np.flatnonzero(count > 1)},
-                **{f'bpb_{name}': float((weight * x / np.maximum(n, 1)).sum())
-                   for name, x in zip(further, more)})
+                **{f'bpb_{k}': float((weight * x / np.maximum(n, 1)).sum()) for k, x in zip(further, more)})
 
 
 # ---- evaluation sets: items of a context and options, of which the first is right, tokenized once ----------
@@ -421,8 +483,8 @@ def prepare_evals(folder, names, evals):
     if not measure.sets:
         raise UserError(f'{evals} holds no evaluation sets: put .jsonl files, folders or tars of them there')
     for name, items in measure.sets.items():
-        print(f'{name}: {len(items["seam"]):,} items, {len(items["kinds"])} kinds, '
-              f'{len(items["ids"]):,} tokens')
+        n, kinds, tokens = (len(items[key]) for key in ('seam', 'kinds', 'ids'))
+        print(f'{name}: {n:,} items, {kinds} kinds, {tokens:,} tokens')
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
@@ -482,8 +544,8 @@ def accuracy(cost, items):
               for f in sorted({*items['fields'][seen].tolist()} - {''})}
     return dict(accuracy=float(share[seen].mean()), error=float(error),
                 chance=over_kinds(np.where(n_options > 1, 1 / n_options, 0)), shortest=over_kinds(short),
-                items=len(first), ties=int(ties.sum()), per_field=fields,
-                per_kind={names[i]: float(share[i]) for i in np.flatnonzero(seen)})
+                items=len(first), ties=int(ties.sum()),
+                per_kind={names[i]: float(share[i]) for i in np.flatnonzero(seen)}, per_field=fields)
 
 
 def interval(p, error, n):
@@ -681,7 +743,6 @@ class Measure:
         for part, share in sorted(parts.items(), key=lambda item: item[1]) if 1 < len(parts) < 21 else ():
             yield f'  {part:22} {share:8.4f}' + (f'   held-out text {real[part]:.4f}' if real else '')
 
-
     def line(self, name, result):
         """The same in a line of a run's report."""
         if 'accuracy' not in result:
@@ -693,7 +754,52 @@ class Measure:
         return f'{name}: {p:.4f} +- {error:.4f} on {n:,} items{more} ({kinds})'
 
 
-# ---- energy ------------------------------------------------------------------------------------------------
+# ---- the machine, and the energy that it takes ---------------------------------------------------------------
+
+# Dense bf16 peak with fp32 accumulation, TFLOP/s, from the makers' data sheets; a card not here gets no MFU.
+PEAK_TFLOPS = {'RTX 4090': 165.2, 'RTX 3090': 71.2, 'RTX 5090': 209.5, 'L40S': 362.1, 'L4': 121.0,
+               'A10G': 70.0, 'A100': 311.9, 'H100 PCIe': 756.4, 'H100 NVL': 835.5, 'H100': 989.4,
+               'H200 NVL': 835.5, 'H200': 989.4}
+
+
+def peak_flops(name):
+    exact = (v for k, v in PEAK_TFLOPS.items() if re.search(rf'\b{k}\b(?! (Laptop|D\b))', name))  # no 4090 D
+    return next((1e12 * v for v in exact), None)
+
+
+def proc(name):
+    """The text of a file of Linux's /proc; empty elsewhere."""
+    try:
+        return Path('/proc', name).read_text()
+    except OSError:
+        return ''
+
+
+def hardware(device):
+    """The name of what computes here."""
+    if device == 'cuda':
+        return torch.cuda.get_device_name()
+    model = re.search(r'^model name\s*: *([^:\n]*[^:\s])', proc('cpuinfo'), re.M)
+    name = model[1] if model else platform.processor() or platform.machine()
+    return f'{name}, {torch.get_num_threads()} threads'
+
+
+def peak_memory_gb(device):
+    if device == 'cuda':
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    import resource
+    unit = 2 ** 30 if sys.platform == 'darwin' else 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def git_commit():
+    try:
+        run = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=Path(__file__).parent,
+                             capture_output=True, text=True, timeout=5)
+        return run.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
 
 # Grams of CO2e a kWh, as codecarbon 3 has them: the world's by the IEA (2019), a country's of 2023.
 GRID = dict(world=475, CA=170, CH=35, CN=582, DE=381, FR=56, IN=713, NO=30, PL=662, SE=41, UK=238, US=369)

@@ -3,7 +3,7 @@
     python train.py config/quickstart.py                     five minutes on whatever is here, then a sample
     torchrun train.py config/babylm.py                       thirty minutes on one rented card
     torchrun --nproc_per_node=2 train.py config/babylm.py    the same on two
-    python train.py config/babylm.py config/ema.py           an idea stacked on it; --show says what that makes
+    python train.py config/babylm.py my_idea.py --show       an idea stacked on it, and what that makes
     python train.py config/babylm.py --dry_run               check everything, say what the budget buys, stop
 
 Settings come from the list below (with GPTConfig in model.py and Options in prepare_data.py), then each config
@@ -45,7 +45,6 @@ import queue
 import re
 import shutil
 import signal
-import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +58,8 @@ import prepare_data
 import sample
 from model import GPTConfig, Linear, choose_kernels, kernels_named
 from prepare_data import UserError, refuse
+from sample import (git_commit, hardware, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
+                    write_beside, write_report)
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
@@ -108,7 +109,6 @@ class Settings:
 
 
 TABLES = prepare_data.Options, Settings, GPTConfig
-# settings that a run which goes on may change; all others decide what a step computes
 FREE = {field.name for field in dataclasses.fields(prepare_data.Options)} | set(
     'out_dir init_from budget_minutes budget_counts device compile kernels micro_batch_size eval_interval evals '
     'eval_data log_interval save_minutes sample_prompt sample_tokens dollars_per_hour country dry_run show'.split())
@@ -343,96 +343,6 @@ class Clock:
         return (not self.max_steps or step < self.max_steps) and self.left() > max(0.5 * seconds, seconds - 5)
 
 
-# ---- files and the machine ---------------------------------------------------------------------------------
-
-def write_beside(path, write):
-    """Make a file complete or not at all: write(file) beside its place, flush, move."""
-    path = Path(path)
-    beside = path.with_name(path.name + '.part')
-    try:
-        with open(beside, 'wb') as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as e:        # torch's writer turns a full disk into a RuntimeError
-        beside.unlink(missing_ok=True)
-        raise UserError(f'{path} could not be written ({e}); free some space and go on with '
-                        f'--init_from=resume') from e
-
-
-def save_checkpoint(out_dir, state):
-    path = Path(out_dir) / 'ckpt.pt'
-    write_beside(path.with_name('ckpt.new.pt'), lambda f: torch.save(state, f))
-    if path.exists():
-        os.replace(path, path.with_name('ckpt.prev.pt'))
-    os.replace(path.with_name('ckpt.new.pt'), path)
-
-
-def read_rows(path):
-    """The whole rows of a metrics.jsonl, if there is one; a last line that was cut off is left out."""
-    rows = []
-    for line in (Path(path).read_text().splitlines() if Path(path).exists() else []):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-# Dense bf16 peak with fp32 accumulation, TFLOP/s, from the makers' data sheets; a card not here gets no MFU.
-PEAK_TFLOPS = {'RTX 4090': 165.2, 'RTX 3090': 71.2, 'RTX 5090': 209.5, 'L40S': 362.1, 'L4': 121.0,
-               'A10G': 70.0, 'A100': 311.9, 'H100 PCIe': 756.4, 'H100 NVL': 835.5, 'H100': 989.4,
-               'H200 NVL': 835.5, 'H200': 989.4}
-
-
-def peak_flops(name):
-    exact = (v for k, v in PEAK_TFLOPS.items() if re.search(rf'\b{k}\b(?! (Laptop|D\b))', name))  # no 4090 D
-    return next((1e12 * v for v in exact), None)
-
-
-def proc(name):
-    """The text of a file of Linux's /proc; empty elsewhere."""
-    try:
-        return Path('/proc', name).read_text()
-    except OSError:
-        return ''
-
-
-def hardware(device):
-    """The name of what computes here."""
-    if device == 'cuda':
-        return torch.cuda.get_device_name()
-    model = re.search(r'^model name\s*: *([^:\n]*[^:\s])', proc('cpuinfo'), re.M)
-    name = model[1] if model else platform.processor() or platform.machine()
-    return f'{name}, {torch.get_num_threads()} threads'
-
-
-def peak_memory_gb(device):
-    if device == 'cuda':
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    import resource
-    unit = 2 ** 30 if sys.platform == 'darwin' else 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def git_commit():
-    try:
-        run = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=Path(__file__).parent,
-                             capture_output=True, text=True, timeout=5)
-        return run.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-
-
-def write_page(path, title, blocks):
-    raise NotImplementedError
-
-
-def write_report(out_dir, blocks=()):
-    pass
-
-
 # ---- what the hardware decides -----------------------------------------------------------------------------
 
 def choose_device(s):
@@ -540,6 +450,7 @@ class Run:
         self.signals, self.told = [], []         # told: what a reader of the report should know
         self.steps, self.rows_read, self.skipped, self.tokens, self.flops = 0, 0, 0, 0, 0.0
         self.bad_steps, self.rolled_back, self.stopping, self.metrics = 0, False, False, None
+        self.progress = 0.0                      # what a step goes by: rank 0's clock's
         self.times = dict.fromkeys(('startup', 'compile', 'train', 'eval', 'save'), 0.0)
         self.history = []                        # (seconds waited for data, seconds) of every step
         self.log_path = self.out_dir / 'metrics.jsonl'
@@ -555,8 +466,16 @@ class Run:
             dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=1))
         self.energy = sample.Energy(self.device, STARTED, share=1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
         self.earlier = np.zeros_like(self.energy.joules)         # of all ranks, in processes before this one
-        self.data = self.open_data()
+        self.data = self.in_turn(self.corpus().open)
+        self.check_data()
         self.open_evaluations()
+
+    def in_turn(self, work):
+        """What work returns: rank 0 builds or fetches what is missing, then the others find it there."""
+        made = work() if self.master else None
+        if self.world > 1:
+            dist.barrier()
+        return made if self.master else work()
 
     def heed(self, number, frame):
         self.signals.append(number)
@@ -615,30 +534,36 @@ class Run:
                + (', '.join(f'{name}.py' for name, _ in now) or 'none') + ': name the same')
         for name in [name for name, digest in now if (name, digest) not in before]:
             self.say(f'warning: {name}.py is not what it was as this run began')
-        adopted = SHAPE if checkpoint['origin'] != 'scratch' else ()
-        for name in [k for k in theirs if k in vars(s) and k not in FREE]:
+        adopted, free = self.shape_names() if checkpoint['origin'] != 'scratch' else (), self.free()
+        for name in [k for k in theirs if k in vars(s) and k not in free]:
             if name not in self.ideas.set_at or name in adopted:
                 setattr(s, name, theirs[name])
         differ = [f'{k} (was {theirs[k]!r}, now {v!r})' for k, v in vars(s).items()
-                  if k not in FREE and k in theirs and theirs[k] != v]
+                  if k not in free and k in theirs and theirs[k] != v]
         refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
 
-    def open_data(self):
-        """The data set, built first if it is missing; refused where it is too small for a step."""
-        s, corpus = self.s, self.ideas.seam(prepare_data.Corpus)(self.s)
-        if self.master:
-            corpus.open()
-        if self.world > 1:
-            dist.barrier()
-        data = corpus.open()
-        n = len(data.tokens['train'])
+    def free(self):
+        """Settings that a run which goes on may change; all others decide what a step computes."""
+        return FREE
+
+    def check_data(self):
+        """Refuses text that is too little for a step."""
+        s, n = self.s, len(self.data.tokens['train'])
         refuse(n < s.tokens_per_step // 16 or n <= s.block_size,
-               f'the training split of {data.folder} holds {n:,} tokens, less than one block of {s.block_size} or a '
+               f'the training split of {self.data.folder} holds {n:,} tokens, less than one block of {s.block_size} or a '
                f'sixteenth of a step of {s.tokens_per_step:,}: bring more text or lower them')
-        return data
+
+    def corpus(self):
+        """Where the text comes from. Weights go with the vocabulary that they learned: what is prepared for those of
+        another run has that run's."""
+        s = self.s
+        other = s.init_from if s.init_from not in ('scratch', 'resume') else ''
+        return self.ideas.seam(prepare_data.Corpus)(SimpleNamespace(**vars(s) | dict(
+            tokenizer_from=s.tokenizer_from or other)))
 
     def open_evaluations(self):
-        self.measure = self.ideas.seam(sample.Measure)(self.s, self.data.tokenizer, self.data, self.say)
+        measure = self.ideas.seam(sample.Measure)
+        self.measure = self.in_turn(lambda: measure(self.s, self.data.tokenizer, self.data, self.say))
 
     # -- build: the model, and what trains it
 
@@ -664,13 +589,17 @@ class Run:
         if self.resuming:
             self.load(self.checkpoint)
         self.early = torch.from_numpy(self.stream.first_rows(min(64, s.tokens_per_step // s.block_size), s.block_size))
+        self.first_batch = self.stream.batch(0, self.micro, s.block_size)    # before a thread reads the stream
         self.checkpoint = None                   # its memory
 
     def shape(self):
         """The model's config: that of a run which goes on, else of the settings."""
-        kind, s, meta = models.configured(self.ideas), self.s, self.data.meta
         if self.resuming:
-            return kind(**self.checkpoint['config'])
+            return models.configured(self.ideas)(**self.checkpoint['config'])
+        return self.config_of_settings()
+
+    def config_of_settings(self):
+        kind, s, meta = models.configured(self.ideas), self.s, self.data.meta
         names = [f.name for f in dataclasses.fields(kind) if f.name not in ('vocab_size', 'bos')]
         try:
             kernels_named(s.kernels)
@@ -680,13 +609,18 @@ class Run:
             raise UserError(f'the model cannot be built: {e}') from e
         return config
 
+    def shape_names(self):
+        """The settings that decide which weights a model has; an idea adds its own."""
+        return SHAPE
+
     def shape_from(self, before):
         """The config where weights come from another run: that run's shape, which the settings follow."""
         theirs, ours, given = before.config, self.config, self.ideas.set_at
-        differ = [f'{k} {getattr(theirs, k)} there, {getattr(ours, k)} here' for k in SHAPE
+        names = [k for k in self.shape_names() if hasattr(theirs, k)]
+        differ = [f'{k} {getattr(theirs, k)} there, {getattr(ours, k)} here' for k in names
                   if k in given and getattr(theirs, k) != getattr(ours, k)]
         refuse(differ, f'{self.s.init_from} is of another model: {"; ".join(differ)}: give its shape, or none')
-        shape = {k: getattr(theirs, k) for k in SHAPE}
+        shape = {k: getattr(theirs, k) for k in names}
         vars(self.s).update(shape)
         return dataclasses.replace(ours, **shape)
 
@@ -848,15 +782,15 @@ class Run:
         """Makes what computes a step, compiled, and learns how many seconds it takes."""
         self.step_model = torch.compile(self.model, dynamic=False) if self.compiling else self.model
         self.flops_per_token = self.model.flops_per_token(self.model.attended(self.early.to(self.device)))
-        batch = self.stream.batch(0, self.micro, self.s.block_size)      # its ids do not matter, its kinds do
+        batch = dict(self.first_batch)           # its ids do not matter, its kinds do
         shape, size = batch['idx'].shape, batch['idx'].numel()
         batch['idx'] = torch.arange(size).view(shape) % self.config.vocab_size
         batch['targets'] = batch['idx'].clone()      # one tensor twice would compile another program
         batch = {k: t.to(self.device) for k, t in batch.items()}
         self.progress = self.clock.progress
         self.make_noise()
-        self.loss(**batch).backward()
-        seconds = seconds_of(lambda: self.loss(**batch).backward(), 1)
+        self.batch_loss(**batch).backward()
+        seconds = seconds_of(lambda: self.batch_loss(**batch).backward(), 1)
         self.step_seconds = self.accum * self.agreed(seconds)
         self.model.zero_grad()
 
@@ -943,8 +877,12 @@ class Run:
         """How many micro-batches make a step."""
         return self.accum
 
+    def batch_loss(self, **batch):
+        """That of a micro-batch, whose mean a step makes smaller; of rows of several kinds an idea asks one by one."""
+        return self.loss(**batch)
+
     def loss(self, idx, targets, **extras):
-        """That of a micro-batch, whose mean a step makes smaller; extras go to the model by keyword."""
+        """That of rows of one kind; extras go to the model by keyword."""
         return self.step_model(idx, targets, **extras)
 
     def make_noise(self):
@@ -985,7 +923,7 @@ class Run:
             if self.world == 1 and self.signals:     # a CPU's step can outlast the grace before a machine goes
                 self.model.zero_grad()
                 return None, waited
-            loss = self.loss(**{k: t.to(self.device, non_blocking=True) for k, t in batch.items()}) / n_micro
+            loss = self.batch_loss(**{k: t.to(self.device, non_blocking=True) for k, t in batch.items()}) / n_micro
             loss.backward()
             total += loss.detach()
             waited += wait
@@ -1138,7 +1076,7 @@ class Run:
                 pieces.append(piece)
                 if self.clock.elapsed() > deadline:
                     break
-        return ''.join(pieces) or None
+        return ''.join(pieces) if self.master and length else None
 
     def record_abilities(self, evals):
         self.record(step=self.steps, progress=self.clock.progress, elapsed_s=self.clock.elapsed(), evals={
@@ -1204,13 +1142,12 @@ class Run:
             kept -= seconds
             with self.evaluating():
                 if self.master and not late(self.deadline(last)):
-                    evals[name] = self.measure.other(name, self.model, n, functools.partial(late, self.deadline(kept)))
-                elif self.master:
-                    self.say(f'warning: no time was left for {name}')
+                    found = self.measure.other(name, self.model, n, functools.partial(late, self.deadline(kept)))
+                    evals |= {name: found} if found else {}
         text = self.continuation(0 if self.signals else self.s.sample_tokens, self.deadline(LEAVING))
-        for name, e in evals.items():
-            if e.get('items', 0) < (self.counts.get(name) or self.others.get(name, (0,))[0] or 0):
-                self.say(f'warning: {name} was cut to {e["items"]:,} items, for the time that was left')
+        for name in [*self.counts, *self.others] if self.master and not self.signals else ():
+            if (share := evals[name].get('share', 1) if name in evals else 0) < 1:
+                self.say(f'warning: {name} was cut to {share:.0%} of its items: no more time was left')
         if evals:
             self.record_abilities(evals)
         return result, evals, text
@@ -1221,7 +1158,6 @@ class Run:
         trained, total, sizes = max(self.times['train'], 1e-9), clock.elapsed() + LEAVING, self.model.params()
         speed, peak = self.flops / trained, self.peak()
         waited, stepped = np.sum(self.history[1:] or [(0, 1)], axis=0)
-        paid = sample.energy_report(self.earlier + self.all_reduce(self.energy.read()), self.energy.how, s.country)
         return dict(
             val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
             val_bpb_text_error=result['text_error'], val_loss=result['loss'],
@@ -1232,7 +1168,7 @@ class Run:
             mfu=speed / peak if peak else None, tflops=speed / 1e12, data_wait_share=float(waited / stepped),
             skipped_steps=self.skipped, warnings=[*dict.fromkeys(self.told)],
             **{f'{kind}_seconds': t for kind, t in self.times.items()}, total_seconds=total,
-            budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(self.device), **paid,
+            budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(self.device), **self.paid(),
             dollars=total / 3600 * s.dollars_per_hour or None,
             hardware=dict(device=self.device, name=hardware(self.device), ranks=self.world, dtype=str(self.dtype)[6:]),
             versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
@@ -1241,6 +1177,10 @@ class Run:
             commit=git_commit(), ideas=[name for name, _, named in self.ideas.sources() if named], settings=vars(s),
             changed=self.changed, config=dataclasses.asdict(self.config), sample=text,
             finished=datetime.datetime.now().isoformat('T', 'seconds'))
+
+    def paid(self):
+        """Energy of all ranks, in all processes of this run."""
+        return sample.energy_report(self.earlier + self.all_reduce(self.energy.read()), self.energy.how, self.s.country)
 
     def keep_report(self, report):
         self.metrics.close()
@@ -1275,22 +1215,27 @@ class Run:
         if report['sample']:
             self.say(f'sample:\n{report["sample"]}')
 
-    def close(self):
-        """Lets go of what holds the process."""
-        if dist.is_initialized():
+    def close(self, code):
+        """Lets go of what holds the process, which is about to end with this code."""
+        if dist.is_initialized() and code == 0:
             dist.destroy_process_group()
 
 
-def main(argv):
+def begin(argv):
+    """The run that a command line asks for; None where it asks only what that would be."""
     s, ideas = read_settings(argv)
     if s.show:
         return print(prepare_data.shown(ideas))
-    run = ideas.seam(Run)(s, ideas)
+    return ideas.seam(Run)(s, ideas)
+
+
+def live(run):
+    """From the machine taken to the report."""
     run.open()
     run.build()
     run.announce()
     run.warm_up()
-    if s.dry_run:
+    if run.s.dry_run:
         return run.say_plan()
     run.say_start()
     while run.time_left():
@@ -1301,16 +1246,25 @@ def main(argv):
         run.save_if_due()
         run.evaluate_if_due()
     run.finish()
-    run.close()
+
+
+def main(argv):
+    if run := begin(argv):
+        live(run)
 
 
 if __name__ == '__main__':
-    code = 0
+    code, run = 0, None
     try:
-        print(__doc__) if {'-h', '--help'} & set(sys.argv) else main(sys.argv[1:])
+        if {'-h', '--help'} & set(sys.argv):
+            print(__doc__)
+        elif run := begin(sys.argv[1:]):
+            live(run)
     except (UserError, Diverged, Stopped) as e:
         code = 75 if isinstance(e, Stopped) else 3 if isinstance(e, Diverged) else 2
         if os.environ.get('RANK', '0') == '0':
             print(f'train.py: {e}', file=sys.stderr)
     sys.stdout.flush()
+    if run:
+        run.close(code)
     sys.exit(code)

@@ -5,6 +5,7 @@ layers 320 wide with a tied head put more of the total to work on every token th
 measured on a 4090; what it does on a CPU stands in RESULTS.md.
 """
 import prepare_data
+import sample
 
 dataset = 'babylm'
 n_layer = 7
@@ -43,3 +44,14 @@ class Corpus(prepare_data.Corpus):
             licence=f'MIT says its card; {TERMS}',
             repo='BabyLM-community/BabyLM-2026-Strict', files=FILES_2026),
     }
+
+
+class Measure(sample.Measure):
+    def files(self):
+        """BLiMP is fetched to eval_data where there is no such folder; without it the run goes on."""
+        if self.s.evals == 'all' and self.s.dataset in Corpus.sets:
+            try:
+                sample.fetch_evals(self.s.eval_data)
+            except prepare_data.UserError as e:
+                self.say(f'warning: no BLiMP: {e}')
+        return super().files()

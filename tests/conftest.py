@@ -1,5 +1,6 @@
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,45 @@ def finished(corpus, tmp_path_factory):
     code, out, err = script('train.py', *corpus.args, *STEPS, '--out_dir=run', '--eval_interval=0.5', cwd=cwd)
     assert code == 0, err
     return cwd / 'run', out
+
+
+# runs in this process
+
+@pytest.fixture
+def handlers():
+    """Signals are handled as before when a run in this process has ended."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def main(corpus, tmp_path, monkeypatch, capfd, handlers):
+    """train_module().main in this process on the small corpus; gives its folder, prints what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        train_module().main([*corpus.args, '--budget_minutes=10000', '--out_dir=run', '--max_steps=3', '--save_minutes=0', *args])
+        return capfd.readouterr().out
+    return run
+
+
+def train_module():
+    import train                                # not as conftest is read: it starts the clock
+    return train
+
+
+def in_two_parts(main, monkeypatch, after, *args):
+    """A run into `parts` that is told to stop after so many steps, and then resumed."""
+    run = train_module().Run
+    step = run.step
+
+    def stop_after(self):
+        step(self)
+        self.stopping = self.stopping or self.steps >= after
+    monkeypatch.setattr(run, 'step', stop_after)
+    with pytest.raises(train_module().Stopped):
+        main(*args, '--out_dir=parts')
+    monkeypatch.setattr(run, 'step', step)
+    return main(*args, '--out_dir=parts', '--init_from=resume')

@@ -1,14 +1,11 @@
 """bench_mfu.py: it runs, its rival is what it says, and both are measured on the same step."""
-import html
 import json
 import math
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -332,7 +329,7 @@ def test_how_a_run_ends_and_that_none_compiles_for_another(tmp_path, monkeypatch
         ends(75)
 
 
-# ---- leaderboard and pages
+# ---- leaderboard
 
 def keep(folder, val_bpb, total=100, text=10 ** 6, dataset='files:/data/babylm', metrics=(), **more):
     """A finished run as train.py leaves it, with this result."""
@@ -424,53 +421,15 @@ def test_the_pareto_front_is_what_nothing_beats():
         assert sorted(best) == [p[:2] for p in front] and all(p in points for p in front)
 
 
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+def test_thinned_curves_are_means():
+    assert bench_mfu.thinned([[i, 2 * i] for i in range(5)], 2) == [[1, 2], [3.5, 7]]
+    assert bench_mfu.thinned([[1, 2], [3, 4]], 2) == [[1, 2], [3, 4]] and bench_mfu.thinned([], 60) == []
 
 
-def drawn(tmp_path, *frames):
-    """What a browser makes of pages, each in a frame of its width after some JavaScript ran on its document d: their HTML."""
-    parts = [f'<iframe width={width} height=700 srcdoc="{html.escape(Path(page).read_text("utf-8"))}"></iframe>' for page, width, _ in frames]
-    then = ','.join(f'd => {{ {code} }}' for _, _, code in frames)
-    parts.append(f'<pre></pre><script>onload = () => {{ const then = [{then}]; document.querySelector("pre").textContent = JSON.stringify('
-                 '[...document.querySelectorAll("iframe")].map((f, i) => { then[i](f.contentDocument); return f.contentDocument.documentElement.outerHTML; }));'
-                 '}</script>')
-    (tmp_path / 'frames.html').write_text('<!doctype html>' + ''.join(parts), 'utf-8')
-    done = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--dump-dom', '--window-size=1400,900',
-                           f'--user-data-dir={tmp_path / "chromium"}', '--virtual-time-budget=3000', (tmp_path / 'frames.html').as_uri()],
-                          capture_output=True, text=True, timeout=120)
-    return json.loads(html.unescape(re.search(r'<pre>(.+?)</pre>', done.stdout, re.S)[1]))
-
-
-@pytest.mark.skipif(not CHROMIUM, reason='needs Chromium')
-def test_pages_in_a_browser(board, tmp_path):
-    board()
-    points = [[n, 1 / n if n != 5 else None] for n in range(1, 20)]
-    kinds = [dict(kind='facts', title='F', rows=[['a', 1.5], ['<b>', None]]), dict(kind='text', title='T', text='</script><img src=x onerror=1>'),
-             dict(kind='lines', title='L', x='minutes', y='loss', log_x=True, log_y=True, series=[dict(name=n, points=points) for n in 'pq']),
-             dict(kind='heat', title='H', x=['0.1', '0.9'], y=['wide ' * 20, 'k', 'v'], values=[[1, 2], [None, 3], [4, 5]]),
-             dict(kind='dots', title='D', x='size', y='loss', series=[dict(name='one', points=[[1, 2, 'here']])], path=[[1, 2], [3, 4]]),
-             dict(kind='lines', title='none', series=[]), dict(kind='table', title='empty', columns=[dict(key='x' * 99)], rows=[])]
-    train.write_page(tmp_path / 'kinds.html', 'K' * 200, kinds)
-    train.write_page(tmp_path / 'wrong.html', 'wrong', [dict(kind='nonsense')])
-    page, click = tmp_path / 'out' / 'leaderboard.html', 'const b = [...d.querySelectorAll("th button")].find(b => b.textContent === "parameters");'
-    keys = 'const s = d.querySelector("svg[tabindex]"); for (const key of ["ArrowRight", "ArrowRight", "ArrowDown"]) s.onkeydown(new KeyboardEvent("keydown", {key}));'
-    up, down, phone, every, wrong = drawn(tmp_path, (page, 1200, click + 'b.click();'), (page, 1200, click + 'b.click(); b.click();'), (page, 390, ''),
-                                          (tmp_path / 'kinds.html', 390, keys), (tmp_path / 'wrong.html', 390, ''))
-    for order, one in ((['small', 'a/b/seed1', 'other', 'newer', 'large'], up), (['large', 'a/b/seed1', 'other', 'newer', 'small'], down)):
-        body = one[one.index('<tbody>'):one.index('</tbody>')]
-        assert [re.sub('<.*?>', '', row).split('#')[1] for row in body.replace('</td>', '#').split('</tr>')[:-1]] == order
-    assert 'aria-sort="ascending"' in up and 'aria-sort="descending"' in down and 'href="small/report.html"' in up
-    for one in (up, phone, every):
-        assert 'role="alert"' not in one and not re.search(r'(src|href)="?(https?:)?//', one)
-        wide, width = map(int, re.search(r'data-drawn="(\d+) (\d+)"', one).groups())
-        assert wide == width > 350
-    assert up.count('class="drawing"') == up.count('class="chart"') > 3
-    assert every.count('class="drawing"') == 4 and '&lt;/script&gt;&lt;img src=x onerror=1&gt;' in every and '<img' not in every
-    assert every.count('<rect') == 6 + 60 and 'not measured' in every and re.search(r'fill="none" stroke="var\(--s0\)"', every)
-    gap = re.search(r'd="(M[^"]+)" fill="none" stroke="var\(--s0\)"', every)[1]
-    assert gap.count('M') == 2 and gap.count('L') == 16                              # 18 of 19 values, in two pieces
-    assert re.search(r'class="tip" role="status"[^>]*>q\nminutes: 2\nloss: 0.5<', every)      # arrow keys: the second value, of the second series
-    assert 'role="alert"' in wrong and 'no kind of block is called nonsense' in wrong
+def test_a_table_of_text_has_short_numbers():
+    row = dict(a=None, b=12345.6, c=0.123456, d=1234567, e='as it is', f=1e9)
+    assert bench_mfu.text_table(dict(a=None, b=None, c=None, d=None, e=None, f=0), [row])[-1].strip('| ').split(' | ') == [
+        '-', '12,346', '0.1235', '1,234,567', 'as it is', '1,000,000,000']
 
 
 # ---- learning dynamics of runs
@@ -491,7 +450,7 @@ def test_when_layers_settle(tmp_path, capsys, monkeypatch):
     assert [first[k] for k in ('first', 'highest', 'last')] == pytest.approx([0.9, 0.9, 0.4])
     assert [second[k] for k in ('first', 'highest', 'last')] == pytest.approx([0.6, 2.5 / 3, 1.9 / 3])
     pages = []
-    monkeypatch.setattr(train, 'write_page', lambda *page: pages.append(page), raising=False)
+    monkeypatch.setattr(train, 'write_page', lambda path, title, blocks: pages.append((path, title, blocks)), raising=False)
     for run in 'ab':
         (tmp_path / run).mkdir()
         (tmp_path / run / 'dynamics.json').write_text(json.dumps(found))

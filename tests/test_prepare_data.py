@@ -357,10 +357,12 @@ def test_one_long_line(tmp_path, monkeypatch):
     monkeypatch.setattr(pd, 'BATCH_BYTES', 200_000)
     monkeypatch.setattr(pd, 'SAMPLE_BYTES', 200_000)
     path = write(tmp_path / 'y.txt', ' '.join(map(str, range(1_500_000))))                       # 10.9 MB
-    tracemalloc.start()
-    data = prepare(path, tmp_path, val_fraction=0.1)
+    corpus = stack(dataset=f'files:{path}', data_dir=tmp_path, tokenizer='bytes', val_fraction=0.1)
+    tracemalloc.start()                          # the text's memory, not that of reading settings
+    corpus.build(quiet=True)
     assert tracemalloc.get_traced_memory()[1] < 8e6
     tracemalloc.stop()
+    data = corpus.open()
     assert sum(s['bytes'] for s in data.meta['splits'].values()) == path.stat().st_size
 
 
@@ -550,7 +552,7 @@ class Web:
 
         self.httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
         self.url = f'http://127.0.0.1:{self.httpd.server_port}'
-        threading.Thread(target=self.httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=self.httpd.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import torch
 
 import prepare_data
 import sample
-from conftest import ROOT, script
+from conftest import ROOT, script, stack
 from model import GPT, GPTConfig
 from prepare_data import UserError
 
@@ -123,7 +123,7 @@ def test_interactive_until_an_empty_line(ask, monkeypatch):
 @pytest.mark.parametrize('kv_heads, values', [(6, 768), (2, 256)])
 def test_stats_say_what_the_cache_holds(kv_heads, values, monkeypatch, capsys):
     model = GPT(GPTConfig(vocab_size=257, bos=256, n_layer=2, n_embd=384, n_head=6, n_kv_head=kv_heads, mlp_hidden=32, block_size=16))
-    monkeypatch.setattr(sample, 'open_run', lambda *args: sample.Asked('run', model, BYTES, None, {}, {}))
+    monkeypatch.setattr(sample, 'open_run', lambda *args: SimpleNamespace(model=model, tokenizer=BYTES))
     sample.main(['run', 'Mia', '--stats', '--max_new_tokens=2', '--device=cpu'])
     assert capsys.readouterr().out.splitlines()[-1] == f'KV cache: {values} values a token and layer'
 
@@ -829,7 +829,7 @@ def test_evaluation_sets_of_a_prepared_data_set(tmp_path, capsys):
     (tmp_path / 'sets').mkdir()
     (tmp_path / 'sets' / 'p.jsonl').write_text(json.dumps(ROWS[0][0]) + '\nnone\n')
     (tmp_path / 'text.txt').write_text('\n\n'.join(f'{i} a line of text that is long enough' for i in range(400)))
-    folder = prepare_data.build(f'files:{tmp_path}/text.txt', tokenizer='bytes', data_dir=tmp_path / 'data', quiet=True)
+    folder = stack(dataset=f'files:{tmp_path}/text.txt', tokenizer='bytes', data_dir=tmp_path / 'data').build(quiet=True)
     sample.main([str(folder), '--eval=all', f'--eval_data={tmp_path}/sets'])
     assert capsys.readouterr().out == ('p: left out 1 line without an item, the first is p.jsonl line 2\n'
                                        'p: 1 items, 1 kinds, 4 tokens\n')

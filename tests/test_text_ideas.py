@@ -19,26 +19,34 @@ from conftest import stack, tales
 from prepare_data import UserError
 from test_prepare_data import ROOT, SHARED, needs_shared, prepare, prose, refuses, split_text, texts, web, write
 
-from config import arithmetic, clean, dedup, difficulty, python, quality, secure, stories as tell, word_classes, worlds
+from config import arithmetic, clean, dedup, difficulty, python, quality, stories as tell, word_classes, worlds
 
 
 # Data sets
 
 
+SETS = [(idea, name) for idea in ('babylm', 'tinystories', 'simplestories', 'swedish', 'stories', 'python')
+        for name in stack(idea).known()]
+
+
 def test_digests_are_in_the_table(tmp_path, web):
     web.files = {'TinyStoriesV2-GPT4-train.txt': b'a', 'TinyStoriesV2-GPT4-valid.txt': b'b'}
-    refuses('sha256', pd.build, 'tinystories_v2', 'bytes', data_dir=tmp_path, base_url=web.url)
-    for entry in pd.DATASETS.values():
+    given = dict(tokenizer='bytes', data_dir=tmp_path, base_url=web.url)
+    refuses('sha256', stack('tinystories', dataset='tinystories_v2', **given).build)
+    for idea, name in SETS:
+        entry = stack(idea, dataset=name).entry
         assert entry['about'] and entry['licence'] and set(entry.get('sha256', {})) <= set(entry['files'])
         assert all(re.fullmatch('[0-9a-f]{64}', digest) for digest in entry.get('sha256', {}).values())
 
 
-@pytest.mark.parametrize('name', pd.DATASETS)
-def test_every_named_data_set_is_built_from_the_paths_it_names(tmp_path, web, monkeypatch, name):
+@pytest.mark.parametrize('idea, name', SETS)
+def test_every_named_data_set_is_built_from_the_paths_it_names(tmp_path, web, monkeypatch, idea, name):
     monkeypatch.setattr(tell, 'VAL_STORIES', 20)
     monkeypatch.setattr(tell, 'PAIRS', 20)
-    entry, rows, texts_in = pd.DATASETS[name], {}, set()
-    monkeypatch.setitem(pd.DATASETS, name, entry | dict(sha256={}))              # these are other files
+    settings = dict(dataset=name, tokenizer='bytes', data_dir=tmp_path, base_url=web.url, min_doc_bytes=0)
+    corpus = stack(idea, **settings | (dict(documents=20) if idea == 'stories' else {}))
+    entry, rows, texts_in = corpus.entry, {}, set()
+    corpus.entry = entry | dict(sha256={})                                       # these are other files
     for seed, (file, path) in enumerate(entry['files'].items()):
         rows[file] = prose(30, seed)
         body = '\n\n'.join(rows[file]).encode()
@@ -53,11 +61,10 @@ def test_every_named_data_set_is_built_from_the_paths_it_names(tmp_path, web, mo
     if name == 'python':
         write(tmp_path / 'raw/python/m.py', 'x = 1\n' * 200)
         write(tmp_path / 'raw/python/n.py', 'y = 2\n' * 200)
-    folder = pd.build(name, 'bytes', data_dir=tmp_path, base_url=web.url, documents=20, quiet=True,
-                      min_doc_bytes=0)
-    data = pd.open_data(folder, name)
-    assert len(web.asked) == len(entry['files'])
-    assert data.meta['licence'] == entry['licence'] and f'licence: {entry["licence"]}' in pd.summary(folder, data.meta)
+    corpus.build(quiet=True)
+    data = corpus.open()
+    assert len(web.asked) == len(entry['files']) and data.meta['configs'] == [f'config/{idea}.py']
+    assert data.meta['licence'] == entry['licence'] and f'licence: {entry["licence"]}' in corpus.summary(data)
     if texts_in:                                                                 # nothing lost, and splits kept
         assert {t for split in data.docs for t in texts(data, split)} == texts_in
         held = {t for file in rows if re.search(r'\.dev|valid', file) for t in rows[file]}
@@ -65,19 +72,23 @@ def test_every_named_data_set_is_built_from_the_paths_it_names(tmp_path, web, mo
 
 
 def test_help_says_size_licence_and_terms(capsys):
-    with pytest.raises(SystemExit):
-        pd.main(['--help'])
+    assert pd.main(['--help']) is None
     shown = capsys.readouterr().out
-    for name, entry in pd.DATASETS.items():
+    for name in ('babylm', 'stories', 'quickstart', 'clean', 'word_classes'):
+        assert re.search(rf'  config/{name}\.py +\w', shown)
+    assert 'config/cpu.py' not in shown and 'val_fraction: float = 0.02' in shown
+    for idea, name in SETS:
+        pd.main(['--help', str(ROOT / f'config/{idea}.py')])
+        entry, shown = stack(idea, dataset=name).entry, capsys.readouterr().out
         about, licence = re.escape(entry['about']), re.escape(entry['licence'])
-        assert re.search(rf'  {name} +{about}\n +about {entry["mb"]:,} MB; {licence}\n', shown)
+        assert re.search(rf'  --dataset={name} +{about}\n +about {entry["mb"]:,} MB; {licence}\n', shown)
         assert re.search('a document (is|ends at)', entry['about'])
         assert 'babylm' not in name or 'BNC, and EWoK' in entry['licence']
 
 
-def test_download_without_network_says_where_to_put_the_file(tmp_path):
-    message = refuses('could not be downloaded', pd.build, 'babylm', data_dir=tmp_path,
-                      base_url='http://127.0.0.1:9')
+def test_download_without_network_says_where_to_put_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd, 'PATIENCE', 0.01)
+    message = refuses('could not be downloaded', stack('babylm', data_dir=tmp_path, base_url='http://127.0.0.1:9').build)
     assert 'aochildes.train' in message
 
 
@@ -86,7 +97,7 @@ def test_official_folders_and_partly_known_names_are_a_corpus_too(tmp_path):
     for name, n in (('train_10M/switchboard.train', 30), ('dev/switchboard.dev', 4), ('dev/mine.dev', 3)):
         write(tmp_path / 'raw/babylm' / name, '\n\n'.join(prose(n, n)))
     write(tmp_path / 'raw/babylm/gutenberg.train', '\n\n'.join(prose(9, 1)))
-    data = pd.open_data(pd.build('babylm', 'bytes', data_dir=tmp_path, quiet=True, min_doc_bytes=0), 'babylm')
+    data = prepare(None, tmp_path, 'babylm', dataset='babylm')
     assert data.meta['sources'] == ['gutenberg', 'mine', 'switchboard']
     assert data.meta['splits']['val']['sources']['switchboard']['documents'] == 4
 
@@ -94,13 +105,50 @@ def test_official_folders_and_partly_known_names_are_a_corpus_too(tmp_path):
 def test_local_corpus_in_place_of_the_download(tmp_path):
     for split, n in (('train', 30), ('dev', 4)):
         write(tmp_path / 'raw/babylm' / f'mine.{split}', '\n\n'.join(prose(n, n)))
-    data = pd.open_data(pd.build('babylm', 'bytes', data_dir=tmp_path, quiet=True), 'babylm')
-    assert data.meta['sources'] == ['mine']
+    assert prepare(None, tmp_path, 'babylm', dataset='babylm', min_doc_bytes=1000).meta['sources'] == ['mine']
 
 
 def test_a_placed_file_has_its_digest_checked(tmp_path):
     write(tmp_path / 'raw/swedish/wikipedia_sv.parquet', b'cut off')
-    refuses('its sha256 is another', pd.build, 'swedish', 'bytes', data_dir=tmp_path)
+    refuses('its sha256 is another', stack('swedish', tokenizer='bytes', data_dir=tmp_path).build)
+
+
+def test_files_of_the_users_own_go_through_a_data_sets_file(tmp_path):
+    path = write(tmp_path / 'x.txt', '\n\n'.join(prose(40)))
+    for idea in ('babylm', 'stories', 'python', 'quickstart'):
+        data = prepare(path, tmp_path / idea, idea)
+        assert data.folder.name == 'files-x-bytes' and data.meta['licence'] == 'as the files say'
+    refuses("no data set 'babylmm', did you mean babylm: ", stack, 'babylm', dataset='babylmm')
+    assert stack('babylm', 'tinystories', dataset='babylm_2026').name == 'babylm_2026'      # both may be named
+    assert stack('babylm', 'tinystories').name == 'tinystories'
+
+
+def test_data_that_was_prepared_without_an_idea_is_not_opened_for_it(tmp_path):
+    path = write(tmp_path / 'x.txt', '\n\n'.join(prose(40)))
+    given = dict(dataset=f'files:{path}', data_dir=tmp_path / 'out', tokenizer='bytes')
+    stack(**given).open()
+    refuses(r"prepared with clean None, not 'all': prepare it anew with --overwrite", stack('clean', **given).open)
+    refuses('prepared with dedup None, not True', stack('dedup', **given).open)
+    for idle in (dict(dedup=False), dict(clean='')):
+        stack('dedup' if 'dedup' in idle else 'clean', **given | idle).open()
+    stack('clean', **given, overwrite=True).build(quiet=True)
+    assert stack('clean', **given).open().meta['settings']['clean'] == 'all'
+    stack(**given).open()                                      # who does not name it takes what there is
+
+
+def test_ideas_stack_in_any_order(tmp_path):
+    """Documents that one idea drops, another does not see; what each keeps in meta.json is there."""
+    junk = ['buy now cheap shoes ' * 40] * 2
+    near = [changed(text, 5) for text in english(5, 7)]
+    write(tmp_path / 'in/a.train', '<|endoftext|>'.join(english(60, 1) + english(5, 7) + near + junk))
+    write(tmp_path / 'in/a.dev', '<|endoftext|>'.join(english(9, 2)))
+    seen = []
+    for ideas in (('clean', 'dedup', 'arithmetic'), ('arithmetic', 'dedup', 'clean'), ('dedup', 'python', 'clean', 'arithmetic')):
+        data = prepare(tmp_path / 'in', tmp_path / 'out', *ideas, clean='unicode,speakers', add='brackets', add_documents=3)
+        seen.append({split: data.tokens[split].tobytes() for split in data.tokens})
+        assert len(data.docs['train']) == 60 + 5 + 1 + 3 and data.meta['cleaning']['thresholds'].keys() >= {'margin', 'bands'}
+        assert set(data.meta['configs']) == {f'config/{name}.py' for name in (*ideas, 'python')}
+    assert seen[0] == seen[1] == seen[2]
 
 
 # Cleaning
@@ -155,7 +203,7 @@ def test_planted_junk_is_found_and_the_rest_kept(tmp_path):
     write(tmp_path / 'in/tales.train', '<|endoftext|>'.join(random.Random(3).sample(docs, len(docs))))
     write(tmp_path / 'in/tales.dev', '<|endoftext|>'.join(val + swedish(2, 2)))
     write(tmp_path / 'in/berattelser.train', '<|endoftext|>'.join(swedish(40, 5)))
-    data = prepare(tmp_path / 'in', tmp_path / 'out', clean='all', dedup=True, val_fraction=0.1)
+    data = prepare(tmp_path / 'in', tmp_path / 'out', 'clean', 'dedup', val_fraction=0.1)
     kept = set(texts(data, 'train'))
     assert kept >= set(clean[6:]) | set(swedish(40, 5)) | {t.replace('Ã¤r â€™', 'är ’') for t in moji}
     assert sum(t in kept for t in clean[:6] + near) == 6                 # one of each pair
@@ -170,7 +218,7 @@ def test_planted_junk_is_found_and_the_rest_kept(tmp_path):
     assert report['documents changed, unicode'] == 7 and data.meta['settings']['clean'] == 'all'
     assert data.meta['cleaning']['languages'] == {'tales': ['en'], 'berattelser': ['sv']}
     assert all(1 <= len(pieces) <= 3 for pieces in data.meta['cleaning']['examples'].values())
-    both = prepare(tmp_path / 'in', tmp_path / 'out', clean='language', languages='sv,code')
+    both = prepare(tmp_path / 'in', tmp_path / 'out', 'clean', clean='language', languages='sv,code')
     assert set(texts(both, 'train')) == set(swedish(8, 1) + swedish(40, 5) + code)
 
 
@@ -216,7 +264,7 @@ def test_near_duplicates_are_dropped_and_clean_documents_kept(tmp_path):
     far = [' '.join(t.split()[:40] + u.split()[:80]) for t, u in zip(clean[30:40], passages(10, 3))]   # share a third
     write(tmp_path / 'in/a.train', '\n\n'.join(clean + near + leaked + far))
     write(tmp_path / 'in/a.dev', '\n\n'.join(val + [changed(val[3], 7)]))
-    data = prepare(tmp_path / 'in', tmp_path / 'out', dedup=True)
+    data = prepare(tmp_path / 'in', tmp_path / 'out', 'dedup')
     assert texts(data, 'train') == clean + far and len(texts(data, 'val')) == 21       # held-out ones all stay
     assert data.meta['report'] == {'training documents dropped, near duplicates of earlier ones': 25,
                                    'training documents dropped, near duplicates of held-out ones': 10}
@@ -229,11 +277,11 @@ def test_near_duplicates_across_batches_and_a_split_by_hash(tmp_path, monkeypatc
     docs = passages(300, 4)
     rows = docs + [changed(t, 50) for t in docs]
     write(tmp_path / 'x.txt', '\n\n'.join(rows))
-    data = prepare(tmp_path / 'x.txt', tmp_path / 'out', dedup=True, val_fraction=0.1)
+    data = prepare(tmp_path / 'x.txt', tmp_path / 'out', 'dedup', val_fraction=0.1)
     train, val = set(texts(data, 'train')), set(texts(data, 'val'))
     for a, b in zip(docs, rows[300:]):
         assert (a in train) + (b in train) == (0 if {a, b} & val else 1)
-    again = prepare(tmp_path / 'x.txt', tmp_path / 'out', dedup=True, val_fraction=0.1)
+    again = prepare(tmp_path / 'x.txt', tmp_path / 'out', 'dedup', val_fraction=0.1)
     assert again.meta['fingerprint'] == data.meta['fingerprint']
 
 
@@ -272,35 +320,69 @@ def test_measures_of_a_text_are_their_definitions():
 def test_surprisal_is_that_of_slow_counts(tmp_path):
     write(tmp_path / 'in/a.train', '\n\n'.join(prose(40, 1)))
     write(tmp_path / 'in/a.dev', '\n\n'.join(prose(6, 2)))
-    data = prepare(tmp_path / 'in', tmp_path / 'out', scores=True)
+    data = prepare(tmp_path / 'in', tmp_path / 'out', 'difficulty')
     one, two = Counter(data.tokens['train'].tolist()), Counter()
     tokens = data.tokens['train'].tolist()
     two.update(zip([0] + tokens[:-1], tokens))
     total = sum(one.values()) + 257
     for split, own in (('train', 1), ('val', 0)):
-        scores = np.load(data.folder / f'{split}.scores.npy')
-        assert scores.dtype.names == tuple(difficulty.MEASURES) and len(scores) == len(data.docs[split])
+        scores = {name: difficulty.scores(data, split, name) for name in difficulty.MEASURES}
+        kept = np.load(data.folder / f'{split}.scores.npy')
+        assert {*kept.dtype.names} == {*difficulty.MEASURES} and len(kept) == len(data.docs[split])
+        assert all((kept[name] == column).all() and column.dtype == np.float32 for name, column in scores.items())
         assert (scores['bigram'] == data.docs[split]['difficulty']).all()
-        for text, row in zip(texts(data, split), scores):
+        for text, row in zip(texts(data, split), kept):
             ids = [256, *text.encode()]
             p = [(one[t] + 1) / total for t in ids]
             bits = [-log((two[a, b] - own + 32 * q) / (one[a] - own + 32), 2) for a, b, q in zip(ids, ids[1:], p[1:])]
             assert row['unigram'] == pytest.approx(-sum(log(q, 2) for q in p[1:]) / len(text), rel=1e-5)
             assert row['bigram'] == pytest.approx(sum(bits) / len(bits), rel=1e-4)
             assert row['mtld'] == pytest.approx(difficulty.mtld(re.findall('[a-z]+', text)), rel=1e-5)
-    assert len(data.meta['rank_correlations']) == len(difficulty.MEASURES)
+    lines = stack('difficulty', dataset=data.meta['dataset'], tokenizer='bytes', data_dir=tmp_path / 'out').summary(data)
+    table = lines[lines.index('rank correlations of the measures, over training documents') + 1:]
+    assert [line.split()[0] for line in table] == [*difficulty.MEASURES] and table[-1].endswith('  1.00')
 
 
 def test_surprisal_in_pieces_is_surprisal(tmp_path, monkeypatch):
     write(tmp_path / 'in/childes.train', '\n\n'.join(prose(40, 1)))
     write(tmp_path / 'in/childes.dev', '\n\n'.join(prose(6, 2)))
-    whole = prepare(tmp_path / 'in', tmp_path / 'a', scores=True)
-    monkeypatch.setattr(difficulty.surprisal, '__defaults__', (101, 1 << 22))
-    pieces = prepare(tmp_path / 'in', tmp_path / 'b', scores=True)
+    data = prepare(tmp_path / 'in', tmp_path / 'a')
+    whole, pieces = difficulty.surprisal(data), difficulty.surprisal(data, chunk=101)
     for split in ('train', 'val'):
-        a, b = (np.load(d.folder / f'{split}.scores.npy') for d in (whole, pieces))
-        np.testing.assert_allclose(a['bigram'], b['bigram'], rtol=1e-5)
-        assert (a['source_rank'] == 1).all()
+        np.testing.assert_allclose(whole[split], pieces[split], rtol=1e-5)
+        assert (difficulty.measure(data, split, 'source_rank') == 1).all()
+    refuses("has no measure 'mtdl'.*compression, mtld", difficulty.measure, data, 'train', 'mtdl')
+    refuses("has no measure 'loss'.*--score_with", difficulty.measure, data, 'train', 'loss')
+
+
+def test_measures_are_made_once_and_those_of_older_data_are_taken(tmp_path, monkeypatch):
+    data = prepare(write(tmp_path / 'x.txt', '\n\n'.join(prose(40))), tmp_path)
+    first = difficulty.measure(data, 'train', 'mtld')
+    difficulty.measure(data, 'train', 'bigram')
+    monkeypatch.setattr(difficulty, 'text_measures', lambda text: pytest.fail('made again'))
+    monkeypatch.setattr(difficulty, 'surprisal', lambda data: pytest.fail('made again'))
+    assert (difficulty.measure(data, 'train', 'mtld') == first).all() and difficulty.measure(data, 'val', 'unigram').all()
+    refuses('source_rank is 0 for every document', difficulty.measure, data, 'train', 'source_rank')
+    old = np.zeros(len(first), [('mtld', '<f4'), ('loss', '<f4')])                    # as --scores left it
+    old['loss'] = np.arange(len(old))
+    np.save(data.folder / 'train.scores.npy', old)
+    assert (difficulty.measure(data, 'train', 'loss') == np.arange(len(old))).all()
+    np.save(data.folder / 'train.scores.npy', old[:-1])                               # of other data: not taken
+    refuses("has no measure 'loss'", difficulty.measure, data, 'train', 'loss')
+    refuses('difficulty is 0 for every document', difficulty.measure, data, 'train', 'difficulty')
+
+
+def test_the_page_shows_the_easiest_and_the_hardest(tmp_path, capsys):
+    path = write(tmp_path / 'x.txt', '\n\n'.join(prose(40)))
+    prepare(path, tmp_path / 'out')
+    args = [f'files:{path}', '--tokenizer=bytes', f'--data_dir={tmp_path}/out', '--inspect']
+    assert pd.main([*(str(ROOT / f'config/{name}.py') for name in ('difficulty', 'dedup')), *args]) is None
+    out = capsys.readouterr().out
+    easiest = out[out.index('easiest and hardest of 32 tokens or more, by bigram'):].split('\n')[1:7]
+    numbers = [float(line.split()[0]) for line in easiest]
+    assert numbers == sorted(numbers) and len({*numbers}) > 1
+    assert 'training documents repeat another; near duplicates were not looked for' in out
+    assert 'rank correlations of the measures' in out
 
 
 def test_the_order_of_sources():
@@ -325,18 +407,20 @@ def test_loss_is_that_of_the_closing_evaluation(finished, tmp_path):
     for seed, name in enumerate(('tales.train', 'notes.train', 'tales.dev', 'notes.dev')):
         write(tmp_path / 'in' / name, '\n\n'.join(tales(50 - 10 * seed, seed)))
     model, _ = sample.load(finished[0])
-    data = prepare(tmp_path / 'in', tmp_path, tokenizer='bpe', vocab_size=320, score_with=str(finished[0]))
+    run = str(finished[0])
+    data = prepare(tmp_path / 'in', tmp_path, 'difficulty', tokenizer='bpe', vocab_size=320, score_with=run)
     theirs = prepare(tmp_path / 'in', tmp_path)
     for split in ('train', 'val'):
-        scores, docs = np.load(data.folder / f'{split}.scores.npy'), data.docs[split]
-        assert scores.dtype.names == (*difficulty.MEASURES, 'loss') and (docs['difficulty'] == scores['loss']).all()
+        loss, docs = difficulty.measure(data, split, 'loss', run), data.docs[split]
+        assert (docs['difficulty'] == loss).all() and len(loss) == len(docs)
         wanted = sample.bits_per_byte(model, theirs.tokens[split], theirs.docs[split])['per_source']
         for i, bpb in wanted.items():
             mine = docs['source'] == i
-            assert np.average(scores['loss'][mine], weights=docs['bytes'][mine]) == pytest.approx(bpb, rel=1e-5)
-    assert len(data.meta['rank_correlations']['loss']) == len(difficulty.MEASURES) + 1
-    again = prepare(tmp_path / 'in', tmp_path, score_with=str(finished[0]), difficulty='mtld')
-    assert (again.docs['val']['difficulty'] == np.load(again.folder / 'val.scores.npy')['mtld']).all()
+            assert np.average(loss[mine], weights=docs['bytes'][mine]) == pytest.approx(bpb, rel=1e-5)
+    lines = stack('difficulty', dataset=f'files:{tmp_path}/in', data_dir=tmp_path, score_with=run).summary(data)
+    assert lines[-1].startswith('loss ') and len(lines[-1].split()) == len(difficulty.MEASURES) + 2
+    again = prepare(tmp_path / 'in', tmp_path, 'difficulty', score_with=run, difficulty='mtld')
+    assert (again.docs['val']['difficulty'] == difficulty.measure(again, 'val', 'mtld')).all()
 
 
 # Quality
@@ -380,23 +464,28 @@ def test_quality_is_the_optimum_of_the_penalised_likelihood(monkeypatch):
         assert cost(weights) < cost(weights + step * rng.normal(size=len(weights)) * (weights != 0))
 
 
-def test_documents_below_the_threshold_are_dropped_from_training_alone(tmp_path):
+def test_documents_below_the_threshold_are_dropped_from_training_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, 'SLOTS', 1 << 12)
     good, bad = map(list, good_and_bad(200))
     paths = [str(write(tmp_path / f'{name}.txt.gz', '\n\n'.join(texts[:100]))) for name, texts in (('good', good), ('bad', bad))]
     write(tmp_path / 'in/a.train', '\n\n'.join(good[100:] + bad[100:]))
     write(tmp_path / 'in/a.dev', '\n\n'.join(bad[:10]))
-    data = prepare(tmp_path / 'in', tmp_path / 'out', good=paths[0], bad=paths[1], min_quality=0.5)
+    given = dict(good=paths[0], bad=paths[1], min_quality=0.5)
+    data = prepare(tmp_path / 'in', tmp_path / 'out', 'quality', **given)
     assert sorted(texts(data, 'train')) == sorted(good[100:]) and texts(data, 'val') == bad[:10]
     assert data.meta['report'] == {'training documents dropped, quality below 0.5': 100}
     assert data.meta['quality'] == dict(documents=160, held_out=40, accuracy=1.0)
-    assert (np.load(data.folder / 'train.scores.npy')['quality'] > 0.5).all()
-    assert (np.load(data.folder / 'val.scores.npy')['quality'] < 0.5).all()
-    assert 'right about 100.0% of 40 others' in pd.summary(data.folder, data.meta)
+    assert (difficulty.measure(data, 'train', 'quality') > 0.5).all()
+    assert (difficulty.measure(data, 'val', 'quality') < 0.5).all()
+    corpus = stack('quality', dataset=f'files:{tmp_path}/in', **given)
+    assert any('right about 100.0% of 40 others' in line for line in corpus.summary(data))
     assert data.meta['inputs'] == [pd.sha256_of(path) for path in paths]
     moved = str(Path(paths[0]).rename(tmp_path / 'moved.txt.gz'))                    # a path says nothing about the content
-    again = prepare(tmp_path / 'in', tmp_path / 'out', good=moved, bad=paths[1], min_quality=0.5)
+    again = prepare(tmp_path / 'in', tmp_path / 'out', 'quality', good=moved, bad=paths[1], min_quality=0.5)
     assert again.meta['fingerprint'] == data.meta['fingerprint']
-    assert prepare(tmp_path / 'in', tmp_path / 'out', good=moved, bad=paths[1]).docs['train'].size == 200
+    both = prepare(tmp_path / 'in', tmp_path / 'out', 'quality', 'difficulty', good=moved, bad=paths[1], difficulty='quality')
+    assert both.docs['train'].size == 200
+    assert (both.docs['train']['difficulty'] == difficulty.measure(both, 'train', 'quality')).all()
 
 
 # Word classes
@@ -437,19 +526,24 @@ def grammar(tmp_path_factory):
 
 
 def test_classes_of_a_grammar_are_recovered(grammar, tmp_path):
-    data = prepare(grammar / 'in', tmp_path, tokenizer='bpe', vocab_size=400, classes=5, check_classes=str(grammar / 'tagged.tsv'))
-    check = data.meta['classes']['check']
-    assert check['induced'] == [1, pytest.approx(1)]
-    assert check['one'] == [0.2, pytest.approx(0)] and 0.2 < check['random'][0] < 0.5 and check['random'][1] < 0.3
-    assert {word[:3] for word in data.meta['classes']['words'][0]} in [{kind[:3]} for kind in GRAMMAR]
-    assert 'induced classes: many-to-one accuracy 1.000, V-measure 1.000' in pd.summary(data.folder, data.meta)
-    refuses('only 100 words', prepare, grammar / 'in', tmp_path, classes=101)
+    given = dict(tokenizer='bpe', vocab_size=400, word_classes=5, check_classes=str(grammar / 'tagged.tsv'))
+    data = prepare(grammar / 'in', tmp_path, 'word_classes', **given)
+    check = word_classes.agreements(word_classes.class_of_words(data, 5),
+                                    word_classes.tagged_words(pd.texts_of(grammar / 'tagged.tsv', stack(dataset='files:x').s)), 5)
+    assert check['induced'] == (1, pytest.approx(1))
+    assert check['one'] == (0.2, pytest.approx(0)) and 0.2 < check['random'][0] < 0.5 and check['random'][1] < 0.3
+    lines = stack('word_classes', dataset=f'files:{grammar}/in', **given).summary(data)
+    first = next(line for line in lines if line.startswith('class   0'))
+    assert {word[:3] for word in first.split()[2:]} in [{kind[:3]} for kind in GRAMMAR]
+    assert 'induced classes: many-to-one accuracy 1.000, V-measure 1.000' in lines
+    refuses('only 100 words', prepare, grammar / 'in', tmp_path, 'word_classes', word_classes=101)
 
 
 @pytest.mark.parametrize('kind', ['bpe', 'bytes'])
 def test_the_table_counts_every_token_in_the_class_of_its_word(grammar, tmp_path, kind):
-    data = prepare(grammar / 'in', tmp_path, tokenizer=kind, vocab_size=400, classes=5)
-    table, tokens = np.load(data.folder / 'classes.npy'), data.tokens['train']
+    data = prepare(grammar / 'in', tmp_path, tokenizer=kind, vocab_size=400)
+    table, tokens = word_classes.table(data, 5), data.tokens['train']
+    assert (np.load(data.folder / 'classes-5.npy') == table).all()
     times = np.bincount(tokens, minlength=data.tokenizer.vocab_size)
     times[data.tokenizer.bos] = 0
     assert table.dtype == np.float32 and table.shape == (len(times), 8) and (table.sum(1) == times).all()
@@ -464,21 +558,20 @@ def test_the_table_counts_every_token_in_the_class_of_its_word(grammar, tmp_path
 def test_words_of_many_bytes_in_batches_are_words(tmp_path, monkeypatch):
     write(tmp_path / 'in/a.train', '\n\n'.join(f'Zoë såg {i} träd’s 🙂 “hus” en gång till.' for i in range(300)))
     write(tmp_path / 'in/a.dev', 'Zoë såg hus.')
-    data = prepare(tmp_path / 'in', tmp_path / 'out', classes=2)
-    writer = SimpleNamespace(path=data.folder / 'train.bin', dtype=data.meta['dtype'], rows=[data.docs['train']],
-                             counts=np.array([[300, 0, 20_000, 0]]))
-    pieces, text, (token, piece, count) = word_classes.read_words(writer, data.tokenizer, batch=7)
+    data = prepare(tmp_path / 'in', tmp_path / 'out')
+    pieces, text, (token, piece, count) = word_classes.read_words(data, batch=7)
     assert {'Zoë', ' såg', ' träd’s', ' “', 'hus', ' gång'} <= set(pieces)
     assert ''.join(pieces[i] for i in text) == ''.join('\n' + text for text in texts(data, 'train'))
     assert sum(n for p, n in zip(piece, count) if pieces[p] == ' 🙂') == 300 * 5           # a space and four bytes
-    half = word_classes.read_words(writer, data.tokenizer, batch=10, most=19_000)[1]
+    half = word_classes.read_words(data, batch=10, most=data.meta['splits']['train']['bytes'] - 1)[1]
     assert abs(len(half) / len(text) - 0.5) < 0.05
 
 
 def test_the_same_classes_in_every_run(grammar, tmp_path):
-    code = ('import prepare_data as p, hashlib\n'
-            f'folder = p.build("files:{grammar}/in", "bytes", quiet=True, classes=4, overwrite=True, data_dir="{tmp_path}")\n'
-            'print(p.sha256_of(folder / "classes.npy"))')
+    path = prepare(grammar / 'in', tmp_path).folder
+    code = ('import hashlib, prepare_data as p\n'
+            'from config.word_classes import induce\n'
+            f'print(hashlib.sha256(induce(p.open_data("{path}"), 4)[0].tobytes()).hexdigest())')
     assert len({subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True,
                                env=os.environ | dict(PYTHONHASHSEED=seed)).stdout for seed in '12'}) == 1
 
@@ -491,11 +584,21 @@ def test_classes_of_the_stories_fit_their_lexicon(tmp_path):
     once = Counter(word.lower() for some in words.values() for word in some)
     lines = [f'{word}\t{tag}' for tag, some in words.items() for word in sorted(some) if once[word.lower()] == 1]
     tagged = write(tmp_path / 'lexicon.tsv.xz', '\n'.join(lines))
-    data = pd.open_data(pd.build('stories', 'bytes', documents=800, classes=40, check_classes=str(tagged), data_dir=tmp_path,
-                                 quiet=True), 'stories')
-    check = data.meta['classes']['check']
+    data = prepare(None, tmp_path, 'stories', dataset='stories', documents=800)
+    tagged = word_classes.tagged_words(pd.texts_of(tagged, stack(dataset='files:x').s))
+    check = word_classes.agreements(word_classes.class_of_words(data, 40), tagged, 40)
     assert check['induced'][0] > 0.8 > 0.6 > check['random'][0] > check['one'][0]
     assert check['induced'][1] > 2 * check['random'][1]
+
+
+def test_the_classes_of_older_data_are_taken(tmp_path, monkeypatch):
+    data = prepare(write(tmp_path / 'x.txt', '\n\n'.join(prose(40))), tmp_path)
+    table = np.ones((257, 8), np.float32)
+    np.save(data.folder / 'classes.npy', table)
+    assert word_classes.table(data, 5) is not None and (word_classes.table(data, 5) == table).all()
+    assert word_classes.table(data, 4).shape == (257, 7) and (data.folder / 'classes-4.npy').exists()
+    monkeypatch.setattr(word_classes, 'induce', lambda *args: pytest.fail('made again'))
+    assert word_classes.table(data, 4).shape == (257, 7) and len(word_classes.class_of_words(data, 4)) > 9
 
 
 @pytest.mark.parametrize('content, words', [
@@ -510,25 +613,34 @@ def test_tagged_files(content, words):
 # Settings that cannot work
 
 
-@pytest.mark.parametrize('options, match', [
-    (dict(difficulty='mtdl'), 'mtdl.*choose compression, mtld'), (dict(difficulty='loss', scores=True), 'choose compression'),
-    (dict(good='{x}'), 'give both files'), (dict(min_quality=0.5), 'give both files'), (dict(good='{x}', bad='{none}'), 'No such file'),
-    (dict(good='{x}', bad='{x}'), '10 or more of each'), (dict(good='{x}', bad='{x}', min_quality=2), 'probability'),
-    (dict(classes=-1), 'give 2 or more'), (dict(classes=1), 'give 2 or more'), (dict(check_classes='{x}'), 'give 2 or more'),
-    (dict(classes=4, check_classes='{x}'), 'no tagged words'), (dict(score_with='{none}'), 'does not exist'),
-    (dict(score_with='{x}'), 'not a checkpoint')])
-def test_options_that_cannot_work_are_refused_before_the_work_starts(tmp_path, monkeypatch, options, match):
+@pytest.mark.parametrize('idea, options, match', [
+    ('difficulty', dict(difficulty='mtdl'), 'mtdl.*choose compression, mtld'),
+    ('difficulty', dict(difficulty='loss'), 'choose compression'),
+    ('difficulty', dict(score_with='{none}'), 'does not exist'), ('difficulty', dict(score_with='{x}'), 'not a checkpoint'),
+    ('quality', dict(good='{x}'), 'give both files'), ('quality', dict(min_quality=0.5), 'give both files'),
+    ('quality', dict(good='{x}', bad='{none}'), 'No such file'), ('quality', dict(good='{x}', bad='{x}'), '10 or more of each'),
+    ('word_classes', dict(check_classes='{x}'), 'no tagged words'), ('clean', dict(clean='unicode,spelling'), 'spelling'),
+    ('clean', dict(clean='unicode', languages='sv'), 'clean has no step language'), ('clean', dict(languages='dk'), "'dk' is no step"),
+    ('arithmetic', dict(add='arithmetics'), "names 'arithmetics'"), ('secure', {}, 'has none')])
+def test_options_that_cannot_work_are_refused_before_the_work_starts(tmp_path, monkeypatch, idea, options, match):
     path = write(tmp_path / 'x.txt', '\n\n'.join(prose(50)))
     monkeypatch.setattr(pd, 'fill', lambda *args: pytest.fail('the work started'))
     names = dict(x=path, none=tmp_path / 'none')
     options = {key: value.format(**names) if isinstance(value, str) else value for key, value in options.items()}
-    refuses(match, prepare, path, tmp_path / 'data', **options)
+    refuses(match, prepare, path, tmp_path / 'data', idea, **options)
     assert not list((tmp_path / 'data').glob('*'))
+
+
+@pytest.mark.parametrize('idea, option', [('quality', '--min_quality=2'), ('word_classes', '--word_classes=1'), ('stories', '--documents=0'),
+                                          ('arithmetic', '--add_documents=0'), ('compare_tokenizers', '--width=0')])
+def test_settings_out_of_range(tmp_path, capsys, idea, option):
+    args = [str(ROOT / f'config/{idea}.py'), f'files:{tmp_path}', f'--data_dir={tmp_path}', option]
+    assert pd.main(args) == 2 and option[2:].replace('=', ' is ') in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_one_sentence_on_the_command_line(tmp_path):
     path = write(tmp_path / 'x.txt', '\n\n'.join(prose(50)))
-    command = [sys.executable, 'prepare_data.py', f'files:{path}', f'--data_dir={tmp_path}', f'--score_with={path}']
+    command = [sys.executable, 'prepare_data.py', 'config/difficulty.py', f'files:{path}', f'--data_dir={tmp_path}', f'--score_with={path}']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('prepare_data.py: ') and done.stderr.count('\n') == 1
 
@@ -545,7 +657,7 @@ def test_python_is_the_library_of_the_python_that_runs(tmp_path, monkeypatch):
     write(library / 'old.py', 'print "2.7"\n')
     write(library / 'latin.py', b'# caf\xe9\n')
     monkeypatch.setattr(python.sysconfig, 'get_paths', lambda: dict(stdlib=str(library)))
-    data = pd.open_data(pd.build('python', 'bytes', data_dir=tmp_path, quiet=True), 'python')
+    data = prepare(None, tmp_path, 'python', dataset='python', min_doc_bytes=1000)
     written = sorted(texts(data, 'train') + texts(data, 'val'))
     assert written == sorted((library / f'pkg/m{n}.py').read_text().rstrip() for n in range(30))
     assert data.meta['report'] == {'files dropped, no Python that compiles': 2}
@@ -554,11 +666,11 @@ def test_python_is_the_library_of_the_python_that_runs(tmp_path, monkeypatch):
 def test_python_of_a_folder(tmp_path):
     for n in range(9):
         write(tmp_path / f'raw/python/a/m{n}.py', f'def f{n}(x):\n    return x * {n}\n' * 40)
-    data = pd.open_data(pd.build('python', 'bytes', data_dir=tmp_path, quiet=True), 'python')
+    data = prepare(None, tmp_path, 'python', dataset='python', min_doc_bytes=1000)
     assert len(texts(data, 'train') + texts(data, 'val')) == 9
     for split, n in (('train', 30), ('dev', 4)):                   # and a corpus of another kind is taken as it is
         write(tmp_path / f'b/raw/python/code.{split}.txt', '<|endoftext|>'.join(prose(n, n)))
-    data = pd.open_data(pd.build('python', 'bytes', data_dir=tmp_path / 'b', quiet=True), 'python')
+    data = prepare(None, tmp_path / 'b', 'python', dataset='python', min_doc_bytes=1000)
     assert (len(data.docs['train']), len(data.docs['val'])) == (30, 4) and data.meta['files']
 
 
@@ -567,7 +679,7 @@ def test_a_folder_of_python_files_is_code(tmp_path):
     for n in range(9):
         write(tmp_path / f'src/a/m{n}.py', f'def f{n}(x):\n\n    return x * {n}\n' * 40)
     write(tmp_path / 'src/bad.py', 'print "2.7"\n')
-    data = prepare(tmp_path / 'src', tmp_path / 'out')
+    data = prepare(tmp_path / 'src', tmp_path / 'out', 'python')
     assert len(texts(data, 'train') + texts(data, 'val')) == 9 and data.meta['sources'] == ['python']
     assert data.meta['report'] == {'files dropped, no Python that compiles': 1}
     write(tmp_path / 'src/a/m1.py', 'x = 1\n')
@@ -582,10 +694,10 @@ def test_a_clone_of_a_python_project_is_code(tmp_path):
     write(tmp_path / 'in/pkg/__pycache__/m.pyc', b'\0\1')
     write(tmp_path / 'in/README.md', 'read me')
     write(tmp_path / 'in/latin.py', '# -*- coding: latin-1 -*-\nname = "é"\n'.encode('latin-1'))
-    data = prepare(tmp_path / 'in', tmp_path / 'data')
+    data = prepare(tmp_path / 'in', tmp_path / 'data', 'python')
     held = {t for split in data.docs for t in texts(data, split)}
     assert len(held) == 6 and data.meta['sources'] == ['python'] and any('é' in t for t in held)
-    one = prepare(tmp_path / 'in/pkg/m0.py', tmp_path / 'one', max_doc_bytes=1000)
+    one = prepare(tmp_path / 'in/pkg/m0.py', tmp_path / 'one', 'python', max_doc_bytes=1000)
     assert one.meta['sources'] == ['python']
 
 
@@ -614,25 +726,24 @@ def code(tmp_path):
 def test_secure_drops_what_bandit_flags_in_one_run(tmp_path, code, monkeypatch):
     write(tmp_path / 'lib/bandit.py', FAKE_BANDIT)
     monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'lib'))
-    data = prepare(code, tmp_path / 'out', secure=True)
+    data = prepare(code, tmp_path / 'out', 'secure')
     kept = {re.search(r'this is (\w+)', t)[1] for split in ('train', 'val') for t in texts(data, split)}
     assert kept == {'ok1', 'ok2', 'ok3', 'low'} and (tmp_path / 'lib/calls').read_text() == 'x'
     assert data.meta['flagged'] == ['broken.py', 'high.py', 'medium.py', 'unread.py']
     assert data.meta['report'] == {f'findings of {s} severity by bandit': 1 for s in ('low', 'medium', 'high')} | {
         'files dropped, bandit finds medium or high severity': 4}
-    assert 'dropped for bandit: broken.py, high.py' in pd.summary(data.folder, data.meta)
+    assert any('dropped for bandit: broken.py, high.py' in line for line in stack('secure', dataset=f'files:{code}').summary(data))
     for n in range(3):                                               # and of added code, with an other corpus
         write(tmp_path / f'more/raw/python/{("low", "high", "ok")[n]}.py', f'# is {("low", "high", "ok")[n]}\nx = {n}\n')
-    more = prepare(write(tmp_path / 'x.txt', '\n\n'.join(prose(40))), tmp_path / 'more', secure=True, add='python')
+    more = prepare(write(tmp_path / 'x.txt', '\n\n'.join(prose(40))), tmp_path / 'more', 'secure', 'arithmetic', add='python')
     assert more.meta['flagged'] == ['high.py'] and more.meta['splits']['train']['sources']['python']['documents'] == 2
 
 
 def test_secure_without_bandit_or_without_python(tmp_path, code, monkeypatch):
     write(tmp_path / 'lib/bandit.py', 'raise ModuleNotFoundError("No module named bandit")')
     monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'lib'))
-    refuses('No module named bandit.*pip install bandit', prepare, code, tmp_path / 'out', secure=True)
+    refuses('No module named bandit.*pip install bandit', prepare, code, tmp_path / 'out', 'secure')
     assert not list((tmp_path / 'out').iterdir())
-    refuses('has none', prepare, write(tmp_path / 'x.txt', '\n\n'.join(prose(40))), tmp_path / 'out', secure=True)
 
 
 def test_secure_with_the_real_bandit(tmp_path):
@@ -642,7 +753,7 @@ def test_secure_with_the_real_bandit(tmp_path):
                high='import subprocess, sys\nsubprocess.call(sys.argv[1], shell=True)  # nosec\n')
     for name, text in bad.items():
         write(tmp_path / f'.git/src/{name}.py', f'# {name}\n{text}{body}')     # a path that bandit leaves out by itself
-    data = prepare(tmp_path / '.git/src', tmp_path / '.git/out', secure=True)
+    data = prepare(tmp_path / '.git/src', tmp_path / '.git/out', 'secure')
     assert data.meta['flagged'] == ['high.py', 'medium.py'] and len(texts(data, 'train') + texts(data, 'val')) == 3
     assert data.meta['report']['findings of low severity by bandit'] >= 1
 
@@ -657,25 +768,23 @@ def test_added_sources_are_for_training_alone(tmp_path, monkeypatch):
     write(tmp_path / 'in/a.train.jsonl', '\n'.join(json.dumps(dict(body=p)) for p in prose(40, 1)))
     write(tmp_path / 'in/a.dev.jsonl', '\n'.join(json.dumps(dict(body=p)) for p in prose(6, 2)))
     settings = dict(text_field='body', add='arithmetic, brackets,python', add_documents=7)
-    data = prepare(tmp_path / 'in', tmp_path / 'out', **settings)
+    data = prepare(tmp_path / 'in', tmp_path / 'out', 'arithmetic', **settings)
     assert data.meta['sources'] == ['a', 'arithmetic', 'brackets', 'python'] and texts(data, 'val') == prose(6, 2)
     counts = data.meta['splits']['train']['sources']
     assert {name: n['documents'] for name, n in counts.items()} == dict(a=40, arithmetic=7, brackets=7, python=7)
     assert texts(data, 'train')[40:54] == [*arithmetic.arithmetic_documents(7, 1337), *arithmetic.bracket_documents(7, 1337)]
     assert pd.source_weights('arithmetic:0.5', data) == [1, 0.5, 1, 1] and 'PSF' in data.meta['licence']
-    again = prepare(tmp_path / 'in', tmp_path / 'out', **settings)
+    again = prepare(tmp_path / 'in', tmp_path / 'out', 'arithmetic', **settings)
     assert again.meta['fingerprint'] == data.meta['fingerprint']
     for make in (arithmetic.arithmetic_documents, arithmetic.bracket_documents):
         assert list(make(3, 1)) != list(make(3, 2)) and len(set(make(300, 1))) == 300
-    refuses("names 'arithmetics'", prepare, tmp_path / 'in', tmp_path / 'out', add='arithmetics')
-    refuses('a source of python already', pd.build, 'python', 'bytes', data_dir=tmp_path, add='python')
-    refuses('add_documents is 0', prepare, tmp_path / 'in', tmp_path / 'out', **settings | dict(add_documents=0))
+    refuses('a source of python already', prepare, None, tmp_path, 'python', 'arithmetic', dataset='python', add='python')
 
 
 def test_what_hashes_hold_out_is_not_added_to_training(tmp_path):
     rows = [*arithmetic.arithmetic_documents(300, 1337)]
     path = write(tmp_path / 'x.jsonl', '\n'.join(json.dumps(dict(text=r)) for r in rows))
-    data = prepare(path, tmp_path / 'out', add='arithmetic', add_documents=300, val_fraction=0.1)
+    data = prepare(path, tmp_path / 'out', 'arithmetic', add='arithmetic', add_documents=300, val_fraction=0.1)
     val, train = texts(data, 'val'), texts(data, 'train')
     assert len(val) > 10 and not set(val) & set(train)
     assert len(train) == 2 * (300 - len(val))
@@ -719,8 +828,8 @@ def test_compare_tokenizers(tmp_path, capsys, monkeypatch):
         raise UserError('no gpt2 here')
     write(tmp_path / 'in/a.train', '\n\n'.join(train := prose(400, 1)))
     write(tmp_path / 'in/a.dev', '\n\n'.join(val := prose(30, 2)))
-    args = [f'files:{tmp_path}/in', f'--data_dir={tmp_path}/data', '--compare_tokenizers=300,9000', '--width=64',
-            '--min_doc_bytes=0']
+    args = [str(ROOT / 'config/compare_tokenizers.py'), f'files:{tmp_path}/in', f'--data_dir={tmp_path}/data',
+            '--compare_tokenizers=300,9000', '--width=64', '--min_doc_bytes=0']
     assert pd.main(args) is None and not (tmp_path / 'data').exists()
     out = capsys.readouterr().out
     tokens = sum(map(len, pd.BPETokenizer.train(train, 300).encode_batch(val)))
@@ -728,6 +837,7 @@ def test_compare_tokenizers(tmp_path, capsys, monkeypatch):
     assert row[1] == f'{sum(len(t.encode()) for t in val) / tokens:.3f}'
     assert row[2] == f'{100 * 300 * 64 / (300 * 64 + 7 * 12 * 64 * 64):.1f}'
     assert re.search(r'unigram 300 +\d', out) and re.search(r'bpe 9,000 +a vocabulary of 9,000 is too large', out)
+    assert pd.main([*args[:-3], '--compare_tokenizers=abc']) == 2 and 'give sizes like 2048,8192' in capsys.readouterr().err
     assert re.search(r'bytes +1\.000', out) and 'no gpt2 here' in out and '30 held-out documents' in out
 
 
@@ -735,7 +845,7 @@ def test_compare_tokenizers(tmp_path, capsys, monkeypatch):
 
 
 def test_stories_and_pairs_are_built(tmp_path):
-    data = pd.open_data(pd.build('stories', 'bytes', data_dir=tmp_path, documents=30, quiet=True), 'stories')
+    data = prepare(None, tmp_path, 'stories', dataset='stories', documents=30)
     assert texts(data, 'train') == list(tell.story_documents(30, 1337))
     assert texts(data, 'val') == list(tell.story_documents(1000, 1338))
     pairs = [json.loads(line) for line in (data.folder / 'pairs.jsonl').read_text().splitlines()]
@@ -749,22 +859,25 @@ def test_stories_and_pairs_are_built(tmp_path):
 def test_the_other_worlds_are_built_with_the_tokenizer_of_another_data_set(tmp_path, monkeypatch, name, world):
     monkeypatch.setattr(tell, 'VAL_STORIES', 20)
     monkeypatch.setattr(tell, 'PAIRS', 40)
-    settings = dict(data_dir=tmp_path, documents=300, vocab_size=512, quiet=True)
-    first = pd.open_data(pd.build('stories', seed=5, **settings))
-    own = pd.open_data(pd.build(name, **settings))
+    settings = dict(data_dir=tmp_path, documents=300, vocab_size=512)
+
+    def made(dataset, **more):
+        corpus = stack('stories', dataset=dataset, **settings | more)
+        corpus.build(quiet=True)
+        return corpus.open()
+    first, own = made('stories', data_seed=5), made(name)
     same = list(tell.story_documents(300, 1337, 0, *world))
     assert texts(own, 'train') == same
     assert own.meta['tokenizer_sha256'] != first.meta['tokenizer_sha256']
-    data = pd.open_data(pd.build(name, tokenizer_from=first.folder, overwrite=True, **settings), name)
+    data = made(name, tokenizer_from=first.folder, overwrite=True)
     assert data.folder == own.folder == tmp_path / f'{name}-bpe512'
     assert data.meta['tokenizer_sha256'] == first.meta['tokenizer_sha256'] and data.tokenizer.blob == first.tokenizer.blob
     assert texts(data, 'train') == same
     pairs = [json.loads(line) for line in (data.folder / 'pairs.jsonl').read_text().splitlines()]
     assert pairs == tell.story_pairs(40, 1339, *world)
-    refuses('same --tokenizer and --vocab_size', pd.build, name, tokenizer_from=first.folder,
-            **settings | dict(vocab_size=600))
+    refuses('same --tokenizer and --vocab_size', made, name, tokenizer_from=first.folder, vocab_size=600)
     assert not (tmp_path / f'{name}-bpe600').exists()
-    refuses('holds no tokenizer', pd.build, name, tokenizer_from=tmp_path, **settings | dict(vocab_size=600))
+    refuses('holds no tokenizer', made, name, tokenizer_from=tmp_path, vocab_size=600)
 
 
 @pytest.fixture(scope='module', params=['stories', 'stories_sv'])
