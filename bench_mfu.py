@@ -1,38 +1,39 @@
 """Measure the machine: what a training step costs here, where the time goes, and what other code would take.
 
     python bench_mfu.py config/babylm.py                            all that follows, for the card it finds
-    python bench_mfu.py config/babylm.py --only=steps               step time, MFU, memory; ours and rivals
+    python bench_mfu.py config/babylm.py --only=steps               step time, MFU, memory
     python bench_mfu.py config/babylm.py --only=kernels             every kernel beside its rivals
+    python bench_mfu.py config/babylm.py --beside=config/plain.py   and the steps of a stack with other files
     python bench_mfu.py config/babylm.py --shapes=11M,34M,97M       the same for models of these sizes
     python bench_mfu.py config/babylm.py --micro_batches=32,64,128  which micro-batch is best
     python bench_mfu.py config/babylm.py --kernels=compile-only     build them all without a GPU, check limits
-    python bench_mfu.py config/babylm.py --rival_lr=1e-3            train the rival for budget_minutes instead
     python bench_mfu.py --compare config/babylm.py config/a.py      whole runs: ideas beside their base
     python bench_mfu.py --leaderboard out                           a table and a page of all finished runs
-    python bench_mfu.py --dynamics out/a out/b                      which layers of runs are done when
     python bench_mfu.py --sweep "n_embd=128,192,256;learning_rate=1e-2,2e-2,4e-2" config/babylm.py     laws
 
-Configs and overrides are train.py's, and so is the step that is measured; --rounds=12 says how often,
---json=FILE keeps all of it. All contestants run in one process and take turns, so that a machine that drifts
-drifts for all. The rival is what nanoGPT does on this device: LayerNorm, GELU, learned positions,
-scaled_dot_product_attention, all logits at once, AdamW, random windows of the token stream; in fp32 on a CPU,
-as nanoGPT runs there, and in bf16 autocast, where the hardware has it.
+Configs and overrides are train.py's, and so is the step that is measured, half way through a run. All contestants
+run in one process and take turns, so that a machine that drifts drifts for all. --beside=a.py,b.py+c.py brings
+further ones, each stacked on the configs; an override may be part of a stack, b.py+--dtype=float32.
 
-MFU is the share of the card's data-sheet peak that model FLOPs make up: with the positions really attended to
-(`exact`), and as Chowdhery 2022 (2204.02311) counts them, all T for every token. A card that is not in
-train.py's table gets none. `of GEMM` is the share of matrix products measured here, of this model's shapes.
+MFU is the share of the card's data-sheet peak that model FLOPs make up: with the positions really attended to, and,
+as `12LHQT`, as Chowdhery 2022 (2204.02311) counts them, all T for every token. A card that is not in train.py's
+table gets none. `of GEMM` is the share of matrix products measured here, of this model's shapes.
 
---compare starts train.py for the base, the first config, and for each other config stacked on it, in turn, at
-the same budget on the same data: --seeds=3 of the base, --idea_seeds=1 of each idea. a.py+b.py is one stack,
---key=value is for all, --compare_dir (out/compare/<base>) keeps runs and table. The same command again skips
-what is finished, goes on with what was stopped and tries again what failed.
+--compare starts train.py for the base, the first config, and for each other config stacked on it, in turn, at the
+same budget on the same data: --seeds=3 of the base, --idea_seeds=1 of each idea. a.py+b.py is one stack, --key=value
+is for all, --compare_dir (out/compare/<base>) keeps runs and table. The same command again skips what is finished,
+goes on with what was stopped and tries again what failed.
 
---leaderboard reads every result.json under a folder (out), and leaves leaderboard.md and leaderboard.html
-in it: --sort=total_params, or what else a result.json names, a - before it for high to low;
+--leaderboard reads every result.json under a folder (out), and leaves leaderboard.md and leaderboard.html in it:
+--sort=total_params, or what else a result.json names, a - before it for high to low;
 --where "n_layer == 4 and total_params < 12e6".
 
---sweep makes every point of a grid in the same way, --seeds=3 times each, into out/sweep/<configs>, and fits:
-bits per byte against parameters and tokens, the best size for a budget, the best learning rate at a width.
+--sweep makes every point of a grid in the same way, --seeds=3 times each, into out/sweep/<configs>, and fits: bits
+per byte against parameters and tokens, the best size for a budget, the best learning rate at a width.
+
+An idea with kernels of its own has a function kernel_cases(config, dtype, rows) in its file. It yields them as
+Operations does, (name, FLOPs, bytes, {rival: function}, inputs), with inputs on the CPU and 'ours' among the rivals:
+compile-only builds them, and they stand in the table of kernels, where the idea is named.
 """
 import ast
 import difflib
@@ -51,131 +52,64 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import model as m
+import prepare_data
 import sample
 import train
-from model import GPT, Attention, GPTConfig
-from prepare_data import UserError
+from config import literal
+from prepare_data import UserError, refuse
 
-# ---- the rival ---------------------------------------------------------------------------------------------
-
-class PlainBlock(nn.Module):
-    def __init__(self, C, n_head):
-        super().__init__()
-        self.n_head = n_head
-        self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.up, self.down = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
-
-    def forward(self, x):
-        B, T, C = x.shape
-        qkv = self.qkv(self.ln_1(x)).split(C, dim=2)
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in qkv)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(o.transpose(1, 2).reshape(B, T, C))
-        return x + self.down(F.gelu(self.up(self.ln_2(x))))
+sys.modules.setdefault('bench_mfu', sys.modules[__name__])
 
 
-class PlainGPT(nn.Module):
-    """GPT-2 (Radford 2019), its paper's initialisation and tied head; the interface of model.GPT."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, C = config, config.n_embd
-        self.wte, self.wpe = nn.Embedding(config.vocab_size, C), nn.Embedding(config.block_size, C)
-        self.blocks = nn.ModuleList(PlainBlock(C, config.n_head) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(C)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                std = 0.02 / math.sqrt(2 * config.n_layer) if 'proj' in name or 'down' in name else 0.02
-                nn.init.normal_(p, std=std)
-            elif name.endswith('bias'):
-                nn.init.zeros_(p)
-
-    def forward(self, idx, targets, reduction='mean'):
-        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
-        for block in self.blocks:
-            x = block(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
-                               reduction=reduction)
-        return loss if reduction == 'mean' else loss.view_as(targets)
+@dataclass
+class Options:
+    """This script's own settings, beside those of train.py."""
+    only: str = ''              # |steps|kernels: measure this alone
+    rounds: int = 12            # 1..: how often every contestant has its turn
+    shapes: str = ''            # of SHAPES below, commas between, in the place of the config's
+    micro_batches: str = ''     # sequences, commas between: find the best of these sizes
+    beside: str = ''            # configs, or stacks of them, commas between, whose steps are measured too
+    json: str = ''              # a file for all that was measured
+    compare: bool = False       # make whole runs: a base, and ideas stacked on it
+    sweep: str = ''             # make the runs of a grid
+    seeds: int = 3              # 1..: runs of the base, or of each point of a grid
+    idea_seeds: int = 1         # 1..: runs of each idea
+    compare_dir: str = ''       # where these runs go
+    leaderboard: bool = False   # rank all finished runs of a folder
+    sort: str = 'val_bpb'       # by what the leaderboard is sorted
+    where: str = ''             # which runs are in it
+    compile_for: int = 0        # the architecture that compile-only builds for, in a process of its own
 
 
-class PlainTrainer:
-    """The rival's whole step: draw random windows, forward, backward, clip, AdamW."""
-
-    def __init__(self, config, tokens, s, micro, device, bf16, learning_rate=1e-3, compile=True):
-        torch.manual_seed(s.seed)
-        self.model = PlainGPT(config).to(device)
-        self.step_model = torch.compile(self.model, dynamic=False) if compile else self.model
-        self.tokens, self.micro, self.T, self.coming = tokens, micro, config.block_size, None
-        self.device, self.lr = device, learning_rate
-        self.accum = s.tokens_per_step // (micro * config.block_size)
-        self.autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else nullcontext()
-        decay = [p for p in self.model.parameters() if p.ndim == 2]
-        rest = [p for p in self.model.parameters() if p.ndim != 2]
-        groups = [dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
-
-    def batch(self):
-        first = torch.randint(len(self.tokens) - self.T, (self.micro,))
-        pair = [torch.stack([torch.from_numpy(self.tokens[i:i + self.T].astype(np.int64)) for i in starts])
-                for starts in (first, first + 1)]
-        if self.device == 'cuda':
-            pair = [t.pin_memory().to(self.device, non_blocking=True) for t in pair]
-        return pair
-
-    def step(self, progress=0.5):
-        """One optimizer step; a linear rise over 2% of progress, then a cosine to a tenth."""
-        if progress < 0.02:
-            rate = progress / 0.02
-        else:
-            rate = 0.1 + 0.45 * (1 + math.cos(math.pi * (progress - 0.02) / 0.98))
-        for group in self.optimizer.param_groups:
-            group['lr'] = self.lr * rate
-        total = 0.0
-        for _ in range(self.accum):
-            idx, targets = self.coming or self.batch()
-            with self.autocast():
-                loss = self.step_model(idx, targets) / self.accum
-            self.coming = self.batch()              # while the device is busy
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(total)
+TABLES = [*train.TABLES, Options]
+OWN = {field.name for field in fields(Options)}
+# tied models of 12.5, 33.6 and 97.5 million parameters, whatever the config says
+SHAPES = {'11M': dict(n_layer=8, n_embd=320, n_head=5, block_size=512, vocab_size=8192),
+          '34M': dict(n_layer=8, n_embd=512, n_head=8, block_size=512, vocab_size=16384),
+          '97M': dict(n_layer=12, n_embd=768, n_head=12, block_size=1024, vocab_size=16384)}
 
 
-def train_rival(s, config, data, micro, device, bf16, learning_rate, compile):
-    """Train the rival for budget_minutes of training alone: start-up, compilation and evaluation are free."""
-    rival = PlainTrainer(config, data.tokens['train'], s, micro, device, bf16, learning_rate, compile)
-    rival.step(0.0)                                  # compiles
-    budget, began, steps, progress = 60 * s.budget_minutes, time.monotonic(), 0, 0.0
-    while progress < 1:
-        loss = rival.step(progress)
-        steps += 1
-        progress = (time.monotonic() - began) / budget
-        if steps % 50 == 0:
-            speed = steps * s.tokens_per_step / (time.monotonic() - began)
-            print(f'{steps:8d} {progress:8.4f} {loss:9.4f} {speed:9,.0f} tok/s', flush=True)
-    seconds = time.monotonic() - began
-    rival.model.eval()
-    with rival.autocast():
-        result = sample.bits_per_byte(rival.model, data.tokens['val'], data.docs['val'])
-    return dict(learning_rate=learning_rate, bf16=bf16, val_bpb=result['bpb'], steps=steps,
-                tokens=steps * s.tokens_per_step, train_seconds=seconds,
-                total_params=sum(p.numel() for p in rival.model.parameters()), val_share=result['share'])
+def own_options(argv):
+    """This script's options, what is left for train.py's, and which were given."""
+    mine = [arg for arg in argv if arg.startswith('--') and arg[2:].partition('=')[0] in OWN]
+    ideas = prepare_data.Ideas(mine, [Options])
+    return SimpleNamespace(**ideas.values), [arg for arg in argv if arg not in mine], ideas.set_at
+
+
+def joined(argv):
+    """Arguments with --where TEXT and its like as one word, as Ideas reads them."""
+    words = iter(argv)
+    return [f'{word}={next(words, "")}' if word in ('--sweep', '--where', '--sort') else word for word in words]
 
 
 # ---- clocks ------------------------------------------------------------------------------------------------
@@ -215,22 +149,20 @@ def seconds_each(works, device, rounds, least=0.005):
     return {name: times[name] for name in repeats}, faults
 
 
-def matmul_flops(config, tokens, device, dtype, seconds=0.3):
-    """FLOP/s of the MLP's products, (tokens, C) x (C, 4C) and back: the best of several runs."""
+def products(config, tokens, device, dtype):
+    """The MLP's products, (tokens, C) x (C, 4C) and back, and their FLOPs."""
     a = torch.randn(tokens, config.n_embd, device=device, dtype=dtype)
     b = torch.randn(config.n_embd, config.mlp_hidden, device=device, dtype=dtype)
-    best, began = math.inf, time.monotonic()
-    several = 10 if device == 'cuda' else 1        # a fast card is done before it is asked again
-    while time.monotonic() - began < seconds:
-        wait_for(device)
-        started = time.perf_counter()
-        for _ in range(several):
-            c = a @ b
-            d = c @ b.t()
-        wait_for(device)
-        best = min(best, (time.perf_counter() - started) / several)
-    del c, d
-    return 4 * tokens * config.n_embd * config.mlp_hidden / best
+    return lambda: (a @ b) @ b.t(), 4 * tokens * config.n_embd * config.mlp_hidden
+
+
+def memory_of(work, device):
+    """Bytes that work takes beside what there is, on a GPU, and what it returns."""
+    if device != 'cuda':
+        return None, work()
+    torch.cuda.reset_peak_memory_stats()
+    before, result = torch.cuda.memory_allocated(), work()
+    return torch.cuda.max_memory_allocated() - before, result
 
 
 def machine(config, tokens, device, dtype):
@@ -257,7 +189,7 @@ def machine(config, tokens, device, dtype):
 @contextmanager
 def using(kernels):
     """Only these of model.py's kernels run inside."""
-    before = set(m.IN_USE)
+    before, kernels = set(m.IN_USE), set(kernels)
     m.IN_USE.clear()
     m.IN_USE.update(kernels)
     try:
@@ -267,100 +199,94 @@ def using(kernels):
         m.IN_USE.update(before)
 
 
-class Ours:
-    """The step of train.py, batches prefetched as there."""
+def measured(ideas):
+    """The class of a run of these ideas that is measured: its step is train.py's, and it leaves nothing behind."""
 
-    def __init__(self, s, config, data, micro, device, dtype, compile, optimizer='muon', kernels=()):
-        torch.manual_seed(s.seed)
-        self.model = GPT(config).to(device)
-        self.model.compute_dtype, self.kernels, self.waited = dtype, kernels, 0.0
-        self.settings = type(s)(**{**vars(s), 'optimizer': optimizer})
-        self.optimizers = train.make_optimizers(self.model, self.settings, dtype)
-        self.step_model = torch.compile(self.model, dynamic=False) if compile else self.model
-        self.stream = train.make_stream(s, data)
-        self.batches = train.Prefetcher(self.stream, 0, s.tokens_per_step // config.block_size, micro,
-                                        config.block_size, 0, 1, device)
-        self.number = -1
+    class Measured(ideas.seam(train.Run)):
+        def __init__(self, s, kernels=None, vocab_size=0, micro=0, **changes):
+            compile = s.compile if s.compile == 'off' else 'on'
+            changed = vars(s) | dict(compile=compile, dry_run=False) | changes
+            super().__init__(SimpleNamespace(**changed), ideas)
+            self.kernels, self.vocab_size, self.said, self.going = kernels, vocab_size, [], False
+            self.open()
+            self.build()
+            if micro:
+                self.micro, self.accum = micro, self.micro * self.accum // micro
 
-    def step(self):
-        self.number += 1
-        self.stream.pace(self.number, 0.5)
-        micro_batches, wait = self.batches.next(self.number)
-        self.waited += wait
-        with using(self.kernels):
-            train.train_step(self.step_model, self.model, self.optimizers, micro_batches, 0.5, self.settings)
+        def find_checkpoint(self):
+            refuse(self.resuming, 'init_from is resume: what is measured begins afresh')
+
+        def open_evaluations(self):
+            pass
+
+        def heed(self, number, frame):
+            raise KeyboardInterrupt
+
+        def say(self, line):
+            self.said.append(line)
+
+        def record(self, **row):
+            pass
+
+        def shape(self):
+            config = super().shape()
+            return replace(config, vocab_size=self.vocab_size or config.vocab_size)
+
+        def step(self):
+            """Half way through, with what compiles it before the first. Returns its tokens."""
+            with using(m.IN_USE if self.kernels is None else self.kernels):
+                if not self.going:
+                    self.read_ahead()
+                    self.get_going()
+                self.going, self.progress, self.left, before = True, 0.5, math.inf, self.tokens
+                super().step()
+            return self.tokens - before
+
+        def close(self):
+            if self.going:
+                self.batches.close()
+
+    return Measured
 
 
-def contestants(s, config, data, micro, device, dtype, compile):
-    """{name: (trainer, dtype)}; the second half are rivals, and the last but one the yardstick."""
-    bf16, both = torch.bfloat16, {}
-    kernels = set(m.IN_USE)
+def contestants(run, argv):
+    """{name: a run}: ours, and what --beside names."""
+    def ours(**changes):
+        return type(run)(run.s, **run.shape_given | changes)
 
-    def add(name, kind, *args, **more):
-        both[name] = Ours(s, config, data, micro, device, kind, compile, *args, **more), kind
-
-    def plain(name, use_bf16, compile):
-        rival = PlainTrainer(config, data.tokens['train'], s, micro, device, use_bf16, compile=compile)
-        both[name] = rival, bf16 if use_bf16 else torch.float32
-
-    add('ours, Muon', dtype, 'muon', kernels=kernels)
-    add('ours, AdamW', dtype, 'adamw', kernels=kernels)
-    if device == 'cuda':
-        add('ours without kernels, Muon', dtype, 'muon')
-        plain('plain GPT-2, bf16, compiled', True, compile)
-        plain('plain GPT-2, bf16, eager', True, False)
-    else:
-        add('ours, AdamW, fp32', torch.float32, 'adamw')
-        plain('plain GPT-2, fp32', False, compile)
-        plain('plain GPT-2, bf16 autocast', True, compile)
+    both = {'ours, Muon': run, 'ours, AdamW': ours(optimizer='adamw')}
+    if run.device == 'cuda':
+        both['ours without kernels, Muon'] = ours(kernels=())
+    for stack in [stack for stack in run.s.beside.split(',') if stack]:
+        parts = stack.split('+')
+        s, ideas = train.read_settings([*argv, *parts], TABLES)
+        names = [part if part.startswith('--') else Path(part).stem for part in parts]
+        both['+'.join(names)] = measured(ideas)(s, **run.shape_given)
     return both
 
 
-def compare(runners, s, config, attended, micro, device, rounds, peak):
-    """A row for each contestant: step time, speed, MFU, memory, data wait; all take turns in every round."""
-    memory, faults = {}, {}
-    for name, (trainer, _) in list(runners.items()):       # compile, and settle
-        try:
-            trainer.step()
-            trainer.step()
-        except Exception as e:
-            if name.startswith('ours, '):
-                raise
-            faults[name] = first_line(e)
-            del runners[name]
-            continue
-        if device == 'cuda':
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            trainer.step()
-            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
-        trainer.waited = 0.0
-    times, gemm, n = {name: [] for name in runners}, {}, micro * config.block_size
-    for _ in range(rounds):
-        for name, (trainer, kind) in runners.items():
-            gemm.setdefault(kind, []).append(matmul_flops(config, n, device, kind, 0.05))
-            wait_for(device)
-            began = time.perf_counter()
-            trainer.step()
-            wait_for(device)
-            times[name].append(time.perf_counter() - began)
-    base = next((times[name] for name in times if name.startswith('plain')), times['ours, Muon'])
-    keys, rows = ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'), []
-    plain = GPTConfig(**{key: getattr(config, key) for key in keys})
-    for name, (trainer, kind) in runners.items():
-        is_ours = isinstance(trainer, Ours)            # the rival attends to all that went before
-        exact = config.flops_per_token(attended) if is_ours else plain.flops_per_token()
-        palm = (config if is_ours else plain).flops_per_token(config.block_size)
-        median = statistics.median(times[name])
-        speed = s.tokens_per_step / median
+def compare(runs, rounds, peak):
+    """A row for each run: step time, speed, MFU, memory, data wait. All take turns in every round, and so do matrix
+    products; also {dtype: their FLOP/s}, and {name: why} of those that fail."""
+    first = runs['ours, Muon']
+    first.step()                                        # what fails in it should be seen whole
+    gemm = {run.dtype: products(first.config, first.micro * first.config.block_size, first.device, run.dtype)
+            for run in runs.values()}
+    works = {kind: work for kind, (work, _) in gemm.items()} | {name: run.step for name, run in runs.items()}
+    times, faults = seconds_each(works, first.device, rounds, 0.05)
+    gemm, rows = {kind: flops / statistics.median(times.pop(kind)) for kind, (_, flops) in gemm.items()}, []
+    for name, seconds in times.items():
+        run, median = runs[name], statistics.median(seconds)
+        memory, tokens = memory_of(run.step, run.device)
+        speed, exact = tokens / median, run.flops_per_token
+        palm, (waited, trained) = run.model.flops_per_token(run.config.block_size), np.sum(run.history[2:], axis=0)
         rows.append(dict(
-            name=name, step_ms=1e3 * median, min_ms=1e3 * min(times[name]), max_ms=1e3 * max(times[name]),
+            name=name, step_ms=1e3 * median, min_ms=1e3 * min(seconds), max_ms=1e3 * max(seconds),
             tok_per_sec=speed, flops_per_sec=speed * exact, mfu=speed * exact / peak if peak else None,
-            mfu_palm=speed * palm / peak if peak else None,
-            of_gemm=speed * exact / statistics.median(gemm[kind]), peak_mem_gb=memory.get(name),
-            data_wait=trainer.waited / sum(times[name]) if is_ours else None,
-            speedup=statistics.median(b / a for a, b in zip(times[name], base))))
-    return rows, {str(k).removeprefix('torch.'): statistics.median(v) for k, v in gemm.items()}, faults
+            mfu_palm=speed * palm / peak if peak else None, of_gemm=speed * exact / gemm[run.dtype],
+            peak_mem_gb=memory and memory / 2 ** 30, data_wait=float(waited / trained),
+            versus_ours=statistics.median(b / a for a, b in zip(times['ours, Muon'], seconds))))
+    return rows, {str(kind).removeprefix('torch.'): speed for kind, speed in gemm.items()}, faults
 
 
 # what the profiler calls operations; the first that fits counts
@@ -399,179 +325,194 @@ def where_time_goes(trainer, device, steps=3):
 
 # ---- every kernel beside its rivals ------------------------------------------------------------------------
 
-def operations(config, idx, device, dtype, compile):
-    """Yield (name, FLOPs, bytes, {rival: function of the inputs}, inputs) of one layer's operations.
+class Operations:
+    """One layer's operations, a method each: (name, FLOPs, bytes, {rival: function of the inputs}, inputs).
 
     FLOPs and bytes are those of a forward pass that touches memory once for each input and output.
     """
-    (B, T), C, D, V = idx.shape, config.n_embd, config.head_dim, config.vocab_size
-    H, HK, N, size = config.n_head, config.n_kv_head, idx.numel(), dtype.itemsize
-    build = (lambda f: torch.compile(f, dynamic=False)) if compile else (lambda f: f)
-    on_gpu, chosen = device == 'cuda', set(m.IN_USE)
 
-    def inputs(*shapes):
-        return [torch.randn(shape, device=device, dtype=dtype) / (shape[-1] ** 0.5 if len(shape) == 2 else 1)
+    def __init__(self, config, idx, first, dtype, compile):
+        self.config, self.idx, self.first, self.dtype = config, idx, first, dtype
+        self.device, self.size, self.chosen = idx.device.type, dtype.itemsize, set(m.IN_USE)
+        self.compiled = (lambda f: torch.compile(f, dynamic=False)) if compile else (lambda f: f)
+
+    def each(self, modules=()):
+        yield self.attention()
+        yield self.causal()
+        yield self.add_norm()
+        yield self.mlp()
+        yield self.cross_entropy()
+        for name, *counts, rivals, inputs in kernel_cases(modules, self.config, self.dtype, self.idx.numel()):
+            yield name, *counts, rivals, [t.to(self.device) for t in inputs]
+
+    def inputs(self, *shapes):
+        return [torch.randn(shape, device=self.device, dtype=self.dtype) / (shape[-1] ** 0.5 if len(shape) == 2 else 1)
                 for shape in shapes]
 
-    def ours(function, *kernels):
-        built = build(function)
+    def ours(self, function, *kernels):
+        """A function, compiled, with these of the kernels that run here."""
+        built = self.compiled(function)
 
         def run(*args):
-            with using(chosen & set(kernels)):
+            with using(self.chosen & set(kernels)):
                 return built(*args)
         return run
 
-    # attention with all that belongs to it, on documents as they are in the data
-    gpt, layer = GPT(config).to(device), Attention(config, 0).to(device)
-    first = gpt.first_visible(idx)
-    low, last, cos, sin = first.int(), m.last_visible_to(first).int(), gpt.cos, gpt.sin
-    pairs = int((torch.arange(T, device=device) - first + 1).sum())
+    def attention(self):
+        """All that belongs to it, on documents as they are in the data."""
+        (B, T), c, first = self.idx.shape, self.config, self.first
+        H, HK, D, layer = c.n_head, c.n_kv_head, c.head_dim, m.Attention(c, 0).to(self.device)
+        cos, sin = (t.to(self.device) for t in m.rotary_table(T, c.rotary_dim, c.rope_base))
+        context = m.Context(self.idx, cos, sin, first, None, None, {})
+        for_kernels = context._replace(first=first.int(), last=m.last_visible_to(first).int())
+        there, back = torch.arange(T, device=self.device), torch.arange(T, device=self.device)[:, None]
+        seen = ((there <= back) & (there >= first[:, :, None]))[:, None]
 
-    there, back = torch.arange(T, device=device), torch.arange(T, device=device)[:, None]
-    seen = ((there <= back) & (there >= first[:, :, None]))[:, None]
-
-    def by_torch(qkv):
-        q, k, v = layer.heads(qkv, idx, cos, sin)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=layer.scale, enable_gqa=H != HK)
-        return o.transpose(1, 2)
-
-    def by_ours(qkv):
-        if 'attention' in m.IN_USE:
-            return m.attend(layer, qkv, idx, cos, sin, low, last)
-        return m.attention(*layer.heads(qkv, idx, cos, sin), first, layer.scale).transpose(1, 2)
-
-    def by_flex(qkv):
-        q, k, v = layer.heads(qkv, idx, cos, sin)
-        o = flex_attention(q, k, v, block_mask=blocks, scale=layer.scale, enable_gqa=H != HK)
-        return o.transpose(1, 2)
-
-    rivals = {'ours': ours(by_ours, 'attention', 'qk_norm'), 'torch, SDPA with a mask': by_torch,
-              'compiled, SDPA with a mask': build(by_torch)}
-    if on_gpu:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        visible = lambda b, h, i, j: (j <= i) & (j >= first[b, i])
-        blocks = create_block_mask(visible, B, None, T, T, device=device)
-        rivals['compiled FlexAttention, same mask'] = build(by_flex)
-    packed = (B, T, H + 2 * HK, D)
-    yield ('attention, documents, QK-norm, RoPE', 4 * D * H * pairs, size * N * (2 * H + 2 * HK) * D, rivals,
-           inputs(packed))
-
-    # attention alone, causal
-    zero, end = torch.zeros_like(first).int(), torch.full_like(last, T - 1)
-
-    def plainly(qkv):
-        if 'attention' in m.IN_USE:
-            none = cos[:, :0]
-            return m.attend_forward(qkv, idx, zero, end, none, none, H, D ** -0.5, False, False, 0)[0]
-        q, k, v = qkv.transpose(1, 2).split([H, HK, HK], dim=1)
-        return m.attention(q, k, v, zero, D ** -0.5).transpose(1, 2)
-
-    def sdpa(backend=None):
-        from torch.nn.attention import sdpa_kernel
-
-        def run(qkv):
-            q, k, v = qkv.transpose(1, 2).split([H, HK, HK], dim=1)
-            with sdpa_kernel(backend) if backend is not None else nullcontext():
-                o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != HK)
+        def by_torch(qkv):
+            q, k, v = layer.heads(qkv, context)
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=layer.scale, enable_gqa=H != HK)
             return o.transpose(1, 2)
-        return run
 
-    rivals = {'ours': ours(plainly, 'attention'), 'SDPA, its own choice': sdpa()}
-    if on_gpu:
-        from torch.nn.attention import SDPBackend as backends
-        rivals |= {'SDPA, FlashAttention': sdpa(backends.FLASH_ATTENTION),
-                   'SDPA, cuDNN': sdpa(backends.CUDNN_ATTENTION),
-                   'SDPA, memory-efficient': sdpa(backends.EFFICIENT_ATTENTION)}
-    yield ('attention, causal', 4 * D * H * B * T * (T + 1) // 2, size * N * (2 * H + 2 * HK) * D, rivals,
-           inputs(packed))
+        def by_ours(qkv):
+            if 'attention' in m.IN_USE:
+                return m.attend(layer, qkv, for_kernels)
+            return layer.attend(*layer.heads(qkv, context), first).transpose(1, 2)
 
-    def add_norm(x, y):
-        s = x + y
-        return s, m.rms_norm(s)
+        def by_flex(qkv):
+            q, k, v = layer.heads(qkv, context)
+            o = flex_attention(q, k, v, block_mask=blocks, scale=layer.scale, enable_gqa=H != HK)
+            return o.transpose(1, 2)
 
-    rivals = {'ours': ours(m.add_norm, 'rms_norm'), 'torch': add_norm, 'compiled': build(add_norm)}
-    yield 'residual + RMSNorm', 6 * N * C, 4 * size * N * C, rivals, inputs((N, C), (N, C))
+        rivals = {'ours': self.ours(by_ours, 'attention', 'qk_norm'), 'torch, SDPA with a mask': by_torch,
+                  'compiled, SDPA with a mask': self.compiled(by_torch)}
+        if self.device == 'cuda':
+            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+            visible = lambda b, h, i, j: (j <= i) & (j >= first[b, i])
+            blocks = create_block_mask(visible, B, None, T, T, device=self.device)
+            rivals['compiled FlexAttention, same mask'] = self.compiled(by_flex)
+        pairs, N = int((there - first + 1).sum()), B * T
+        return ('attention, documents, QK-norm, RoPE', 4 * D * H * pairs, self.size * N * (2 * H + 2 * HK) * D, rivals,
+                self.inputs((B, T, H + 2 * HK, D)))
 
-    gated, hidden = config.mlp == 'swiglu', config.mlp_hidden
+    def causal(self):
+        """Attention alone, over all that went before."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        (B, T), H, HK, D = self.idx.shape, self.config.n_head, self.config.n_kv_head, self.config.head_dim
+        zero = torch.zeros_like(self.first)
+        ends, none = (zero.int(), torch.full_like(zero, T - 1).int()), torch.zeros(T, 0, device=self.device)
 
-    def mlp(x, up, down):
-        x = x @ up.t()
-        if gated:
-            gate, x = x.chunk(2, dim=-1)
-            return (F.silu(gate) * x) @ down.t()
-        return F.relu(x).square() @ down.t()
+        def heads(qkv):
+            return qkv.transpose(1, 2).split([H, HK, HK], dim=1)
 
-    fused = (lambda *t: m.mlp_forward(*t, gated)[0]) if 'mlp' in chosen else mlp
-    rivals = {'ours': ours(fused, 'mlp'), 'torch': mlp, 'compiled': build(mlp)}
-    yield (f'MLP, {config.mlp}', 2 * N * C * hidden * (3 if gated else 2), size * N * (2 * C + 2 * hidden),
-           rivals, inputs((N, C), (hidden * (1 + gated), C), (C, hidden)))
+        def plainly(qkv):
+            if 'attention' in m.IN_USE:
+                return m.attend_forward(qkv, self.idx, *ends, none, none, H, D ** -0.5, False, False, 0)[0]
+            return m.attention(*heads(qkv), zero, D ** -0.5).transpose(1, 2)
 
-    targets = torch.randint(0, V, (N,), device=device)
-    table = torch.randn(V, 16, device=device) / 4
-    soft = table, m.similarity_norm(table), torch.tensor(0.8, device=device)
-
-    def all_logits(x, w):
-        return F.cross_entropy((x @ w.t()).float(), targets)
-
-    def loss(soft=()):
-        return ours(lambda x, w: m.linear_cross_entropy(x, w, targets, soft=soft), 'cross_entropy')
-
-    rivals = {'ours': loss(), 'ours, soft targets': loss(soft),
-              'torch, all logits': all_logits, 'compiled, all logits': build(all_logits)}
-    import torch._inductor.config as inductor
-    if on_gpu and hasattr(inductor, 'auto_chunker'):       # it compiles as it is what it cannot cut
-        chunked = torch.compile(all_logits, dynamic=False, options={'auto_chunker.enable': True})
-        rivals['compiled, auto-chunker'] = chunked
-    if hasattr(F, 'linear_cross_entropy'):                  # from torch 2.13 on
-        options = torch.nn.LinearCrossEntropyOptions()
-        rivals['F.linear_cross_entropy'] = lambda x, w: F.linear_cross_entropy(x, w, targets, options=options)
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
-        rivals['Liger-Kernel'] = lambda x, w: liger(x, w, targets)
-    except ImportError:
-        pass
-    yield 'linear + cross-entropy', 2 * N * C * V, size * (N * C + V * C), rivals, inputs((N, C), (V, C))
-
-
-def kernel_table(config, idx, device, dtype, compile, rounds, rates):
-    """A row for every operation and rival: forward, and with backward; median, spread, floor, memory."""
-    rows = []
-    for name, flops, size, rivals, tensors in operations(config, idx, device, dtype, compile):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        with torch.no_grad():
-            outputs = rivals.get('torch', rivals['ours'])(*tensors)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        grads = [torch.randn_like(o) if o.ndim else torch.ones_like(o) for o in outputs]
-
-        def both(function):
-            return lambda: torch.autograd.grad(function(*leaves), leaves, grads)
-
-        def forward(function):
-            def run():
-                with torch.no_grad():
-                    function(*tensors)
+        def sdpa(backend=None):
+            def run(qkv):
+                with sdpa_kernel(backend) if backend is not None else nullcontext():
+                    o = F.scaled_dot_product_attention(*heads(qkv), is_causal=True, enable_gqa=H != HK)
+                return o.transpose(1, 2)
             return run
 
-        trained, faults = seconds_each({k: both(f) for k, f in rivals.items()}, device, rounds)
-        alone = {k: forward(f) for k, f in rivals.items()}
-        # our loss makes its gradients on the way forward: alone it would compare two things
-        alone = {} if 'entropy' in name else seconds_each(alone, device, rounds)[0]
-        floor = max(flops / rates['gemm'], size / rates['copy'])
-        for rival, function in rivals.items():
-            row = dict(operation=name, rival=rival, fault=faults.get(rival), floor_ms=1e3 * floor,
-                       floor_both_ms=1e3 * max(3 * flops / rates['gemm'], 2 * size / rates['copy']))
-            for key, times in (('', alone), ('both_', trained)):
-                if ms := [1e3 * t for t in times.get(rival, [])]:
-                    row |= {f'{key}ms': statistics.median(ms), f'{key}min_ms': min(ms),
-                            f'{key}max_ms': max(ms)}
-            if device == 'cuda' and rival in trained:
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                both(function)()
-                row['mem_mb'] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-            if rival in trained and 'ours' in trained:
-                row['versus_ours'] = statistics.median(b / a for a, b in zip(trained['ours'], trained[rival]))
-            rows.append(row)
+        rivals = {'ours': self.ours(plainly, 'attention'), 'SDPA, its own choice': sdpa()}
+        if self.device == 'cuda':
+            rivals |= {'SDPA, FlashAttention': sdpa(SDPBackend.FLASH_ATTENTION),
+                       'SDPA, cuDNN': sdpa(SDPBackend.CUDNN_ATTENTION),
+                       'SDPA, memory-efficient': sdpa(SDPBackend.EFFICIENT_ATTENTION)}
+        return ('attention, causal', 2 * D * H * B * T * (T + 1), self.size * B * T * (2 * H + 2 * HK) * D, rivals,
+                self.inputs((B, T, H + 2 * HK, D)))
+
+    def add_norm(self):
+        def add_norm(x, y):
+            s = x + y
+            return s, m.rms_norm(s)
+
+        rivals = {'ours': self.ours(m.add_norm, 'rms_norm'), 'torch': add_norm, 'compiled': self.compiled(add_norm)}
+        shape = N, C = self.idx.numel(), self.config.n_embd
+        return 'residual + RMSNorm', 6 * N * C, 4 * self.size * N * C, rivals, self.inputs(shape, shape)
+
+    def mlp(self):
+        c, N = self.config, self.idx.numel()
+        C, hidden, gated = c.n_embd, c.mlp_hidden, c.mlp == 'swiglu'
+
+        def mlp(x, up, down):
+            x = x @ up.t()
+            if gated:
+                gate, x = x.chunk(2, dim=-1)
+                return (F.silu(gate) * x) @ down.t()
+            return F.relu(x).square() @ down.t()
+
+        fused = (lambda *t: m.mlp_forward(*t, gated)[0]) if 'mlp' in self.chosen else mlp
+        rivals = {'ours': self.ours(fused, 'mlp'), 'torch': mlp, 'compiled': self.compiled(mlp)}
+        return (f'MLP, {c.mlp}', 2 * N * C * hidden * (3 if gated else 2), self.size * N * (2 * C + 2 * hidden),
+                rivals, self.inputs((N, C), (hidden * (1 + gated), C), (C, hidden)))
+
+    def cross_entropy(self):
+        N, C, V = self.idx.numel(), self.config.n_embd, self.config.vocab_size
+        targets = torch.randint(0, V, (N,), device=self.device)
+
+        def ours(x, w):
+            return m.linear_cross_entropy(x, w, targets)
+
+        def all_logits(x, w):
+            return F.cross_entropy((x @ w.t()).float(), targets)
+
+        rivals = {'ours': self.ours(ours, 'cross_entropy'), 'torch, all logits': all_logits,
+                  'compiled, all logits': self.compiled(all_logits)}
+        import torch._inductor.config as inductor
+        if self.device == 'cuda' and hasattr(inductor, 'auto_chunker'):    # it compiles as it is what it cannot cut
+            chunked = torch.compile(all_logits, dynamic=False, options={'auto_chunker.enable': True})
+            rivals['compiled, auto-chunker'] = chunked
+        if hasattr(F, 'linear_cross_entropy'):                  # from torch 2.13 on
+            options = torch.nn.LinearCrossEntropyOptions()
+            rivals['F.linear_cross_entropy'] = lambda x, w: F.linear_cross_entropy(x, w, targets, options=options)
+        try:
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+            rivals['Liger-Kernel'] = lambda x, w: liger(x, w, targets)
+        except ImportError:
+            pass
+        return 'linear + cross-entropy', 2 * N * C * V, self.size * (N * C + V * C), rivals, self.inputs((N, C), (V, C))
+
+
+def kernel_cases(modules, config, dtype, rows):
+    """The operations that ideas bring kernels for, as Operations has them."""
+    for cases in dict.fromkeys(module.kernel_cases for module in modules if hasattr(module, 'kernel_cases')):
+        yield from cases(config, dtype, rows)
+
+
+def kernel_rows(name, flops, size, rivals, tensors, rounds, rates):
+    """A row for every rival in an operation: forward, and with backward; median, spread, floor, memory."""
+    rows, device = [], tensors[0].device.type
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    with torch.no_grad():
+        outputs = rivals.get('torch', rivals['ours'])(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [torch.randn_like(o) if o.ndim else torch.ones_like(o) for o in outputs]
+
+    def both(function):
+        return lambda: torch.autograd.grad(function(*leaves), leaves, grads)
+
+    def forward(function):
+        return torch.no_grad()(lambda: function(*tensors))
+
+    trained, faults = seconds_each({k: both(f) for k, f in rivals.items()}, device, rounds)
+    # our loss makes its gradients on the way forward: alone it would compare two things
+    alone = {} if 'entropy' in name else {k: forward(f) for k, f in rivals.items()}
+    alone = seconds_each(alone, device, rounds)[0]
+    floor = max(flops / rates['gemm'], size / rates['copy'])
+    for rival, function in rivals.items():
+        row = dict(operation=name, rival=rival, fault=faults.get(rival), floor_ms=1e3 * floor,
+                   floor_both_ms=1e3 * max(3 * flops / rates['gemm'], 2 * size / rates['copy']))
+        for key, times in (('', alone), ('both_', trained)):
+            if ms := [1e3 * t for t in times.get(rival, [])]:
+                row |= {f'{key}ms': statistics.median(ms), f'{key}min_ms': min(ms), f'{key}max_ms': max(ms)}
+        if device == 'cuda' and rival in trained:
+            row['mem_mb'] = memory_of(both(function), device)[0] / 2 ** 20
+        if rival in trained and 'ours' in trained:
+            row['versus_ours'] = statistics.median(b / a for a, b in zip(trained['ours'], trained[rival]))
+        rows.append(row)
     return rows
 
 
@@ -584,40 +525,35 @@ FAMILY = (      # what kernels branch on, and the widths of models of 11M, 34M a
     dict(n_embd=512, n_head=4, n_kv_head=2, mlp='swiglu', vocab_size=16384),
     dict(n_embd=512, n_head=4, n_kv_head=2, mlp='swiglu', dtype='float32'),
     dict(n_embd=768, n_head=12, n_kv_head=1, rotary_dim=32, block_size=1024, vocab_size=16384),
-    dict(n_embd=256, n_head=8, qk_norm=False, token_shift=False, logit_softcap=15.0, z_loss=1e-4),
+    dict(n_embd=256, n_head=8, qk_norm=False, token_shift=False),
     dict(n_embd=200, n_head=2, head_dim=16, mlp='swiglu', mlp_hidden=600, vocab_size=50257))
 
 
-def every_kernel(config, dtype):
+def every_kernel(config, dtype, modules=()):
     """Go through forward and backward of all operations of a model, on the CPU, with whatever m.launch is."""
-    B, T, C, D, H, HK = 1, config.block_size, config.n_embd, config.head_dim, config.n_head, config.n_kv_head
-    x = torch.zeros(T, C, dtype=dtype)
-    idx, ends = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.int32)
-    cos = torch.zeros(T, config.rotary_dim // 2)
-    qkv = torch.zeros(B, T, H + 2 * HK, D, dtype=dtype)
-    places, flags = (idx, ends, ends, cos, cos), (config.qk_norm, config.token_shift, 0)
-    o, *saved = m.attend_forward(qkv, *places, H, D ** -0.5, *flags)
-    m.attend_backward(o, qkv, o, *saved, *places, D ** -0.5, *flags)
-    for y, gain in ((x, None), (None, None), (x, torch.zeros(C))):
-        s, _, rstd = m.add_norm_forward(x, y, gain, 1e-6)
-        m.add_norm_backward(None if y is None else x, x, s if y is not None else x, rstd, gain)
-    weight, targets = torch.zeros(config.vocab_size, C), torch.zeros(T, dtype=torch.long)
-    hard = [None] * 3
-    soft = [torch.zeros(config.vocab_size, 16), torch.zeros(config.vocab_size), torch.zeros(())]
-    for mixture, grad in ((hard, True), (hard, False), (soft, True)):
-        m.cross_entropy_forward(x, weight, targets, *mixture, config.logit_softcap, config.z_loss, grad, T)
-    gated = config.mlp == 'swiglu'
-    up = torch.zeros(config.mlp_hidden * (1 + gated), C, dtype=dtype)
-    down = torch.zeros(C, config.mlp_hidden, dtype=dtype)
-    y, a, h = m.mlp_forward(x, up, down, gated)
-    m.mlp_backward(y, x, up, down, a, h, gated)
+    idx = torch.zeros(1, config.block_size, dtype=torch.long)
+    with using(m.KERNELS):
+        for name, _, _, rivals, inputs in Operations(config, idx, idx, dtype, False).each(modules):
+            outputs = rivals['ours'](*(t.requires_grad_() for t in inputs))
+            sum(o.sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+            if name == 'linear + cross-entropy':        # as it is evaluated
+                m.linear_cross_entropy(*inputs, idx[0], 'none')
 
 
-def compile_for(sm, configs):
+def family(s, ideas):
+    """(config, dtype) of the models whose kernels are built: that of the settings, and what else is common."""
+    kind, shape = m.configured(ideas), [*train.SHAPE, 'vocab_size']
+    declared = {name: getattr(s, name) for name in ideas.declared}
+    for options in ({name: getattr(s, name) for name in shape}, *FAMILY):
+        dtype = getattr(torch, options.get('dtype', 'bfloat16'))
+        yield kind(**declared | {name: value for name, value in options.items() if name != 'dtype'}), dtype
+
+
+def compile_for(s, ideas):
     """Build every kernel of these models for an architecture, in its own process; prints rows as JSON."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    tools, rows = Path(m.triton.__file__).parent / 'backends' / 'nvidia' / 'bin', {}
+    tools, rows, sm = Path(m.triton.__file__).parent / 'backends' / 'nvidia' / 'bin', {}, s.compile_for
 
     class Card:                                 # all that Triton asks a driver while it compiles
         get_current_target = staticmethod(lambda: GPUTarget('cuda', sm, 32))
@@ -639,42 +575,38 @@ def compile_for(sm, configs):
             fp64=fp64, over=[limit for limit, wrong in over.items() if wrong])
 
     driver.set_active(Card())
-    m.launch, m.shared_memory = build, lambda x: SHARED_MEMORY[sm]
-    for options in configs:
-        dtype = options.pop('dtype', 'bfloat16')
-        config = GPTConfig(**options)
+    for owner in (m, *ideas.modules):           # an idea may have them by name
+        vars(owner).update({k: v for k, v in dict(launch=build, shared_memory=lambda x: SHARED_MEMORY[sm]).items()
+                            if hasattr(owner, k)})
+    for config, dtype in family(s, ideas):
         case = (f'{config.n_embd} wide, heads of {config.head_dim}, {config.mlp}, '
-                f'vocabulary {config.vocab_size}, {dtype}')
-        every_kernel(config, getattr(torch, dtype))
+                f'vocabulary {config.vocab_size}, {str(dtype)[6:]}')
+        every_kernel(config, dtype, ideas.modules)
     print(json.dumps(list(rows.values())))
 
 
-def compile_only(configs, targets=tuple(SHARED_MEMORY)):
-    """Build every kernel of these models (dicts of options) for every architecture; rows, also printed."""
-    if m.triton is None:
-        raise UserError('--kernels=compile-only needs Triton: pip install -r requirements.txt')
+def compile_only(argv):
+    """Build every kernel of the settings' model and its family for every architecture; rows, also printed."""
+    refuse(m.triton is None, '--kernels=compile-only needs Triton: pip install -r requirements.txt')
     environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
 
     def child(sm):
-        command = [sys.executable, __file__, f'--compile_for={sm}', json.dumps(configs)]
+        command = [sys.executable, __file__, *argv, f'--compile_for={sm}']
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     rows = []
-    for done in ThreadPoolExecutor(2).map(child, targets):
-        if done.returncode:
-            raise UserError(f'a kernel does not compile:\n{done.stderr[-3000:]}')
+    for done in ThreadPoolExecutor(2).map(child, SHARED_MEMORY):
+        refuse(done.returncode, f'a kernel does not compile:\n{done.stderr[-3000:]}')
         rows += json.loads(done.stdout)
     heads = f'{"sm":>4}{"shared":>11}{"registers":>11}{"stack":>9}{"fp64":>6}'
     print(f'{"kernel, the most of its builds":30}{heads}')
-    for sm in targets:
-        for kernel in dict.fromkeys(r['kernel'] for r in rows):
-            same = [r for r in rows if (r['sm'], r['kernel']) == (sm, kernel)]
+    for sm, kernel in itertools.product(SHARED_MEMORY, dict.fromkeys(r['kernel'] for r in rows)):
+        if same := [r for r in rows if (r['sm'], r['kernel']) == (sm, kernel)]:
             most = {k: max(r[k] for r in same) for k in ('shared', 'registers', 'stack', 'fp64')}
             print(f'{kernel:30}{sm:4}{most["shared"]:11,}{most["registers"]:11}{most["stack"]:9}'
                   f'{"yes" if most["fp64"] else "no":>6}   {len(same)} builds')
-            for r in same:
-                if r['over']:
-                    print(f'    OVER THE LIMIT, {", ".join(r["over"])}: {r["case"]}')
+        for r in [r for r in same if r['over']]:
+            print(f'    OVER THE LIMIT, {", ".join(r["over"])}: {r["case"]}')
     return rows
 
 
@@ -682,43 +614,42 @@ def compile_only(configs, targets=tuple(SHARED_MEMORY)):
 
 SAME = ('dataset', 'budget_minutes', 'budget_counts', 'max_steps', 'max_tokens')  # of all runs
 OURS = ('seed', 'out_dir', 'overwrite', 'dry_run', 'init_from')    # only a comparison sets these
-COLUMNS = dict(seeds='d', val_bpb='.4f', sd='.4f', change='+.2%', in_sd='+.1f', total_params=',.0f',
-               non_embedding_params=',.0f', active_params=',.0f', tokens=',.0f', epochs='.2f',
-               train_seconds=',.0f', total_seconds=',.0f', tok_per_sec=',.0f', joules=',.0f')
+COLUMNS = dict(seeds=0, val_bpb=4, sd=4, change='+.2%', in_sd='+.1f', total_params=0, non_embedding_params=0,   # as
+               active_params=0, tokens=0, epochs=2, train_seconds=0, total_seconds=0, tok_per_sec=0, joules=0)  # text_table
 
 
 def planned(own, argv):
     """The runs of a comparison in turn, the base's first; UserError lists the mistakes of all."""
     configs = [a for a in argv if not a.startswith('--')]
     names = ['+'.join(Path(part).stem for part in config.split('+')) for config in configs]
-    train.refuse(not configs, '--compare names no config: it takes a base, then ideas')
-    train.refuse(len({*names}) < len(names), f'two of {", ".join(names)} are called the same: rename one')
-    root = Path(own['compare_dir'] or f'out/compare/{names[0]}')
-    ideas = {}
+    refuse(not configs, '--compare names no config: it takes a base, then ideas')
+    refuse(len({*names}) < len(names), f'two of {", ".join(names)} are called the same: rename one')
+    stacks = {}
     for name, config in zip(names, configs):
         kept = [a for a in argv if a.startswith('--') or a in (configs[0], config)]      # in their order
-        ideas[name] = [part for a in kept for part in ([a] if a.startswith('--') else a.split('+'))]
-    return checked(ideas, root, own['seeds'], own['idea_seeds'], SAME)
+        stacks[name] = [part for a in kept for part in ([a] if a.startswith('--') else a.split('+'))]
+    return checked(stacks, Path(own.compare_dir or f'out/compare/{names[0]}'), own.seeds, own.idea_seeds, SAME)
 
 
-def checked(ideas, root, seeds, idea_seeds, same):
-    """The runs of ideas {name: arguments}, the first of which is the base, that are alike in `same`."""
+def checked(stacks, root, seeds, idea_seeds, same):
+    """The runs of stacks {name: arguments}, the first of which is the base, that are alike in `same`."""
     runs, wrong = [], []
-    for name, args in ideas.items():
-        wrong += [f'{where}: a comparison has its own {key}'
-                  for where, key, _ in train.assignments(args) if key in OURS]
+    for name, args in stacks.items():
+        try:
+            s, ideas = train.read_settings(args)
+        except UserError as e:
+            wrong += [line.strip() for line in str(e).splitlines()[1:]]
+            continue
+        wrong += [f'{ideas.set_at[key]}: a comparison has its own {key}' for key in OURS if key in ideas.set_at]
         for seed in range(1, (idea_seeds if runs and name != runs[0].name else seeds) + 1):
-            run = SimpleNamespace(name=name, seed=seed, folder=root / name / f'seed{seed}', fault='')
-            run.args = [*args, f'--seed={seed}', f'--out_dir={run.folder}']
-            try:
-                run.s = train.read_settings(run.args)
-            except UserError as e:
-                wrong += [line.strip() for line in str(e).splitlines()[1:]]
-                break
-            runs.append(run)
-            wrong += [f'{name} has {key} {theirs!r}, the base {ours!r}: they must be equal' for key in same
-                      if (theirs := vars(run.s)[key]) != (ours := vars(runs[0].s)[key])]
-    train.refuse(wrong, '\n  '.join(['these runs cannot be compared:', *dict.fromkeys(wrong)]))
+            folder = root / name / f'seed{seed}'
+            runs.append(SimpleNamespace(
+                name=name, seed=seed, folder=folder, fault='', ideas=ideas,
+                args=[*args, f'--seed={seed}', f'--out_dir={folder}'],
+                s=SimpleNamespace(**vars(s) | dict(seed=seed, out_dir=str(folder)))))
+        wrong += [f'{name} has {key} {theirs!r}, the base {ours!r}: they must be equal' for key in same
+                  if (theirs := vars(s)[key]) != (ours := vars(runs[0].s)[key])]
+    refuse(wrong, '\n  '.join(['these runs cannot be compared:', *dict.fromkeys(wrong)]))
     for run in runs:
         look(run)
     # the base's seeds lie evenly among the others, so that an hour's noise is not taken for theirs
@@ -728,16 +659,20 @@ def checked(ideas, root, seeds, idea_seeds, same):
 
 
 def look(run):
-    """Find what there is of a run: its result, or that it has begun; refuses one of other settings."""
+    """Find what there is of a run: its result, or that it has begun; refuses one of other settings or ideas."""
     result = run.folder / 'result.json'
     run.result = json.loads(result.read_text()) if result.exists() else None
     run.begun = any((run.folder / name).exists() for name in ('ckpt.pt', 'ckpt.prev.pt'))
-    found = run.result or (sample.read_checkpoint(run.folder) if run.begun else dict(settings={}))
+    if not (run.result or run.begun):
+        return
+    found = run.result or sample.read_checkpoint(run.folder)
     then, now = (json.loads(json.dumps(x)) for x in (found['settings'], vars(run.s)))   # tuples to lists
+    then['ideas'] = found['ideas'] if run.result else [name for name, _, named in found['ideas'] if named]
+    now['ideas'] = [name for name, _, named in run.ideas.sources() if named]
     differ = [f'{k} (was {then[k]!r}, now {v!r})' for k, v in now.items()
               if k not in ('out_dir', 'init_from') and then.get(k, v) != v]
-    train.refuse(differ, f'{run.folder} holds a run with other settings: {", ".join(differ)}; '
-                         f'delete it, or choose another --compare_dir')
+    refuse(differ, f'{run.folder} holds a run with other settings: {", ".join(differ)}; '
+                   f'delete it, or choose another --compare_dir')
 
 
 def make(run):
@@ -793,28 +728,30 @@ def ranked(runs):
 def as_table(rows, runs, columns, *notes):
     """Markdown of ranked rows, then notes, and in what all runs should be alike and are not."""
     results = [run.result for run in runs if run.result]
-    columns = columns | {e: '.4f' for r in results for e in r['evals']}
-    table = [['rank', 'idea', *columns, 'notes']]
-    for place, row in enumerate(rows, 1):
-        cells = [{'joules': 'not measured'}.get(key, '-') if row.get(key) is None else f'{row[key]:{form}}'
-                 for key, form in columns.items()]
-        rank, remarks = str(place) if row['seeds'] else '-', '; '.join(row['notes']).replace('|', '/')
-        table.append([rank, row['name'], *cells, remarks])
-    lines = [*markdown(table), '', *notes]
+    columns = dict(rank=None, idea=None) | columns | {e: 4 for r in results for e in r['evals']} | dict(notes=None)
+    lines = text_table(columns, [row | dict(
+        rank=place if row['seeds'] else None, idea=row['name'], notes='; '.join(row['notes']).replace('|', '/'))
+        for place, row in enumerate(rows, 1)])
+    lines += ['', *notes]
     for key in ('commit', 'hardware', 'val_share'):
         if len(kinds := {json.dumps(r[key]) for r in results}) > 1:
             lines.append(f'Not all runs have the same {key}: {", ".join(sorted(kinds))}.')
     return '\n'.join(lines)
 
 
+def write_table(path, text, found):
+    """path.md and path.json."""
+    sample.write_beside(path.with_suffix('.md'), lambda f: f.write(text.encode() + b'\n'))
+    sample.write_beside(path.with_suffix('.json'), lambda f: f.write(json.dumps(found, indent=1).encode()))
+
+
 def keep_table(runs, root):
     """Rank the runs; the table in Markdown, which compare.md keeps, and compare.json its rows."""
     text = as_table(rows := ranked(runs), runs, COLUMNS,
                     'change: beside the base with its seeds; sd: standard deviation of val_bpb over seeds; '
-                    'in_sd: the change in sd of the base.',
+                    'in sd: the change in sd of the base.',
                     'Within noise: less than 2 of them, or not known, as one seed of the base has no sd.')
-    sample.write_beside(root / 'compare.md', lambda f: f.write(text.encode() + b'\n'))
-    sample.write_beside(root / 'compare.json', lambda f: f.write(json.dumps(rows, indent=1).encode()))
+    write_table(root / 'compare', text, rows)
     return text
 
 
@@ -824,32 +761,36 @@ def say_runs(runs, root):
     hours = sum(left) / 60
     print(f'{len(runs)} runs in {root}, {len(left)} to make, a budget of {hours:.1f} hours')
     for run in [run for run in runs if run.seed == 1]:
-        sets = [f'{k}={v!r}' for k, v in vars(run.s).items() if v != vars(base.s)[k] and k != 'out_dir']
+        sets = [f'{k}={v!r}' for k, v in vars(run.s).items() if vars(base.s).get(k) != v and k != 'out_dir']
+        own = [seam for seam in prepare_data.SEAMS if run.ideas.tops(seam) != base.ideas.tops(seam)]
+        sets += [f'its own {" and ".join(own)}'] * bool(own)
         print(f'{run.name}: {", ".join(sets) or "the settings of the base"}')
         parts = [arg for arg in run.args if arg not in base.args]
-        for line in train.overruled(run.args):
+        for line in run.ideas.overruled:
             if sum(f'{part}:' in line for part in parts) > 1:      # not the base, which is the point
                 print(f'  overruled: {line}')
 
 
-def compare_runs(argv, plan=planned, keep=keep_table):
+def try_out(runs):
+    """Prepare what runs read, on no run's bill; what cannot be is said now, not in its turn."""
+    wrong = []
+    for run in {run.name: run for run in runs if not run.result}.values():
+        try:
+            measured(run.ideas)(run.s, device='cpu')
+        except UserError as e:
+            wrong.append(f'{run.name}: {e}')
+    refuse(wrong, '\n  '.join(['these runs cannot be made:', *dict.fromkeys(wrong)]))
+
+
+def compare_runs(own, rest, argv, plan=planned, keep=keep_table):
     """Make the runs of --compare that are not finished, one at a time, and rank all."""
-    own, rest = own_options([a for a in argv if a != '--compare'])
     runs = plan(own, rest)
     root = runs[0].folder.parents[1]
     say_runs(runs, root)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        needs = ' '.join(dict.fromkeys(run.s.prepare for run in runs if run.s.prepare))
-        wrong = []
-        for run in runs:                        # on no run's bill, and with what any idea needs
-            data = train.open_or_build(SimpleNamespace(**vars(run.s) | dict(prepare=needs)), 0)
-            try:                                # what cannot be is said now, not in its turn
-                train.growth_stages(run.s, train.model_config(run.s, data))
-                train.make_stream(run.s, data)
-            except UserError as e:
-                wrong += [f'{run.name}: {e}'] * (not run.result)
-        train.refuse(wrong, '\n  '.join(['these runs cannot be made:', *dict.fromkeys(wrong)]))
+        try_out(runs)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.default_int_handler)
         for run in [run for run in runs if not run.result]:
             print(f'{run.name}, seed {run.seed}: {run.folder / "log.txt"}', flush=True)
             make(run)
@@ -872,25 +813,15 @@ SHOWN = 'seeds val_bpb sd active_params tokens epochs train_seconds total_second
 
 def swept(own, argv):
     """The runs of --sweep's grid in turn; UserError lists the mistakes of all."""
-    at = [a.partition('=')[0] for a in argv].index('--sweep')
-    text = argv.pop(at).partition('=')[2] or (argv.pop(at) if argv[at:] else '')
-    parts = [part.partition('=') for part in re.sub(r'\s', '', text).split(';')]
-    axes = [[f'--{key}={value}' for value in values.split(',')] for key, _, values in parts]
-    ideas = {','.join(f'{key}={value}' for _, key, value in train.assignments(point)).replace('/', '_'):
-             [*argv, *point] for point in itertools.product(*axes)}
-    twice = len({part[0] for part in parts}) < len(parts) or len(ideas) < math.prod(map(len, axes))
-    train.refuse(twice or any(arg.startswith('--=') or arg.endswith('=') for arg in sum(axes, [])),
-                 f'--sweep is {text!r}, it must be like "n_embd=128,192;head_lr=1e-3,2e-3", nothing twice')
-    configs, wrong = '+'.join(Path(a).stem for a in argv if not a.startswith('--')) or 'default', []
-    root = Path(own['compare_dir'] or f'out/sweep/{configs}')
-    for run in (runs := checked(ideas, root, own['seeds'], own['seeds'], SAME[:1])):
-        try:
-            GPTConfig(vocab_size=run.s.vocab_size, **{k: vars(run.s)[k] for k in train.MODEL_KEYS})
-            train.adapt(run.s, train.choose_device(run.s), 1)
-        except (ValueError, UserError) as e:
-            wrong.append(f'{run.name}: {e}')
-    train.refuse(wrong, '\n  '.join(['the grid has points that cannot be:', *dict.fromkeys(wrong)]))
-    return runs
+    parts = [part.partition('=') for part in re.sub(r'\s', '', own.sweep).split(';')]
+    axes = [[(key, value) for value in values.split(',')] for key, _, values in parts]
+    stacks = {','.join(map('='.join, point)).replace('/', '_'): [*argv, *(f'--{key}={value}' for key, value in point)]
+              for point in itertools.product(*axes)}
+    twice = len({part[0] for part in parts}) < len(parts) or len(stacks) < math.prod(map(len, axes))
+    refuse(twice or not all(map(all, sum(axes, []))),
+           f'--sweep is {own.sweep!r}, it must be like "n_embd=128,192;head_lr=1e-3,2e-3", nothing twice')
+    configs = '+'.join(Path(a).stem for a in argv if not a.startswith('--')) or 'default'
+    return checked(stacks, Path(own.compare_dir or f'out/sweep/{configs}'), own.seeds, own.seeds, SAME[:1])
 
 
 def grouped(runs, about=lambda key: True):
@@ -1087,12 +1018,9 @@ def keep_sweep(runs, root):
         charts += chart
         found[what] = {name: math.exp(values[0]) for name, values in best.items()}
     text = '\n'.join([as_table(rows, runs, {key: COLUMNS[key] for key in SHOWN}), '', *said])
-    digits = {key: int(COLUMNS[key].partition('.')[2][:1] or 0) for key in SHOWN}
     table = dict(kind='table', title='Runs', rows=rows, columns=[
-        dict(key='name'), *(dict(key=key, digits=n) for key, n in digits.items())])
-    sample.write_beside(root / 'sweep.md', lambda f: f.write(text.encode() + b'\n'))
-    sample.write_beside(root / 'sweep.json', lambda f: f.write(
-        json.dumps(dict(rows=rows, said=said, **found), indent=1).encode()))
+        dict(key='name'), *(dict(key=key, digits=COLUMNS[key]) for key in SHOWN)])
+    write_table(root / 'sweep', text, dict(rows=rows, said=said, **found))
     said = dict(kind='text', title='What the runs say', text='\n'.join(said))
     sample.write_page(root / 'sweep.html', f'A sweep of {", ".join(keys)}', blocks=[said, *charts, table])
     return text
@@ -1144,7 +1072,7 @@ def finished_runs(folder):
 
 def key_of(name, known, option):
     near = ''.join(f'; did you mean {key}?' for key in difflib.get_close_matches(name, known, 1))
-    train.refuse(name not in known, f'--{option}: no result has {name!r}{near}')
+    refuse(name not in known, f'--{option}: no result has {name!r}{near}')
     return name
 
 
@@ -1158,7 +1086,7 @@ def holds(node, row):
         case ast.Compare(left, ops, right):
             if any(row.get(n.id) is None for n in ast.walk(node) if isinstance(n, ast.Name)):
                 return False
-            values = [train.literal(part, row) for part in (left, *right)]
+            values = [literal(part, row) for part in (left, *right)]
             return all(COMPARISONS[type(op)](a, b) for op, a, b in zip(ops, values, values[1:]))
     return bool(row.get(node.id))
 
@@ -1219,29 +1147,22 @@ def progress_blocks(texts, most=8):
                            note=f'The best {most} of {len(rows)} runs.' * (len(rows) > most))
 
 
-def markdown(table):
-    """Lines of a table of strings, its first row the heads; the last column is as wide as it needs."""
-    widths = [max(map(len, column)) for column in zip(*table)][:-1] + [0]
-    table = [table[0], ['-' * (w - 1) + ':' if w else '---' for w in widths], *table[1:]]
-    return ['| ' + ' | '.join(f'{cell:>{w}}' for cell, w in zip(cells, widths)) + ' |' for cells in table]
-
-
 def label(key):
     return {'run': 'model', 'total_params': 'parameters'}.get(key, key.replace('_', ' '))
 
 
-def short(value):
-    """A number in few characters; a text as it is."""
-    if isinstance(value, float):
-        return f'{value:,.0f}' if 1000 <= abs(value) < 1e9 else f'{value:.4g}'
-    return f'{value:,}' if type(value) is int else str(value)
-
-
 def text_table(columns, rows):
-    """Lines of Markdown; columns: {key: decimals, or None}."""
-    return markdown([[label(key) for key in columns], *([
-        '-' if (v := row.get(key)) is None else short(v) if digits is None else f'{v:,.{digits}f}'
-        for key, digits in columns.items()] for row in rows)])
+    """Lines of Markdown; columns {key: decimals, a format, or None for what stands as it is}, the last as wide as it
+    needs."""
+    def cell(value, form):
+        if isinstance(value, (int, float)):
+            return f'{value:{form if isinstance(form, str) else ",.6g" if form is None else f",.{form}f"}}'
+        return '-' if value is None else str(value)
+
+    table = [[label(key) for key in columns], *([cell(row.get(key), form) for key, form in columns.items()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table)][:-1] + [0]
+    table.insert(1, ['-' * (w - 1) + ':' if w else '---' for w in widths])
+    return ['| ' + ' | '.join(f'{cell:>{w}}' for cell, w in zip(cells, widths)) + ' |' for cells in table]
 
 
 def table_block(title, note, columns, rows):
@@ -1267,26 +1188,24 @@ def in_order(rows, sort):
     return texts, ordered
 
 
-def leaderboard(argv):
+def leaderboard(own, rest):
     """Rank every finished run under a folder; prints the table, and leaves leaderboard.md and .html there."""
-    words = iter([a for a in argv if a != '--leaderboard'])
-    own, rest = own_options([f'{a}={next(words, "")}' if a in ('--sort', '--where') else a for a in words])
-    train.refuse(len(rest) > 1 or any(a.startswith('--') for a in rest),
-                 f'--leaderboard takes one folder, --sort and --where, and got {" ".join(rest)}')
-    folder, sort = Path(rest[0] if rest else 'out'), own['sort']
+    refuse(len(rest) > 1 or any(a.startswith('--') for a in rest),
+           f'--leaderboard takes one folder, --sort and --where, and got {" ".join(rest)}')
+    folder, sort = Path(rest[0] if rest else 'out'), own.sort
     rows, left_out = finished_runs(folder)
-    train.refuse(not rows, '\n  '.join([f'{folder} holds no finished run: make one, or name another folder',
-                                        *left_out[:3]]))
+    refuse(not rows, '\n  '.join([f'{folder} holds no finished run: make one, or name another folder',
+                                  *left_out[:3]]))
     known = {key for row in rows for key, v in row.items() if isinstance(v, (int, float, str))}
     key = key_of(sort.removeprefix('-'), known, 'sort')
-    rows = where(rows, own['where'], known) if own['where'] else rows
-    train.refuse(not rows, f'--where {own["where"]!r} leaves no run')
+    rows = where(rows, own.where, known) if own.where else rows
+    refuse(not rows, f'--where {own.where!r} leaves no run')
     texts, ordered = in_order(rows, sort)
     columns = dict(rank=0, run=None, total_params=0) | {f'BPB {text}': 4 for text in texts}
     columns |= dict.fromkeys((name for row in rows for name in row['abilities']), 4) | LEADERS
     columns |= {key: ON_PAGE.get(key)} if key not in {**columns, 'val_bpb': 4} else {}
     notes = ['Rank: by bits per byte (BPB), among runs evaluated on the same text by the same protocol.',
-             *[f'Only runs with {own["where"]}.'] * bool(own['where'])]
+             *[f'Only runs with {own.where}.'] * bool(own.where)]
     theirs = [{'run': name, 'total_params': n, f'BPB {data}': bpb} for name, n, data, bpb in PUBLISHED]
     their_columns = dict(run=None, total_params=0) | {key: 2 for row in theirs for key in row if 'BPB' in key}
     text = '\n'.join([*text_table(columns | dict(notes=None), ordered), '', ' '.join(notes), *left_out, '',
@@ -1300,106 +1219,18 @@ def leaderboard(argv):
     print(f'{text}\n\n{folder / "leaderboard.html"} has all columns and the curves')
 
 
-# ---- learning dynamics of runs -----------------------------------------------------------------------------
-
-SETTLED = 0.95      # linear CKA to the final state
-PARTS = {'v': 'attn.v', 'out': 'attn.proj', 'down': 'mlp.down', 'OV': 'attn.ov', 'mean': ''}
-
-
-def settled(found, name):
-    """Progress of the probe from which on a projection stays SETTLED; None where its end is not known."""
-    at, column = None, found['names'].index(name)
-    for progress, row in zip(found['progress'][::-1], found['measures']['cka_final'][::-1]):
-        if row[column] is not None and row[column] < SETTLED:
-            break
-        at = at if row[column] is None else progress
-    return at
-
-
-def layer_rows(found, at):
-    """A row for each layer: when its parts settled, on average, and how its weights' effective rank went."""
-    def mean(values):
-        known = [value for value in values if value is not None]
-        return statistics.fmean(known) if known else None
-
-    rows, names = [], found['names']
-    for layer in dict.fromkeys(name.partition('.')[0] for name in names):
-        mine = [i for i, name in enumerate(names) if name.partition('.')[0] == layer]
-        ranks = [mean(row[i] for i in mine) for row in found['measures']['weight_effective_rank']]
-        ranks = [rank for rank in ranks if rank is not None] or [None]
-        rows.append(dict(layer=int(layer), first=ranks[0], highest=max(ranks), last=ranks[-1]) | {
-            key: mean(at[names[i]] for i in mine if part in names[i]) for key, part in PARTS.items()})
-    return rows
-
-
-def say_dynamics(folders):
-    """Print of every run when each layer settled; draw it over progress in dynamics.html of the first run."""
-    train.refuse(not folders, '--dynamics names no run: give folders of runs made with config/dynamics.py')
-    keys, blocks = dict(zip(PARTS, PARTS)) | {f'rank {k}': k for k in ('first', 'highest', 'last')}, []
-    for folder in folders:
-        try:
-            found = json.loads((Path(folder) / 'dynamics.json').read_text())
-        except (OSError, ValueError) as e:
-            raise UserError(f'{folder} has no dynamics.json ({e}): train with config/dynamics.py') from e
-        at = {name: settled(found, name) for name in found['names']}
-        early, rows = [p for p in at.values() if p is not None and p <= 0.2], layer_rows(found, at)
-        said = (f'{len(early) / len(at):.0%} of {len(at)} projections are settled by 20% of training: CKA to '
-                f'the final is {SETTLED} or more from then on, at all of the {len(found["steps"])} probes')
-        print(f'{folder}: progress at which the projections of a layer settled')
-        say_table([(k, key, 14, '.3f') for k, key in keys.items()], rows, lambda r: f'layer {r["layer"]}', 9)
-        print(said)
-        columns = [dict(key='layer', label='layer', digits=0)]
-        columns += [dict(key=key, label=head, digits=3) for head, key in keys.items()]
-        blocks.append(dict(kind='table', title=f'{folder}: progress at which projections settled', note=said,
-                           columns=columns, rows=rows, sort='layer'))
-        for key, title in dict(cka_final='CKA to the final', weight_effective_rank='effective rank').items():
-            values = [list(row) for row in zip(*found['measures'][key])]
-            blocks.append(dict(kind='heat', title=f'{folder}: {title}', y=found['names'], low=0, high=1,
-                               x=[f'{p:.1%}' for p in found['progress']], values=values))
-    page = Path(folders[0]) / 'dynamics.html'
-    sample.write_page(page, 'Learning dynamics', blocks=blocks)
-    print(page)
-
-
 # ---- main --------------------------------------------------------------------------------------------------
 
-OPTIONS = {'rounds': 12, 'rival_lr': 0.0, 'rival_bf16': False, 'json': '', 'only': '', 'micro_batches': '',
-           'shapes': '', 'seeds': 3, 'idea_seeds': 1, 'compare_dir': '', 'sort': 'val_bpb', 'where': ''}
-# tied models of 12.5, 33.6 and 97.5 million parameters, whatever the config says
-SHAPES = {'11M': dict(n_layer=8, n_embd=320, n_head=5, block_size=512, vocab_size=8192),
-          '34M': dict(n_layer=8, n_embd=512, n_head=8, block_size=512, vocab_size=16384),
-          '97M': dict(n_layer=12, n_embd=768, n_head=12, block_size=1024, vocab_size=16384)}
-
-
-def own_options(argv):
-    """This script's options, and what is left for train.py's."""
-    own, rest = dict(OPTIONS), []
-    for arg in argv:
-        name, _, value = arg[2:].partition('=')
-        if not arg.startswith('--') or name not in own:
-            rest.append(arg)
-            continue
-        kind = type(own[name])
-        try:
-            own[name] = {'True': True, 'False': False}[value] if kind is bool else kind(value)
-        except (ValueError, KeyError) as e:
-            raise UserError(f'--{name} is {value!r}, it must be {kind.__name__}') from e
-    if own['rounds'] < 1 or not 0 <= own['rival_lr'] < math.inf:
-        raise UserError(f'--rounds is {own["rounds"]} and --rival_lr {own["rival_lr"]}: '
-                        f'they must be 1 or more, and not negative')
-    if min(own['seeds'], own['idea_seeds']) < 1:
-        raise UserError(f'--seeds is {own["seeds"]} and --idea_seeds {own["idea_seeds"]}: '
-                        f'they must be 1 or more')
-    if own['only'] not in ('', 'steps', 'kernels'):
-        raise UserError(f"--only is {own['only']!r}, it must be 'steps' or 'kernels'")
-    try:
-        own['micro_batches'] = [int(n) for n in own['micro_batches'].split(',') if n]
-    except ValueError as e:
-        raise UserError(f'--micro_batches is {own["micro_batches"]!r}, it must be like 32,64,128') from e
-    own['shapes'] = [name for name in own['shapes'].split(',') if name]
-    if unknown := [name for name in own['shapes'] if name not in SHAPES]:
-        raise UserError(f'--shapes names {unknown[0]!r}; there are {", ".join(SHAPES)}')
-    return own, rest
+STEP_COLUMNS = (('step ms', 'step_ms', 9, '.1f'), ('min', 'min_ms', 8, '.1f'), ('max', 'max_ms', 8, '.1f'),
+                ('tok/s', 'tok_per_sec', 11, ',.0f'), ('of GEMM', 'of_gemm', 9, '.0%'),
+                ('MFU', 'mfu', 7, '.1%'), ('12LHQT', 'mfu_palm', 8, '.1%'),
+                ('step GB', 'peak_mem_gb', 9, '.2f'),
+                ('wait', 'data_wait', 7, '.2%'), ('x ours', 'versus_ours', 8, '.2f'))
+KERNEL_COLUMNS = (('forward ms', 'ms', 11, '.3f'), ('min', 'min_ms', 8, '.3f'), ('max', 'max_ms', 8, '.3f'),
+                  ('floor', 'floor_ms', 8, '.3f'), ('+ backward', 'both_ms', 11, '.3f'),
+                  ('min', 'both_min_ms', 8, '.3f'), ('max', 'both_max_ms', 8, '.3f'),
+                  ('floor', 'floor_both_ms', 8, '.3f'), ('MB', 'mem_mb', 7, '.0f'),
+                  ('x ours', 'versus_ours', 8, '.2f'))
 
 
 def say_table(columns, rows, title, width):
@@ -1410,140 +1241,114 @@ def say_table(columns, rows, title, width):
         print(f'{title(row):{width}}' + ''.join(f'{cell:>{w}}' for cell, (_, _, w, _) in zip(cells, columns)))
 
 
-STEP_COLUMNS = (('step ms', 'step_ms', 9, '.1f'), ('min', 'min_ms', 8, '.1f'), ('max', 'max_ms', 8, '.1f'),
-                ('tok/s', 'tok_per_sec', 11, ',.0f'), ('of GEMM', 'of_gemm', 9, '.0%'),
-                ('MFU', 'mfu', 7, '.1%'), ('12LHQT', 'mfu_palm', 8, '.1%'),
-                ('step GB', 'peak_mem_gb', 9, '.2f'),
-                ('wait', 'data_wait', 7, '.2%'), ('x plain', 'speedup', 9, '.2f'))
-KERNEL_COLUMNS = (('forward ms', 'ms', 11, '.3f'), ('min', 'min_ms', 8, '.3f'), ('max', 'max_ms', 8, '.3f'),
-                  ('floor', 'floor_ms', 8, '.3f'), ('+ backward', 'both_ms', 11, '.3f'),
-                  ('min', 'both_min_ms', 8, '.3f'), ('max', 'both_max_ms', 8, '.3f'),
-                  ('floor', 'floor_both_ms', 8, '.3f'), ('MB', 'mem_mb', 7, '.0f'),
-                  ('x ours', 'versus_ours', 8, '.2f'))
+def measure_steps(run, argv):
+    """Our step, by itself and with others, and where its time goes."""
+    runs = contestants(run, argv)
+    rows, gemm, faults = compare(runs, run.s.rounds, run.peak())
+    say_table(STEP_COLUMNS, rows, lambda r: r['name'], 30)
+    for name, why in faults.items():
+        print(f'{name}: does not run here ({why})')
+    where = where_time_goes(run, run.device)
+    print(f'where a step of ours goes, {where["busy_share"]:.0%} of the time busy: '
+          + ', '.join(f'{k} {v:.0%}' for k, v in where['shares'].items()) + f' (most of it {where["largest_other"]})')
+    for one in runs.values():
+        one.close()
+        one.optimizers = None                       # their memory is wanted
+    return dict(rows=rows, gemm=gemm, faults=faults, where=where)
 
 
-def say_kernels(rows):
-    for operation in dict.fromkeys(r['operation'] for r in rows):
-        print(operation)
-        same = [r for r in rows if r['operation'] == operation]
-        say_table(KERNEL_COLUMNS, [r for r in same if not r['fault']], lambda r: '  ' + r['rival'], 37)
-        for r in same:
-            if r['fault']:
-                print(f'  {r["rival"]}: does not run here ({r["fault"]})')
+def measure_kernels(run, idx, rates):
+    """Every operation of a layer beside its rivals."""
+    found = []
+    operations = Operations(run.config, idx, run.model.first_visible(idx), run.dtype, run.compiling)
+    for name, *case in operations.each(run.ideas.modules if run.device == 'cuda' else ()):
+        rows = kernel_rows(name, *case, run.s.rounds, rates)
+        print(name)
+        say_table(KERNEL_COLUMNS, [r for r in rows if not r['fault']], lambda r: '  ' + r['rival'], 37)
+        for r in [r for r in rows if r['fault']]:
+            print(f'  {r["rival"]}: does not run here ({r["fault"]})')
+        found += rows
+    return dict(kernels=found)
 
 
-def main(argv):
-    if {'-h', '--help'} & set(argv):
-        return print(__doc__)
-    if '--dynamics' in argv:
-        return say_dynamics([a for a in argv if a != '--dynamics'])
-    if '--compare' in argv:
-        return compare_runs(argv)
-    if '--leaderboard' in argv:
-        return leaderboard(argv)
-    if '--sweep' in [a.partition('=')[0] for a in argv]:
-        return compare_runs(argv, swept, keep_sweep)
-    only_compile = '--kernels=compile-only' in argv
-    own, rest = own_options([a for a in argv if a != '--kernels=compile-only'])
-    s = train.read_settings(rest)
-
-    def keep(result):
-        if own['json']:
-            sample.write_beside(own['json'], lambda f: f.write(json.dumps(result, indent=1).encode()))
-
-    if only_compile:
-        shape = {k: getattr(s, k) for k in train.MODEL_KEYS}
-        rows = compile_only([dict(shape, vocab_size=s.vocab_size), *FAMILY])
-        keep(dict(builds=rows))
-        if over := [r for r in rows if r['over']]:
-            raise UserError(f'{len(over)} of {len(rows)} builds are over the limits')
-        return print(f'{len(rows)} builds, all within the limits of their cards')
-    device = train.choose_device(s)
-    data = train.open_or_build(s, 0)
-    config = train.model_config(s, data)
-    dtype_name, _, micro, _ = train.adapt(s, device, 1)
-    dtype, compiling, name = getattr(torch, dtype_name), s.compile != 'off', sample.hardware(device)
-    torch.set_float32_matmul_precision('high')
-    torch._dynamo.config.recompile_limit = 64          # contestants share the model's code
-    peak = sample.peak_flops(name) if device == 'cuda' and dtype == torch.bfloat16 else None
-    print(f'{name}, {dtype_name}, {s.tokens_per_step:,} tokens a step')
-    if own['rival_lr']:
-        result = train_rival(s, config, data, micro, device, own['rival_bf16'], own['rival_lr'], compiling)
-        for key, value in result.items():
-            print(f'{key}: {value}')
-        return keep(result)
-    results = []
-    for shape in [SHAPES[name] for name in own['shapes']] or [{}]:
-        derived = dict.fromkeys(('n_kv_head', 'head_dim', 'rotary_dim', 'mlp_hidden', 'kv_latent',
-                                 'q_latent'), 0)
-        sized = GPTConfig(**vars(config) | derived | dict(tie_embeddings=True) | shape) if shape else config
-        rows = max(1, micro * config.block_size // sized.block_size)
-        results.append(measure(own, s, sized, data, rows, device, dtype, compiling, peak))
-    keep(dict(hardware=name, torch=torch.__version__, peak=peak, dtype=dtype_name, **results[0])
-         if len(results) == 1 else dict(hardware=name, torch=torch.__version__, peak=peak, shapes=results))
+def try_micro_batches(run):
+    """Tokens a second of ours with each micro-batch, in turn; prints which is best."""
+    rows, words = run.s.tokens_per_step // run.config.block_size, run.s.micro_batches.split(',')
+    wrong = [word for word in words if not word.isdecimal() or int(word) < 1 or rows % int(word)]
+    refuse(wrong, f'--micro_batches names {wrong[:1]}: each must divide the {rows} sequences of a step, like 32,64')
+    runs = {int(n): type(run)(run.s, micro=int(n), **run.shape_given) for n in words}
+    times, faults = seconds_each({n: one.step for n, one in runs.items()}, run.device, run.s.rounds, 0)
+    speeds = {n: run.s.tokens_per_step / statistics.median(t) for n, t in times.items()}
+    for n, one in runs.items():
+        said = f'{speeds[n]:12,.0f} tok/s' if n in speeds else f'does not run ({faults[n]})'
+        print(f'micro_batch_size {n:5}: {said}')
+        one.close()
+    if speeds:
+        print(f'best: --micro_batch_size={max(speeds, key=speeds.get)}')
+    return dict(micro_batches=speeds)
 
 
-def measure(own, s, config, data, micro, device, dtype, compiling, peak):
+def measure(s, ideas, argv, **shape):
     """Everything about one shape of model, printed and returned."""
-    T = config.block_size
-    print(f'{config.describe()}\nmicro-batches of {micro} x {T}')
-    print('\n'.join(m.choose_kernels(s.kernels, config, device, dtype)))
-    idx = torch.from_numpy(train.make_stream(s, data).first_rows(micro, T)).to(device)
-    attended = GPT(config).to(device).attended(idx)
-    rates = machine(config, micro * T, device, dtype)
+    run = measured(ideas)(s, optimizer='muon', **shape)
+    run.shape_given = shape
+    config, T, peak, name = run.config, run.config.block_size, run.peak(), sample.hardware(run.device)
+    run.choose_kernels()
+    print(f'{name}, {str(run.dtype)[6:]}, {s.tokens_per_step:,} tokens a step\n{run.model.describe()}')
+    print(f'micro-batches of {run.micro} x {T}', *run.said, sep='\n')
+    idx = torch.from_numpy(run.stream.first_rows(run.micro, T)).to(run.device)
+    rates, attended = machine(config, run.micro * T, run.device, run.dtype), run.model.attended(idx)
     print(f'matrix products of {rates["rows"]:,} rows, GFLOP/s: '
           + ', '.join(f'{k} {v / 1e9:,.0f}' for k, v in rates['products'].items())
           + f'; together {rates["gemm"] / 1e9:,.0f}; copying {rates["copy"] / 1e9:,.1f} GB/s')
     print(f'a token attends to {attended:.1f} of {T} positions; data-sheet peak '
           + (f'{peak / 1e12:.1f} TFLOP/s' if peak else 'not known for this hardware: no MFU'))
-    result = dict(config=vars(config), machine=rates, attended=attended, micro_batch_size=micro)
-    if own['micro_batches']:
-        return result | dict(micro_batches=try_micro_batches(own, s, config, data, device, dtype, compiling))
-    if own['only'] != 'kernels':
-        runners = contestants(s, config, data, micro, device, dtype, compiling)
-        rows, gemm, faults = compare(runners, s, config, attended, micro, device, own['rounds'], peak)
-        say_table(STEP_COLUMNS, rows, lambda r: r['name'], 30)
-        for rival, why in faults.items():
-            print(f'{rival}: does not run here ({why})')
-        where = where_time_goes(runners['ours, Muon'][0], device)
-        print(f'where a step of ours goes, {where["busy_share"]:.0%} of the time busy: '
-              + ', '.join(f'{k} {v:.0%}' for k, v in where['shares'].items())
-              + f' (most of it {where["largest_other"]})')
-        result |= dict(rows=rows, gemm=gemm, faults=faults, where=where)
-        for trainer, _ in runners.values():
-            if isinstance(trainer, Ours):
-                trainer.batches.close()
-    if own['only'] != 'steps':
-        runners = None                              # their memory is wanted
-        result['kernels'] = kernel_table(config, idx, device, dtype, compiling, own['rounds'], rates)
-        say_kernels(result['kernels'])
-    return result
+    result = dict(hardware=name, torch=torch.__version__, peak=peak, dtype=str(run.dtype)[6:], config=vars(config),
+                  ideas=[name for name, _, named in ideas.sources() if named], machine=rates, attended=attended,
+                  micro_batch_size=run.micro)
+    if s.micro_batches:
+        return result | try_micro_batches(run)
+    result |= measure_steps(run, argv) if s.only != 'kernels' else {}
+    return result | (measure_kernels(run, idx, rates) if s.only != 'steps' else {})
 
 
-def try_micro_batches(own, s, config, data, device, dtype, compiling):
-    """Tokens a second of ours with each micro-batch, in turn; prints which is best."""
-    rows = s.tokens_per_step // config.block_size
-    if wrong := [n for n in own['micro_batches'] if n < 1 or rows % n]:
-        raise UserError(f'--micro_batches names {wrong[0]}, it must divide the {rows} sequences of a step')
-    runners = {n: Ours(s, config, data, n, device, dtype, compiling, kernels=set(m.IN_USE))
-               for n in own['micro_batches']}
-    times, faults = seconds_each({n: r.step for n, r in runners.items()}, device, own['rounds'], 0)
-    speeds = {n: s.tokens_per_step / statistics.median(t) for n, t in times.items()}
-    for n in runners:
-        said = f'{speeds[n]:12,.0f} tok/s' if n in speeds else f'does not run ({faults[n]})'
-        print(f'micro_batch_size {n:5}: {said}')
-        runners[n].batches.close()
-    if speeds:
-        print(f'best: --micro_batch_size={max(speeds, key=speeds.get)}')
-    return speeds
+def measure_all(s, ideas, argv):
+    """That of the settings, or of each of the shapes asked for."""
+    names, derived = [name for name in s.shapes.split(',') if name], ('n_kv_head', 'head_dim', 'rotary_dim', 'mlp_hidden')
+    unknown = [name for name in names if name not in SHAPES]
+    refuse(unknown, f'--shapes names {unknown[:1]}; there are {", ".join(SHAPES)}')
+    torch._dynamo.config.recompile_limit = 64          # contestants share the model's code
+    shapes = [dict.fromkeys(derived, 0) | SHAPES[name] | dict(
+        tie_embeddings=True, micro_batch_size=max(1, s.micro_batch_size * s.block_size // SHAPES[name]['block_size']))
+        for name in names]
+    results = [measure(s, ideas, argv, **shape) for shape in shapes or [{}]]
+    return dict(shapes=results) if shapes else results[0]
+
+
+def main(argv):
+    if {'-h', '--help'} & set(argv):
+        return print(__doc__)
+    own, rest, given = own_options(words := joined(argv))
+    if own.leaderboard:
+        return leaderboard(own, rest)
+    if own.compare or 'sweep' in given:
+        return compare_runs(own, rest, argv, *([] if own.compare else [swept, keep_sweep]))
+    s, ideas = train.read_settings(words, TABLES)
+    if s.compile_for:
+        return compile_for(s, ideas)
+    building = s.kernels == 'compile-only'
+    result = dict(builds=compile_only(words)) if building else measure_all(s, ideas, words)
+    if s.json:
+        sample.write_beside(s.json, lambda f: f.write(json.dumps(result, indent=1).encode()))
+    if building:
+        over, n = [r for r in result['builds'] if r['over']], len(result['builds'])
+        refuse(over, f'{len(over)} of {n} builds are over the limits')
+        print(f'{n} builds, all within the limits of their cards')
 
 
 if __name__ == '__main__':
     try:
-        if len(sys.argv) == 3 and sys.argv[1].startswith('--compile_for='):
-            compile_for(int(sys.argv[1].partition('=')[2]), json.loads(sys.argv[2]))
-        else:
-            main(sys.argv[1:])
+        main(sys.argv[1:])
     except (UserError, train.Stopped) as e:
         print(f'bench_mfu.py: {e}', file=sys.stderr)
         sys.exit(2 if isinstance(e, UserError) else 75)
