@@ -1,5 +1,4 @@
-"""Growth and curricula: config/growth.py, hypercloning.py, tokenformer_grow.py, raise.py, climb_data.py."""
-import dataclasses
+"""Growth and curricula: config/growth.py, hypercloning.py, raise.py, climb_data.py. Tokens grow in test_tokenformer.py."""
 import json
 import math
 import zlib
@@ -13,8 +12,7 @@ import model as m
 import prepare_data
 import train
 from config import climb_data
-from config.grown_weights import grow, grown_config, spread
-from config.tokenformer import Pattention
+from config.grown_weights import grow, grown_config
 from conftest import ROOT
 from prepare_data import Ideas, UserError
 
@@ -157,66 +155,6 @@ def test_a_grown_model_guesses_the_same_classes():
         one, other = (x(idx, idx.roll(-1, 1), **guess) for x in (old, new))
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
         assert came_from[new.class_head.weight][1] == (2 if tied else 1)
-
-
-# ---- tokens that are appended
-
-def pattention(n, scale_tokens=0, norm='norm_gelu'):
-    layer = Pattention(24, 20, n, scale_tokens, norm).double()
-    with torch.no_grad():
-        layer.init_weights(1.0)
-    return layer
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('norm', ['norm_gelu', 'gelu_norm'])
-def test_appended_tokens_change_nothing_while_the_scale_stays(norm):
-    torch.manual_seed(0)
-    old, x = pattention(256, norm=norm), torch.randn(100, 24, dtype=torch.double)
-    before, random = old(x), []
-    for more in (64, 256, 768):
-        wide, loud = pattention(256 + more, 256, norm), pattention(256 + more, 0, norm)
-        wide.grow_from(old, torch.Generator().manual_seed(1))
-        assert wide.values.weight[:, 256:].std().item() == pytest.approx(old.values.weight.std().item(), rel=0.1)
-        assert ((wide(x) - before).norm() / before.norm()).item() < 1e-10
-        loud.grow_from(old, torch.Generator().manual_seed(1))
-        random.append(((loud(x) - before).norm() / before.norm()).item())
-    assert 0.05 < random[0] < random[1] < random[2]
-    if norm == 'norm_gelu':                    # as the arithmetic has it: the root of added / old
-        assert random == pytest.approx([0.5, 1.0, 1.73], abs=0.15)
-
-
-@pytest.mark.parametrize('scale', [32, 0])
-def test_appended_tokens_learn_at_once_by_their_keys(scale):
-    torch.manual_seed(0)
-    wide = pattention(48, scale)
-    wide.grow_from(pattention(32), None)
-    wide(torch.randn(10, 24, dtype=torch.double)).square().sum().backward()
-    keys, values = wide.keys.weight.grad[32:], wide.values.weight.grad[:, 32:]
-    assert keys.abs().min() > 0 and values.any() == (scale == 0)       # of keys that are 0 values learn from the second step on
-
-
-@pytest.mark.parametrize('norm', ['norm_gelu', 'gelu_norm'])
-def test_a_model_grown_by_tokens_computes_the_same(norm):
-    """Exactly with zero keys and the old scale; with random keys, as the authors' code does it, it does not."""
-    old, idx = make('tokenformer_grow', attn_tokens=24, mlp_tokens=80, token_norm=norm), tokens(2, 40, (0, 13))
-    changes, before = dict(attn_tokens=40, mlp_tokens=100, n_layer=4), logits(old, idx)
-    run, random = run_of('tokenformer_grow'), run_of('tokenformer_grow', '--growth_tokens=random')
-    new, came_from = grow(old, run.grown_config(old.config, changes))
-    assert (logits(new, idx) - before).abs().max() < 1e-10 and new.config.attn_scale_tokens == 24
-    again, _ = grow(new, run.grown_config(new.config, dict(attn_tokens=50)))
-    assert (logits(again, idx) - before).abs().max() < 1e-10 and again.config.attn_scale_tokens == 24
-    other, _ = grow(old, random.grown_config(old.config, changes))
-    assert (logits(other, idx) - before).abs().max() > 1e-3 and other.config.attn_scale_tokens == 40
-    p = next(p for b in new.blocks if (p := b.mlp.tokens.keys.weight) in came_from)
-    q, copies, how = came_from[p]
-    state = spread(q, p.shape, how)
-    assert copies == 1 and torch.equal(state[:80], q) and not state[80:].any()
-    for wrong in (dict(attn_tokens=12), dict(attn_tokens=48, n_embd=64), dict(attn_tokens=48, n_head=8), dict(attn_tokens=48.0)):
-        with pytest.raises(ValueError, match='attn_tokens grows by more|cannot grow at once|whole number'):
-            run.grown_config(old.config, wrong)
-    with pytest.raises(ValueError, match='attn_tokens grows by more'):
-        run.grown_config(config_of('tokenformer_grow', attn_tokens=0), dict(attn_tokens=8))
 
 
 # ---- what optimizers know
@@ -472,21 +410,21 @@ def test_a_curriculum_is_the_same_from_any_place(made_up):
 
 
 def test_a_run_with_a_curriculum_resumes(main, tmp_path, monkeypatch):
-    long = [*paths('climb_data'), '--max_steps=32']        # stopped in the third of four windows
+    long = [*paths('climb_data'), '--max_steps=24']        # stopped in the last of three windows
     main(*long)
-    in_parts(main, monkeypatch, (21,), *long)
-    assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and len(losses(tmp_path / 'run')) == 32
-    main('--max_steps=32', '--out_dir=plain')
+    in_parts(main, monkeypatch, (18,), *long)
+    assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and len(losses(tmp_path / 'run')) == 24
+    main('--max_steps=24', '--out_dir=plain')
     assert losses(tmp_path / 'plain') != losses(tmp_path / 'run')
 
 
 def test_a_raised_model_grows_on_text_that_gets_harder_and_resumes(main, tmp_path, monkeypatch):
     """Late enough that what was read first is gone from the curriculum's memory as the model grows."""
-    args = [*paths('raise'), '--max_steps=40']
+    args = [*paths('raise'), '--max_steps=24']
     out = main(*args)
     assert out.count('grown to') == 2 and json.loads((tmp_path / 'run' / 'result.json').read_text())['config']['n_embd'] == 64
-    in_parts(main, monkeypatch, (9, 25), *args)
-    assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and len(losses(tmp_path / 'run')) == 40
+    in_parts(main, monkeypatch, (8, 15), *args)
+    assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and len(losses(tmp_path / 'run')) == 24
 
 
 @pytest.mark.parametrize('settings, said', [
