@@ -289,14 +289,16 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
 
     Returns bpb, two standard errors: `error`, how far it may be from that of the whole split (which has 0),
     and `text_error`, the split's documents being a sample of such text; loss, share of bytes, tokens, and per
-    source index bpb and text_error (where there are documents for one).
+    source index bpb and text_error (where there are documents for one); `asked`, the share of `slices` that were
+    read, where stop() ended it.
     """
-    group = -(-slices // 16) if stop else slices
+    group, asked = -(-slices // 16) if stop else slices, 1.0
     part, n_sources = deal(docs), int(docs['source'].max()) + 1
     ends = np.append(docs['start'][1:], len(tokens))
     sums = np.zeros((n_sources, 7 + len(further)))    # documents, bytes, bits, bytes^2, bits^2, both, tokens
     for first in range(0, slices, group):
         if first and stop():
+            asked = first / slices
             break
         mine = np.flatnonzero((part >= first) & (part < min(first + group, slices)))[rank::world]
         texts = ((doc, tokens[docs['start'][doc]:ends[doc]]) for doc in mine.tolist())
@@ -322,6 +324,7 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
                 share=float(n.sum() / docs['bytes'].sum()), tokens=int(n_tokens.sum()),
                 per_source={int(i): float(per_source[i]) for i in np.flatnonzero(seen)},
                 per_source_error={int(i): float(text_error[i]) for i in np.flatnonzero(count > 1)},
+                **(dict(asked=asked) if asked < 1 else {}),
                 **{f'bpb_{k}': float((weight * x / np.maximum(n, 1)).sum()) for k, x in zip(further, more)})
 
 

@@ -825,7 +825,8 @@ class Run:
         """What follows the last step will take: a tenth of the budget for bits per byte at most; what proves too
         slow is cut short there, and the report says so."""
         most = 0.1 * self.clock.budget if self.clock.counts_all else math.inf
-        return min(self.slice_seconds * self.slices, most) + self.save_seconds + self.afterwards()
+        least = self.slice_seconds * -(-self.slices // 16)       # what it does not stop within
+        return max(least, min(self.slice_seconds * self.slices, most)) + self.save_seconds + self.afterwards()
 
     def afterwards(self):
         """Seconds that follow bits per byte."""
@@ -1056,14 +1057,15 @@ class Run:
             result = self.measure.bpb(self.model, slices, self.at_once, stop, self.rank, self.world, self.all_reduce)
         result['seconds_per_slice'] = (time.monotonic() - began) / (result['share'] * sample.SLICES)
         if keep and not self.signals:           # a signal may have cut it short
+            self.say_cut('the validation', result.get('asked', 1))
             self.record(step=self.steps, progress=self.clock.progress, val_bpb=result['bpb'], val_loss=result['loss'],
                         share=result['share'], elapsed_s=self.clock.elapsed())
         return result
 
-    def judge(self, counts, stop=None):
+    def judge(self, counts, stop=None, at_once=None):
         """What the model does on so many items of every evaluation set: on rank 0."""
         with self.evaluating():
-            return {name: self.measure.judge(self.model, name, n, self.at_once, stop)
+            return {name: self.measure.judge(self.model, name, n, at_once or self.at_once, stop)
                     for name, n in counts.items() if self.master and not self.signals}
 
     def continuation(self, length, deadline=math.inf):
@@ -1075,8 +1077,14 @@ class Run:
                           if self.master and length else ()):
                 pieces.append(piece)
                 if self.clock.elapsed() > deadline:
+                    self.say_cut('the sample', len(pieces) / length)
                     break
         return ''.join(pieces) if self.master and length else None
+
+    def say_cut(self, name, share):
+        """A warning, where that is so, that only a share of what was planned has been measured."""
+        if share < 1:
+            self.say(f'warning: {name} was cut to {share:.0%}: no more time was left')
 
     def record_abilities(self, evals):
         self.record(step=self.steps, progress=self.clock.progress, elapsed_s=self.clock.elapsed(), evals={
@@ -1124,30 +1132,44 @@ class Run:
         grace = min(0.01 * self.clock.budget, 5.0)
         return self.clock.budget + grace - kept if self.clock.counts_all else math.inf
 
+    def until(self, deadline):
+        """A stop(), to be asked before the next part of what must end by then: a part takes what the last one took."""
+        last = self.clock.elapsed()
+
+        def stop():
+            nonlocal last
+            now = self.clock.elapsed()
+            ahead, last = now - last, now
+            return now + ahead > deadline or bool(self.signals)
+        return stop
+
     def closing_evaluation(self):
         """Bits per byte, evaluation sets, what else is measured, and a sample: each within what is left."""
-        def late(deadline, ahead=0.0):
-            return self.clock.elapsed() + ahead > deadline or bool(self.signals)
+        kept, evals = self.afterwards(), {}
+        late = self.until(self.deadline(kept))
 
         def out_of_time():                       # asked of all ranks alike
-            now = late(self.deadline(self.afterwards()), self.slice_seconds * self.slices / 16)
-            return bool(self.all_reduce(np.array([now * self.master, bool(self.signals)], float)).any())
+            return bool(self.all_reduce(np.array([late() * self.master, bool(self.signals)], float)).any())
 
         result = self.bits(self.slices, stop=out_of_time)
-        kept, evals, last = self.afterwards(), {}, self.token_seconds * self.s.sample_tokens + LEAVING
+        slow = min(4.0, max(1.0, result['seconds_per_slice'] / self.slice_seconds))     # as the machine is now
+        spoken = self.token_seconds * self.s.sample_tokens
+        kept += (slow - 1) * spoken
         for name, n in self.counts.items():
-            kept -= self.judge_seconds * self.measure.tokens_of({name: n}) / self.measure.tokens_of(self.counts)
-            evals |= self.judge({name: n}, stop=functools.partial(late, self.deadline(kept)))
+            tokens = self.measure.tokens_of({name: n})
+            kept -= self.judge_seconds * tokens / self.measure.tokens_of(self.counts)
+            stop = self.until(self.deadline(kept))
+            at_once = min(self.at_once, 1 + int(tokens / 16)) if slow > 1.5 else self.at_once     # to be cut in time
+            evals |= self.judge({} if self.master and stop() else {name: n}, stop, at_once)
         for name, (n, seconds) in self.others.items():
             kept -= seconds
+            stop = self.until(self.deadline(kept))
             with self.evaluating():
-                if self.master and not late(self.deadline(last)):
-                    found = self.measure.other(name, self.model, n, functools.partial(late, self.deadline(kept)))
-                    evals |= {name: found} if found else {}
-        text = self.continuation(0 if self.signals else self.s.sample_tokens, self.deadline(LEAVING))
+                found = self.measure.other(name, self.model, n, stop) if self.master and not stop() else None
+                evals |= {name: found} if found else {}
+        text = self.continuation(0 if self.signals else self.s.sample_tokens, self.deadline(kept - slow * spoken))
         for name in [*self.counts, *self.others] if self.master and not self.signals else ():
-            if (share := evals[name].get('share', 1) if name in evals else 0) < 1:
-                self.say(f'warning: {name} was cut to {share:.0%} of its items: no more time was left')
+            self.say_cut(name, evals[name].get('share', 1) if name in evals else 0)
         if evals:
             self.record_abilities(evals)
         return result, evals, text

@@ -1,5 +1,5 @@
-"""How a model that has domains (config/domains.py) is measured, where the text's domain is told and where it is
-not. No idea of its own, and no settings.
+"""How a model that has domains (config/domains.py) is measured, where the text's domain is told and where it
+is not. No idea of its own, and no settings.
 """
 import math
 
@@ -46,7 +46,7 @@ class Measure(sample.Measure):
     further = ('told',)
 
     def read(self, model, texts, max_tokens):
-        """Nats of documents whose domain nobody tells, and told; of a source without a domain both are one."""
+        """Nats of documents whose domain nobody tells, and told; the same where a source has no domain."""
         if not model.untold():
             return {doc: [nats, nats] for doc, nats in super().read(model, texts, max_tokens).items()}
         sources, of, nats = self.data.docs['val']['source'], domain_of(model.config, self.data), {}

@@ -119,8 +119,8 @@ class GPT(CountedGPT, GrowingGPT):
 # ---- the split
 
 def parted(name, old, new, parts):
-    """(name, how, copies): what a parameter comes from where the domains change from config to config, what is
-    made of that, and how many share its gradient.
+    """(name, how, copies): what a parameter comes from where the domains change from config to config, what
+    is made of that, and how many share its gradient.
 
     The last hidden units of a plain MLP are copied to every domain, so that each computes what it did; of
     domains that there are the i-th new one gets the part of the parts[i]-th.
@@ -144,7 +144,7 @@ def parted(name, old, new, parts):
 
 @torch.no_grad()
 def split(old, config, parts, seed):
-    """The model of a config whose domains are others, and where its parameters came from, as `grow` has it."""
+    """The model of a config whose domains are others, and where its parameters came from, as by `grow`."""
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         new = config.GPT(config).to(old.wte.weight)

@@ -63,8 +63,8 @@ def domain_names(s, data):
 
 class Stream(train.Stream):
     """A stream for each domain that learns: a micro-batch is of the one that is furthest behind its share of
-    the text, so that every step has all that are large enough. Where a domain's stream stands follows from the
-    number of the micro-batch alone; the turns repeat after so many."""
+    the text, so that every step has all that are large enough. Where a domain's stream stands follows from
+    the number of the micro-batch alone; the turns repeat after so many."""
 
     TURNS = 4096
 
@@ -175,8 +175,8 @@ class Run(StackedRun, GrowingRun):
 
     def shape_from(self, before):
         s, has = self.s, names_of(before.config)
-        refuse(has and not self.domains, f'{s.init_from} has the domains {",".join(has)}: name those to go on '
-                                         f'with, --domains={",".join(has)}')
+        refuse(has and not self.domains, f'{s.init_from} has the domains {",".join(has)}: name those to go '
+                                         f'on with, --domains={",".join(has)}')
         strange = [name for name in s.frozen.split(',') if s.frozen and name not in has]
         refuse(strange, f'frozen names {strange[0] if strange else ""!r}, and {s.init_from} has '
                f'{",".join(has) or "no domains"}: leave it away')

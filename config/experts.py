@@ -18,7 +18,7 @@ from model import Linear
 
 experts: int = 8            # 1..: routed MLPs beside the one that all tokens pass
 experts_top: int = 3        # 1..: how many of them a token passes; together they then are as wide as one MLP
-expert_hidden: int = 0      # width of a routed one; 0 means mlp_hidden, the width of that which all tokens pass
+expert_hidden: int = 0      # width of a routed one; 0 means mlp_hidden, that of the one that all pass
 balance_lr: float = 0.01    # of the biases: a step against what each expert has too much of the load
 
 NOT_WITH = {'domains': 'both change the MLP'}

@@ -456,7 +456,7 @@ def test_show_of_every_idea_names_all_that_it_overrides():
         for name, owner in prepare_data.SEAMS.items():
             made = ideas.seam(getattr(sys.modules[owner], name))
             for cls in made.__mro__[:made.__mro__.index(getattr(sys.modules[owner], name))]:
-                methods = [k for k, v in vars(cls).items() if isinstance(prepare_data.plain(v), types.FunctionType)]
+                methods = [k for k, v in vars(cls).items() if isinstance(loader.plain(v), types.FunctionType)]
                 assert all(f'{name}.{method}' in text for method in methods), (path, cls)
     assert 'settings that differ' in prepare_data.shown(read())
 

@@ -823,6 +823,48 @@ def test_a_short_run_ends_in_time(corpus, tmp_path):
     assert result['startup_seconds'] < 20
 
 
+class Work(FakeTime):
+    """A clock that goes only by what is computed: seconds for every forward pass, and for each of its tokens."""
+    now, token, call = 0.0, 2e-4, 1e-3
+
+    def slow_down(self, times):
+        self.token, self.call = times * self.token, times * self.call
+
+
+@pytest.mark.parametrize('slower, sets, more', [(1, 6, []), (2, 1, []), (4, 12, ['--sample_tokens=60'])])
+def test_a_machine_that_gets_busy_at_the_end_costs_items_not_time(main, tmp_path, monkeypatch, slower, sets, more):
+    now, trunk, finish, keep = Work(), GPT.trunk, train.Run.finish, train.Run.keep_report
+
+    def counted(self, idx, *args, **kwargs):
+        now.now += now.call + now.token * idx.numel()
+        return trunk(self, idx, *args, **kwargs)
+
+    def finish_slowly(self):
+        now.slow_down(slower)
+        finish(self)
+
+    def leave_slowly(self, report):
+        now.now += slower * train.LEAVING
+        keep(self, report)
+    for owner, name, value in ((GPT, 'trunk', counted), (train.Run, 'finish', finish_slowly), (train, 'STARTED', 0.0),
+                               (train.Run, 'keep_report', leave_slowly), (train, 'time', SimpleNamespace(monotonic=now))):
+        monkeypatch.setattr(owner, name, value)
+    (tmp_path / 'sets').mkdir()
+    for name in range(sets):
+        items = [dict(sentence_good=f'Mia {i} lost the kite {name}.', sentence_bad=f'Mia {i} lost the xqzw {name}.') for i in range(300)]
+        (tmp_path / 'sets' / f'set{name}.jsonl').write_text('\n'.join(map(json.dumps, items)))
+    names = ','.join([f'set{name}' for name in range(sets)] + ['text'])
+    main(str(ROOT / 'config' / 'text_quality.py'), '--text_tokens=16', f'--evals={names}', f'--eval_data={tmp_path}/sets',
+         '--max_steps=0', '--budget_minutes=0.5', '--tokens_per_step=4096', *more)
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    said = {line.split(' was cut to ')[0][9:]: line for line in result['warnings'] if ' was cut to ' in line}
+    assert 27 < now.now < 30 * 1.01 + 5, said
+    for name in names.split(','):
+        found = result['evals'].get(name, dict(share=0))
+        assert ('share' in found) == (name in said) and f"{found.get('share', 1):.0%}" in said.get(name, '100%')
+    assert ('validation' in ' '.join(said)) == (slower > 1) and (slower > 1 or not said) and (slower < 2 or len(said) > sets / 2)
+
+
 @pytest.mark.slow
 def test_a_minute_is_a_minute(corpus, tmp_path):
     for number in range(3):                                 # a busy machine can spoil one; never the ten seconds

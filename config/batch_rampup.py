@@ -1,0 +1,36 @@
+"""A step has few tokens at first and more by and by, up to tokens_per_step: more steps of the same text.
+
+Whence: Smith 2017 (1711.00489); GPT-3 (Brown 2020, 2005.14165). Learning rates stay what they are. Expected:
+a little better where steps are few, nothing where gradients of a whole step are noisy still.
+"""
+import train
+
+ramp_start: float = 0.25    # 0..1: share of tokens_per_step that the first steps have
+ramp_end: float = 0.5       # 0..1: progress from which on they have all
+
+
+class Run(train.Run):
+
+    def rows_limit(self):
+        """A step is one micro-batch at least, so the first step's rows are the most that one can have."""
+        rows = self.s.tokens_per_step // (self.s.block_size * self.world)
+        return max(1, min(super().rows_limit(), round(self.s.ramp_start * rows)))
+
+    def micro_steps(self, progress):
+        rise = min(1.0, progress / self.s.ramp_end) if self.s.ramp_end else 1.0
+        share = self.s.ramp_start + (1 - self.s.ramp_start) * rise
+        return max(1, round(share * super().micro_steps(progress)))
+
+    def build(self):
+        super().build()
+        if self.s.max_tokens and not self.s.max_steps:     # the clock takes all steps to be alike
+            steps = tokens = 0
+            while tokens < self.s.max_tokens:
+                n_micro = self.micro_steps(tokens / self.s.max_tokens)
+                steps, tokens = steps + 1, tokens + n_micro * self.micro * self.s.block_size * self.world
+            self.clock.max_steps = steps
+
+    def count(self, *account):
+        super().count(*account)
+        if self.s.max_tokens and not self.s.max_steps:     # progress by tokens, as a clock would have it
+            self.clock.progress = min(1.0, self.tokens / self.s.max_tokens)

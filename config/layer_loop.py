@@ -1,0 +1,39 @@
+"""The middle layers are run twice, with the same weights.
+
+Whence: Universal Transformer (Dehghani 2018, 1807.03819), here of the middle alone, as slowrun's leaders do.
+Expected: better by the token, as if it were deeper; worse by the clock, which pays for every pass.
+"""
+import model
+
+loop_layers: int = 2        # 1..: how many layers, those in the middle, at most n_layer
+loop_times: int = 2         # 1..: how often they are run
+
+
+class GPT(model.GPT):
+    def build(self, config):
+        super().build(config)
+        if config.loop_layers > config.n_layer:
+            raise ValueError(f'loop_layers is {config.loop_layers}, n_layer only {config.n_layer}')
+
+    def layers(self, x, context):
+        c, x0 = self.config, x
+        first = (c.n_layer - c.loop_layers) // 2
+        for n in range(c.loop_times):                # the first from the bottom, the last to the top
+            own = context._replace(cache=self.cache_of(n, context.cache))
+            end = first + c.loop_layers if n < c.loop_times - 1 else c.n_layer
+            for block in self.blocks[first if n else 0:end]:
+                x = block(x, x0, own)
+        return x
+
+    def cache_of(self, n, cache):
+        """In every pass a layer makes other keys: later passes have caches of their own beside `cache`."""
+        if cache is not None and n > 0:
+            others, main = vars(cache).setdefault('passes', {}), cache
+            cache = others[n] = others.get(n) or model.KVCache(self, len(main.doc_start))
+            cache.length, cache.follows = main.length, main.follows
+        return cache
+
+    def flops_per_token(self, attended=None):
+        plain, c = super().flops_per_token(attended), self.config
+        layers = plain - 6 * self.lm_head.weight.numel()
+        return plain + layers * c.loop_layers * (c.loop_times - 1) / c.n_layer

@@ -1,0 +1,129 @@
+"""Three ideas written by README's chapter: attention_gate, layer_loop, batch_rampup."""
+import json
+
+import pytest
+import torch
+
+import model as model_file
+import prepare_data
+from conftest import ROOT, in_two_parts
+from model import GPT, GPTConfig, KVCache
+from prepare_data import UserError
+
+CONFIG = ROOT / 'config'
+GATE, LOOP, RAMP = (str(CONFIG / f'{name}.py') for name in ('attention_gate', 'layer_loop', 'batch_rampup'))
+SHAPE = dict(vocab_size=257, bos=256, block_size=64, n_layer=4, n_head=2, n_embd=32)
+
+
+def net(*ideas, base=None, **options):
+    """A model of ideas without a weight that is 0, or with those of `base`."""
+    ideas = prepare_data.Ideas([*ideas], [GPTConfig], strict=False)
+    config = model_file.configured(ideas)(**SHAPE | options)
+    torch.manual_seed(0)
+    made = config.GPT(config).requires_grad_(False)
+    if base is not None:
+        made.load_state_dict(base.state_dict(), strict=False)
+        return made
+    for p in made.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    return made
+
+
+def some(B=2, T=48):
+    idx = torch.randint(256, (B, T), generator=torch.Generator().manual_seed(1))
+    idx[:, ::17] = 256
+    return idx
+
+
+def in_bits(model, idx):
+    """Hidden states of idx, read a few tokens at a time."""
+    cache = KVCache(model, len(idx))
+    return torch.cat([model.trunk(part, cache) for part in idx.split([9, 1, 1, 20, 17], dim=1)], dim=1)
+
+
+def weights(folder):
+    return torch.load(folder / 'ckpt.pt', weights_only=True)['model']
+
+
+@pytest.mark.parametrize('ideas', [[GATE], [LOOP], [LOOP, GATE], [str(CONFIG / 'latent_attention.py'), LOOP, GATE]])
+def test_a_cache_changes_nothing(ideas):
+    model = net(*ideas, **dict(rotary_dim=8) if len(ideas) == 3 else {})
+    torch.testing.assert_close(in_bits(model, some()), model.trunk(some()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gate_is_open_at_first_and_its_head_s_own():
+    idx, base = some(), net()
+    gated = net(GATE, base=base)
+    assert torch.equal(gated.trunk(idx), base.trunk(idx))
+    for block in gated.blocks:
+        block.attn.gate.weight[1] = 0.3 * torch.arange(12)           # of the second head alone
+    assert (gated.trunk(idx) - base.trunk(idx)).abs().mean() > 1e-3
+    for model in gated, base:
+        for block in model.blocks:
+            block.attn.proj.weight[:, 16:] = 0                       # what the second head says is lost
+    assert torch.equal(gated.trunk(idx), base.trunk(idx))
+    assert gated.flops_per_token() - base.flops_per_token() == 6 * 4 * 2 * 12
+    with pytest.raises(ValueError, match='gate_channels is 33, n_embd only 32'):
+        net(GATE, gate_channels=33)
+
+
+def test_a_gate_compiles_to_one_graph():
+    model, idx = net(GATE), some()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend='aot_eager')
+    torch.testing.assert_close(compiled(idx, idx), model(idx, idx))
+
+
+@pytest.mark.parametrize('times', [1, 2, 3])
+def test_a_loop_is_the_deeper_model_that_it_looks_like(times):
+    looped = net(LOOP, loop_times=times)
+    order = [0, *[1, 2] * times, 3]
+    deep = net(n_layer=len(order))
+    of = {f'blocks.{i}.': f'blocks.{layer}.' for i, layer in enumerate(order)}
+    ours = looped.state_dict()
+    deep.load_state_dict({k: ours[of[k[:9]] + k[9:] if k[:9] in of else k] for k in deep.state_dict()})
+    assert torch.equal(looped.trunk(some()), deep.trunk(some()))
+    assert looped.flops_per_token(20) == deep.flops_per_token(20)
+    assert looped.params() == GPT(GPTConfig(**SHAPE)).params()
+    with pytest.raises(ValueError, match='loop_layers is 5, n_layer only 4'):
+        net(LOOP, loop_layers=5)
+
+
+def test_generation_goes_over_a_full_block():
+    model = net(LOOP, GATE)
+    ids = torch.cat(list(model.generate(some(1, 60), 8, temperature=0)))
+    idx = torch.cat([some(1, 60)[0], ids])[None]
+    assert ids[1] == model.logits(model.trunk(idx[:, :61])[:, -1]).argmax()
+    assert ids[5] == model.logits(model.trunk(idx[:, 33:65])[:, -1]).argmax()     # the older half is forgotten
+
+
+RAMP_ARGS = [RAMP, '--max_steps=0', '--max_tokens=20000', '--tokens_per_step=2048']
+
+
+def test_a_ramp_counts_its_tokens_and_ends_where_it_was_told(main, corpus, tmp_path):
+    said = main(*RAMP_ARGS)
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    saved = torch.load(tmp_path / 'run' / 'ckpt.pt', weights_only=True)
+    rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    at = [row['progress'] for row in rows if 'train_loss' in row]
+    read = [round(20000 * (b - a)) for a, b in zip(at, at[1:])]
+    assert '4 micro-steps of 8 x 64' in said and read == [512, 512, 512, 512, 1024, 1024, 1024, 1536, 1536, 1536, *[2048] * 5]
+    assert result['tokens'] == sum(read) + 2048 == saved['rows_read'] * 64 == saved['tokens']
+    assert 20000 <= result['tokens'] < 20000 + 2048 and result['steps'] == len(at)
+    assert result['epochs'] == pytest.approx(result['tokens'] / len(corpus.open().tokens['train']), rel=0.02)
+    assert result['flops'] == pytest.approx(result['tokens'] * result['flops_per_token'])
+
+
+def test_a_stack_of_the_three_goes_on_to_the_bit(main, monkeypatch, tmp_path):
+    args = [*RAMP_ARGS, GATE, LOOP]
+    main(*args)
+    in_two_parts(main, monkeypatch, 6, *args)
+    whole, parts = weights(tmp_path / 'run'), weights(tmp_path / 'parts')
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert all(whole[f'blocks.{i}.attn.gate.weight'].abs().min() > 0 for i in range(2))          # it found an optimizer
+
+
+def test_what_cannot_be_is_refused_in_a_sentence(main):
+    with pytest.raises(UserError, match='loop_layers is 3, n_layer only 2'):
+        main(LOOP, '--loop_layers=3')
+    with pytest.raises(UserError, match='ramp_start'):
+        main(RAMP, '--ramp_start=1.5')
