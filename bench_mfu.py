@@ -16,8 +16,8 @@ run in one process and take turns, so that a machine that drifts drifts for all.
 further ones, each stacked on the configs; an override may be part of a stack, b.py+--dtype=float32.
 
 MFU is the share of the card's data-sheet peak that model FLOPs make up: with the positions really attended to, and,
-as `12LHQT`, as Chowdhery 2022 (2204.02311) counts them, all T for every token. A card that is not in train.py's
-table gets none. `of GEMM` is the share of matrix products measured here, of this model's shapes.
+as `mfu palm`, as Chowdhery 2022 (2204.02311) counts them, all T for every token. A card that is not in train.py's
+table gets none. `of gemm` is the share of matrix products measured here, of this model's shapes.
 
 --compare starts train.py for the base, the first config, and for each other config stacked on it, in turn, at the
 same budget on the same data: --seeds=3 of the base, --idea_seeds=1 of each idea. a.py+b.py is one stack, --key=value
@@ -30,10 +30,6 @@ goes on with what was stopped and tries again what failed.
 
 --sweep makes every point of a grid in the same way, --seeds=3 times each, into out/sweep/<configs>, and fits: bits
 per byte against parameters and tokens, the best size for a budget, the best learning rate at a width.
-
-An idea with kernels of its own has a function kernel_cases(config, dtype, rows) in its file. It yields them as
-Operations does, (name, FLOPs, bytes, {rival: function}, inputs), with inputs on the CPU and 'ours' among the rivals:
-compile-only builds them, and they stand in the table of kernels, where the idea is named.
 """
 import ast
 import difflib
@@ -213,20 +209,11 @@ def measured(ideas):
             if micro:
                 self.micro, self.accum = micro, self.micro * self.accum // micro
 
-        def find_checkpoint(self):
-            refuse(self.resuming, 'init_from is resume: what is measured begins afresh')
-
-        def open_evaluations(self):
-            pass
-
-        def heed(self, number, frame):
-            raise KeyboardInterrupt
+        heed, record = staticmethod(signal.default_int_handler), lambda self, **row: None
+        find_checkpoint = open_evaluations = lambda self: None
 
         def say(self, line):
             self.said.append(line)
-
-        def record(self, **row):
-            pass
 
         def shape(self):
             config = super().shape()
@@ -241,10 +228,6 @@ def measured(ideas):
                 self.going, self.progress, self.left, before = True, 0.5, math.inf, self.tokens
                 super().step()
             return self.tokens - before
-
-        def close(self):
-            if self.going:
-                self.batches.close()
 
     return Measured
 
@@ -326,10 +309,8 @@ def where_time_goes(trainer, device, steps=3):
 # ---- every kernel beside its rivals ------------------------------------------------------------------------
 
 class Operations:
-    """One layer's operations, a method each: (name, FLOPs, bytes, {rival: function of the inputs}, inputs).
-
-    FLOPs and bytes are those of a forward pass that touches memory once for each input and output.
-    """
+    """One layer's operations, a method each: (name, FLOPs, bytes, {rival: function of the inputs}, inputs). FLOPs and
+    bytes are those of a forward pass that touches memory once for each input and output."""
 
     def __init__(self, config, idx, first, dtype, compile):
         self.config, self.idx, self.first, self.dtype = config, idx, first, dtype
@@ -346,8 +327,9 @@ class Operations:
             yield name, *counts, rivals, [t.to(self.device) for t in inputs]
 
     def inputs(self, *shapes):
-        return [torch.randn(shape, device=self.device, dtype=self.dtype) / (shape[-1] ** 0.5 if len(shape) == 2 else 1)
-                for shape in shapes]
+        """Random; of a matrix so that it leaves the size of what it is multiplied with."""
+        scale = [shape[-1] ** 0.5 if len(shape) == 2 else 1 for shape in shapes]
+        return [torch.randn(s, device=self.device, dtype=self.dtype) / n for s, n in zip(shapes, scale)]
 
     def ours(self, function, *kernels):
         """A function, compiled, with these of the kernels that run here."""
@@ -391,8 +373,8 @@ class Operations:
             blocks = create_block_mask(visible, B, None, T, T, device=self.device)
             rivals['compiled FlexAttention, same mask'] = self.compiled(by_flex)
         pairs, N = int((there - first + 1).sum()), B * T
-        return ('attention, documents, QK-norm, RoPE', 4 * D * H * pairs, self.size * N * (2 * H + 2 * HK) * D, rivals,
-                self.inputs((B, T, H + 2 * HK, D)))
+        return ('attention, documents, QK-norm, RoPE', 4 * D * H * pairs, self.size * N * (2 * H + 2 * HK) * D,
+                rivals, self.inputs((B, T, H + 2 * HK, D)))
 
     def causal(self):
         """Attention alone, over all that went before."""
@@ -450,21 +432,15 @@ class Operations:
                 rivals, self.inputs((N, C), (hidden * (1 + gated), C), (C, hidden)))
 
     def cross_entropy(self):
+        import torch._inductor.config as inductor
         N, C, V = self.idx.numel(), self.config.n_embd, self.config.vocab_size
         targets = torch.randint(0, V, (N,), device=self.device)
-
-        def ours(x, w):
-            return m.linear_cross_entropy(x, w, targets)
-
-        def all_logits(x, w):
-            return F.cross_entropy((x @ w.t()).float(), targets)
-
-        rivals = {'ours': self.ours(ours, 'cross_entropy'), 'torch, all logits': all_logits,
-                  'compiled, all logits': self.compiled(all_logits)}
-        import torch._inductor.config as inductor
+        all_logits = lambda x, w: F.cross_entropy((x @ w.t()).float(), targets)
+        rivals = {'ours': self.ours(lambda x, w: m.linear_cross_entropy(x, w, targets), 'cross_entropy'),
+                  'torch, all logits': all_logits, 'compiled, all logits': self.compiled(all_logits)}
         if self.device == 'cuda' and hasattr(inductor, 'auto_chunker'):    # it compiles as it is what it cannot cut
-            chunked = torch.compile(all_logits, dynamic=False, options={'auto_chunker.enable': True})
-            rivals['compiled, auto-chunker'] = chunked
+            rivals['compiled, auto-chunker'] = torch.compile(
+                all_logits, dynamic=False, options={'auto_chunker.enable': True})
         if hasattr(F, 'linear_cross_entropy'):                  # from torch 2.13 on
             options = torch.nn.LinearCrossEntropyOptions()
             rivals['F.linear_cross_entropy'] = lambda x, w: F.linear_cross_entropy(x, w, targets, options=options)
@@ -473,11 +449,13 @@ class Operations:
             rivals['Liger-Kernel'] = lambda x, w: liger(x, w, targets)
         except ImportError:
             pass
-        return 'linear + cross-entropy', 2 * N * C * V, self.size * (N * C + V * C), rivals, self.inputs((N, C), (V, C))
+        return ('linear + cross-entropy', 2 * N * C * V, self.size * (N * C + V * C), rivals,
+                self.inputs((N, C), (V, C)))
 
 
 def kernel_cases(modules, config, dtype, rows):
-    """The operations that ideas bring kernels for, as Operations has them."""
+    """The operations that ideas have kernels for: a function of this name in an idea's file yields them as Operations
+    does, 'ours' among the rivals, with inputs on the CPU. compile-only builds them, too."""
     for cases in dict.fromkeys(module.kernel_cases for module in modules if hasattr(module, 'kernel_cases')):
         yield from cases(config, dtype, rows)
 
@@ -575,9 +553,7 @@ def compile_for(s, ideas):
             fp64=fp64, over=[limit for limit, wrong in over.items() if wrong])
 
     driver.set_active(Card())
-    for owner in (m, *ideas.modules):           # an idea may have them by name
-        vars(owner).update({k: v for k, v in dict(launch=build, shared_memory=lambda x: SHARED_MEMORY[sm]).items()
-                            if hasattr(owner, k)})
+    m.launch, m.shared_memory = build, lambda x: SHARED_MEMORY[sm]
     for config, dtype in family(s, ideas):
         case = (f'{config.n_embd} wide, heads of {config.head_dim}, {config.mlp}, '
                 f'vocabulary {config.vocab_size}, {str(dtype)[6:]}')
@@ -614,8 +590,8 @@ def compile_only(argv):
 
 SAME = ('dataset', 'budget_minutes', 'budget_counts', 'max_steps', 'max_tokens')  # of all runs
 OURS = ('seed', 'out_dir', 'overwrite', 'dry_run', 'init_from')    # only a comparison sets these
-COLUMNS = dict(seeds=0, val_bpb=4, sd=4, change='+.2%', in_sd='+.1f', total_params=0, non_embedding_params=0,   # as
-               active_params=0, tokens=0, epochs=2, train_seconds=0, total_seconds=0, tok_per_sec=0, joules=0)  # text_table
+COLUMNS = dict(seeds=0, val_bpb=4, sd=4, change='+.2%', in_sd='+.1f', total_params=0, non_embedding_params=0,
+               active_params=0, tokens=0, epochs=2, train_seconds=0, total_seconds=0, tok_per_sec=0, joules=0)
 
 
 def planned(own, argv):
@@ -671,8 +647,8 @@ def look(run):
     now['ideas'] = [name for name, _, named in run.ideas.sources() if named]
     differ = [f'{k} (was {then[k]!r}, now {v!r})' for k, v in now.items()
               if k not in ('out_dir', 'init_from') and then.get(k, v) != v]
-    refuse(differ, f'{run.folder} holds a run with other settings: {", ".join(differ)}; '
-                   f'delete it, or choose another --compare_dir')
+    refuse(differ, f'{run.folder} holds a run with other settings: {", ".join(differ)}; delete it, or choose another '
+                   f'--compare_dir')
 
 
 def make(run):
@@ -714,8 +690,7 @@ def ranked(runs):
         if len(results) > 1:
             row['sd'] = statistics.stdev(r['val_bpb'] for r in results)
         base, sd = rows[0], rows[0].get('sd')
-        pairs = [(run.result['val_bpb'], by_seed[run.seed]) for run in mine
-                 if run.result and run.seed in by_seed]
+        pairs = [(run.result['val_bpb'], by_seed[run.seed]) for run in mine if run.result and run.seed in by_seed]
         if row is not base and pairs:
             ours, theirs = map(statistics.fmean, zip(*pairs))
             gain, more = ours - theirs, row['total_params'] / base['total_params'] - 1
@@ -762,8 +737,7 @@ def say_runs(runs, root):
     print(f'{len(runs)} runs in {root}, {len(left)} to make, a budget of {hours:.1f} hours')
     for run in [run for run in runs if run.seed == 1]:
         sets = [f'{k}={v!r}' for k, v in vars(run.s).items() if vars(base.s).get(k) != v and k != 'out_dir']
-        own = [seam for seam in prepare_data.SEAMS if run.ideas.tops(seam) != base.ideas.tops(seam)]
-        sets += [f'its own {" and ".join(own)}'] * bool(own)
+        sets += [f'its own {seam}' for seam in prepare_data.SEAMS if run.ideas.tops(seam) != base.ideas.tops(seam)]
         print(f'{run.name}: {", ".join(sets) or "the settings of the base"}')
         parts = [arg for arg in run.args if arg not in base.args]
         for line in run.ideas.overruled:
@@ -773,7 +747,7 @@ def say_runs(runs, root):
 
 def try_out(runs):
     """Prepare what runs read, on no run's bill; what cannot be is said now, not in its turn."""
-    wrong = []
+    wrong = []                                  # from here on a signal raises KeyboardInterrupt, see Measured
     for run in {run.name: run for run in runs if not run.result}.values():
         try:
             measured(run.ideas)(run.s, device='cpu')
@@ -789,8 +763,6 @@ def compare_runs(own, rest, argv, plan=planned, keep=keep_table):
     say_runs(runs, root)
     try:
         try_out(runs)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.default_int_handler)
         for run in [run for run in runs if not run.result]:
             print(f'{run.name}, seed {run.seed}: {run.folder / "log.txt"}', flush=True)
             make(run)
@@ -916,8 +888,8 @@ def law_of(runs):
     """Sentences about the law of runs, {parameter: its value and interval}, and charts. N is all parameters
     that the finished model uses, its tables too, as Pearce 2024 (2406.12907) advises for small ones."""
     n, d, y = logs(runs, 'active_params', 'tokens', 'val_bpb')
-    has = {'points': (len(grouped(runs)), 5), 'sizes': (distinct(n), 3),
-           'numbers of tokens': (distinct(d), 3), 'runs': (len(runs), 6)}
+    has = {'points': (len(grouped(runs)), 5), 'sizes': (distinct(n), 3), 'numbers of tokens': (distinct(d), 3),
+           'runs': (len(runs), 6)}
     if lacks := ', '.join(f'{least - have} {what}' for what, (have, least) in has.items() if have < least):
         return [f'No law of size and tokens: its 5 parameters take 5 points, 3 sizes and 3 numbers of tokens '
                 f'among them, and 6 runs; missing: {lacks}.'], {}, []
@@ -1033,7 +1005,7 @@ PUBLISHED = (('compiled baseline', 11.0e6, 'BabyLM', 1.31), ('latent attention',
              ('baseline transformer', 11.0e6, 'BabyLM', 1.33), ('baseline', 7.3e6, 'SimpleStories', 0.57))
 ELSEWHERE = ('Published elsewhere, for half an hour of one RTX 4090: another split of the data, another '
              'machine. Not ranked among the runs here.')
-LEADERS = dict(non_embedding_params=0, active_params=0, tokens=0, epochs=2, total_seconds=0, joules=0)
+LEADERS = dict(ideas=None, non_embedding_params=0, active_params=0, tokens=0, epochs=2, total_seconds=0, joules=0)
 ON_PAGE = dict(val_loss=4, tok_per_sec=0, mfu=3, train_seconds=0,                   # decimals of columns
                co2_g=2, peak_mem_gb=2, dollars=3, budget_minutes=1, seed=0, hardware=None, commit=None)
 COMPARISONS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
@@ -1054,6 +1026,7 @@ def finished_runs(folder):
             about['text'] = about['dataset'], f'{text:,} bytes' if type(text) is int else text, r['protocol']
             names[about['text']] = about['dataset']
             abilities = {name: e['accuracy'] for name, e in r['evals'].items()}
+            about['ideas'] = ' '.join(r.get('ideas', ()))
             about['notes'] = f'BPB on {r["val_share"]:.1%}' * (r['val_share'] < 1)
             rows.append(r['settings'] | r['config'] | r | abilities | about | dict(abilities=[*abilities]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -1152,14 +1125,12 @@ def label(key):
 
 
 def text_table(columns, rows):
-    """Lines of Markdown; columns {key: decimals, a format, or None for what stands as it is}, the last as wide as it
-    needs."""
+    """Lines of Markdown; columns {key: decimals, a format, or None: as it is}; the last is as wide as it needs."""
     def cell(value, form):
-        if isinstance(value, (int, float)):
-            return f'{value:{form if isinstance(form, str) else ",.6g" if form is None else f",.{form}f"}}'
-        return '-' if value is None else str(value)
+        form = form if isinstance(form, str) else ',.6g' if form is None else f',.{form}f'
+        return '-' if value is None else f'{value:{form}}' if isinstance(value, (int, float)) else str(value)
 
-    table = [[label(key) for key in columns], *([cell(row.get(key), form) for key, form in columns.items()] for row in rows)]
+    table = [[*map(label, columns)], *([cell(row.get(key), form) for key, form in columns.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)][:-1] + [0]
     table.insert(1, ['-' * (w - 1) + ':' if w else '---' for w in widths])
     return ['| ' + ' | '.join(f'{cell:>{w}}' for cell, w in zip(cells, widths)) + ' |' for cells in table]
@@ -1194,8 +1165,8 @@ def leaderboard(own, rest):
            f'--leaderboard takes one folder, --sort and --where, and got {" ".join(rest)}')
     folder, sort = Path(rest[0] if rest else 'out'), own.sort
     rows, left_out = finished_runs(folder)
-    refuse(not rows, '\n  '.join([f'{folder} holds no finished run: make one, or name another folder',
-                                  *left_out[:3]]))
+    none = f'{folder} holds no finished run: make one, or name another folder'
+    refuse(not rows, '\n  '.join([none, *left_out[:3]]))
     known = {key for row in rows for key, v in row.items() if isinstance(v, (int, float, str))}
     key = key_of(sort.removeprefix('-'), known, 'sort')
     rows = where(rows, own.where, known) if own.where else rows
@@ -1221,38 +1192,24 @@ def leaderboard(own, rest):
 
 # ---- main --------------------------------------------------------------------------------------------------
 
-STEP_COLUMNS = (('step ms', 'step_ms', 9, '.1f'), ('min', 'min_ms', 8, '.1f'), ('max', 'max_ms', 8, '.1f'),
-                ('tok/s', 'tok_per_sec', 11, ',.0f'), ('of GEMM', 'of_gemm', 9, '.0%'),
-                ('MFU', 'mfu', 7, '.1%'), ('12LHQT', 'mfu_palm', 8, '.1%'),
-                ('step GB', 'peak_mem_gb', 9, '.2f'),
-                ('wait', 'data_wait', 7, '.2%'), ('x ours', 'versus_ours', 8, '.2f'))
-KERNEL_COLUMNS = (('forward ms', 'ms', 11, '.3f'), ('min', 'min_ms', 8, '.3f'), ('max', 'max_ms', 8, '.3f'),
-                  ('floor', 'floor_ms', 8, '.3f'), ('+ backward', 'both_ms', 11, '.3f'),
-                  ('min', 'both_min_ms', 8, '.3f'), ('max', 'both_max_ms', 8, '.3f'),
-                  ('floor', 'floor_both_ms', 8, '.3f'), ('MB', 'mem_mb', 7, '.0f'),
-                  ('x ours', 'versus_ours', 8, '.2f'))
-
-
-def say_table(columns, rows, title, width):
-    """Print rows of dicts under columns (head, key, width, format); what a row lacks is a dash."""
-    print(' ' * width + ''.join(f'{head:>{w}}' for head, _, w, _ in columns))
-    for row in rows:
-        cells = (f'{row[key]:{form}}' if row.get(key) is not None else '-' for _, key, _, form in columns)
-        print(f'{title(row):{width}}' + ''.join(f'{cell:>{w}}' for cell, (_, _, w, _) in zip(cells, columns)))
+STEP_COLUMNS = dict(name=None, step_ms=1, min_ms=1, max_ms=1, tok_per_sec=0, of_gemm='.0%', mfu='.1%', mfu_palm='.1%',
+                    peak_mem_gb=2, data_wait='.2%', versus_ours=2)
+KERNEL_COLUMNS = dict(rival=None, ms=3, min_ms=3, max_ms=3, floor_ms=3, both_ms=3, both_min_ms=3, both_max_ms=3,
+                      floor_both_ms=3, mem_mb=0, versus_ours=2)         # both: forward and backward
 
 
 def measure_steps(run, argv):
     """Our step, by itself and with others, and where its time goes."""
     runs = contestants(run, argv)
     rows, gemm, faults = compare(runs, run.s.rounds, run.peak())
-    say_table(STEP_COLUMNS, rows, lambda r: r['name'], 30)
+    print(*text_table(STEP_COLUMNS, rows), sep='\n')
     for name, why in faults.items():
         print(f'{name}: does not run here ({why})')
     where = where_time_goes(run, run.device)
     print(f'where a step of ours goes, {where["busy_share"]:.0%} of the time busy: '
           + ', '.join(f'{k} {v:.0%}' for k, v in where['shares'].items()) + f' (most of it {where["largest_other"]})')
     for one in runs.values():
-        one.close()
+        one.batches.close()
         one.optimizers = None                       # their memory is wanted
     return dict(rows=rows, gemm=gemm, faults=faults, where=where)
 
@@ -1263,10 +1220,8 @@ def measure_kernels(run, idx, rates):
     operations = Operations(run.config, idx, run.model.first_visible(idx), run.dtype, run.compiling)
     for name, *case in operations.each(run.ideas.modules if run.device == 'cuda' else ()):
         rows = kernel_rows(name, *case, run.s.rounds, rates)
-        print(name)
-        say_table(KERNEL_COLUMNS, [r for r in rows if not r['fault']], lambda r: '  ' + r['rival'], 37)
-        for r in [r for r in rows if r['fault']]:
-            print(f'  {r["rival"]}: does not run here ({r["fault"]})')
+        print(name, *text_table(KERNEL_COLUMNS, [r for r in rows if not r['fault']]),
+              *(f'{r["rival"]}: does not run here ({r["fault"]})' for r in rows if r['fault']), '', sep='\n')
         found += rows
     return dict(kernels=found)
 
@@ -1282,7 +1237,7 @@ def try_micro_batches(run):
     for n, one in runs.items():
         said = f'{speeds[n]:12,.0f} tok/s' if n in speeds else f'does not run ({faults[n]})'
         print(f'micro_batch_size {n:5}: {said}')
-        one.close()
+        one.batches.close()
     if speeds:
         print(f'best: --micro_batch_size={max(speeds, key=speeds.get)}')
     return dict(micro_batches=speeds)
@@ -1314,15 +1269,14 @@ def measure(s, ideas, argv, **shape):
 
 def measure_all(s, ideas, argv):
     """That of the settings, or of each of the shapes asked for."""
-    names, derived = [name for name in s.shapes.split(',') if name], ('n_kv_head', 'head_dim', 'rotary_dim', 'mlp_hidden')
-    unknown = [name for name in names if name not in SHAPES]
-    refuse(unknown, f'--shapes names {unknown[:1]}; there are {", ".join(SHAPES)}')
     torch._dynamo.config.recompile_limit = 64          # contestants share the model's code
-    shapes = [dict.fromkeys(derived, 0) | SHAPES[name] | dict(
-        tie_embeddings=True, micro_batch_size=max(1, s.micro_batch_size * s.block_size // SHAPES[name]['block_size']))
-        for name in names]
-    results = [measure(s, ideas, argv, **shape) for shape in shapes or [{}]]
-    return dict(shapes=results) if shapes else results[0]
+    derived, results = dict.fromkeys(('n_kv_head', 'head_dim', 'rotary_dim', 'mlp_hidden'), 0), []
+    for name in s.shapes.split(',') if s.shapes else []:
+        refuse(name not in SHAPES, f'--shapes names {name!r}; there are {", ".join(SHAPES)}')
+        shape = derived | SHAPES[name] | dict(tie_embeddings=True)
+        rows = max(1, s.micro_batch_size * s.block_size // shape['block_size'])
+        results.append(measure(s, ideas, argv, **shape, micro_batch_size=rows))
+    return dict(shapes=results) if results else measure(s, ideas, argv)
 
 
 def main(argv):
