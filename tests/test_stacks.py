@@ -1,5 +1,6 @@
 """Ideas together: every one with every other, in both orders, trains or is refused in one sentence that names both."""
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ from prepare_data import UserError
 NEEDS = dict(latent_attention=['--kv_latent=12', '--rotary_dim=4'], distillation=['--teacher=teacher'],
              climb_objective=['--word_classes=5'], syntactic_smoothing=['--word_classes=5'],
              tokenformer=['--attn_tokens=24', '--mlp_tokens=48'], masked=['--masked=0.25'],
-             growth=['--growth=[(0.5, dict(n_layer=3))]'], humaneval=[], window=['--window=20'], softcap=['--logit_softcap=15'])
+             growth=['--growth=[(0.5, dict(n_layer=3))]'], humaneval=['--eval_data=problems', '--python_tokens=8'], window=['--window=20'], softcap=['--logit_softcap=15'])
 BASE = [*TINY, '--tokenizer=bpe', '--vocab_size=500', '--tokens_per_step=1024', '--micro_batch_size=8', '--max_steps=5',
         '--sample_tokens=4', '--seed=3', '--save_minutes=1000', '--budget_minutes=1000', '--n_embd=64', '--n_head=4']
 
@@ -31,7 +32,8 @@ def ideas():
     seams = '|'.join(name for name in prepare_data.SEAMS if name != 'Corpus')
     found = [path.stem for path in sorted((ROOT / 'config').glob('[!_]*.py'))
              if re.search(rf'^class ({seams})\(|^from config\.\w+ import .*\b({seams})\b', path.read_text(), re.M)]
-    return [name for name in found if name != 'babylm']
+    without = [] if importlib.util.find_spec('tensorboard') else ['tracker']
+    return [name for name in found if name not in ('babylm', *without)]
 
 
 def run_of(names, out, *more):
@@ -58,8 +60,11 @@ def attempt(names):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A folder with a text, its data, a config of the tiny base, and a teacher."""
+    """A folder with a text, its data, a config of the tiny base, a problem in Python, and a teacher."""
     folder = tmp_path_factory.mktemp('stacks')
+    (folder / 'problems').mkdir()
+    (folder / 'problems' / 'humaneval.jsonl').write_text(json.dumps(dict(
+        task_id='tiny/0', prompt='def one():\n', entry_point='one', test='def check(f):\n    assert f() == 1\n')))
     (folder / 'text').mkdir()
     for seed, (name, n) in enumerate({'tales.train': 400, 'notes.train': 250, 'tales.dev': 40, 'notes.dev': 20}.items()):
         (folder / 'text' / name).write_text('\n\n'.join(tales(n, seed)), encoding='utf-8')
