@@ -29,8 +29,8 @@ class Run(train.Run):
         super().build()
         data = self.data
         self.unknown = getattr(data.tokenizer, 'unk', None)
-        refuse(self.unknown is None, f'vocabulary_floor needs an id for what is not known, {self.s.tokenizer} '
-               f'has none: use bpe')
+        refuse(self.unknown is None, f'vocabulary_floor needs an id for what is not known, and tokenizer '
+               f'{self.s.tokenizer} has none: use bpe')
         self.ranks = ranks(data.tokens['train'], data.meta['vocab_size']).to(self.device)
 
     def loss(self, idx, targets, **extras):

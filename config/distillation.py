@@ -50,8 +50,8 @@ class Run(train.Run):
         self.teacher, tokenizer = sample.load(s.teacher, self.device)
         self.teacher.compute_dtype, c = self.dtype, self.teacher.config
         self.same_vocabulary(tokenizer, f'teacher {s.teacher}')
-        refuse(getattr(c, 'domains', ''), f'teacher {s.teacher} has domains, and nothing tells it which: choose '
-               f'a plain one')
+        refuse(getattr(c, 'domains', ''), f'teacher {s.teacher} has domains, and nothing tells it which: '
+               f'choose a plain one')
         refuse(c.block_size < s.block_size, f'teacher {s.teacher} reads {c.block_size} tokens at most: lower '
                f'block_size (now {s.block_size})')
         kernel = self.device == 'cuda' and 'attention' in kernels_named(s.kernels)
@@ -68,8 +68,8 @@ class Run(train.Run):
 def divergence(x, weight, targets, temperature, hidden, logits, cap=0.0, rows=None):
     """Temperature^2 KL(teacher || student), both softmax(logits / temperature), the mean over targets >= 0.
 
-    The student's logits are those of x (N, C) under weight (V, C) and a soft cap, the teacher's logits(hidden).
-    A block of rows at a time: d loss / d logits = temperature (student - teacher) / n.
+    The student's logits are those of x (N, C) under weight (V, C) and a soft cap, the teacher's are
+    logits(hidden). A block of rows at a time: d loss / d logits = temperature (student - teacher) / n.
     """
     share = (temperature * (targets >= 0) / (targets >= 0).sum().clamp(min=1))[:, None]
 

@@ -502,7 +502,7 @@ def test_runs_with_another_objective(main, tmp_path, classed):
     ('masked', 'climb_vocabulary', 'spare token'), ('climb_vocabulary', 'masked', 'spare token'),
     ('climb_vocabulary', 'syntactic_smoothing', 'rare ids'), ('distillation', 'climb_vocabulary', 'rare ids')])
 def test_what_does_not_go_together_is_refused_by_name(first, other, why):
-    with pytest.raises(UserError, match=f'config/(?:{first}|{other}).py and config/(?:{first}|{other}).py do not go together.*{why}.*leave one out'):
+    with pytest.raises(UserError, match=f'(?:{first}|{other}).py and (?:config/)?(?:{first}|{other}).py do not go together.*{why}.*leave one out'):
         prepare_data.Ideas(paths(first, other), train.TABLES)
 
 
