@@ -422,7 +422,7 @@ def file_of(thing):
 
 def name_of(thing):
     path = file_of(thing)
-    here = {CONFIG: f'config/{path.name}', Path(__file__).resolve().parent: path.name}
+    here = {CONFIG: f'config/{path.name}', Path(__file__).resolve().parents[1]: path.name}
     return here.get(path.resolve().parent, str(path))
 
 
