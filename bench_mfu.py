@@ -3,7 +3,7 @@
     python bench_mfu.py config/babylm.py                            all that follows, for the card it finds
     python bench_mfu.py config/babylm.py --only=steps               step time, MFU, memory
     python bench_mfu.py config/babylm.py --only=kernels             every kernel beside its rivals
-    python bench_mfu.py config/babylm.py --beside=config/plain.py   and the steps of a stack with other files
+    python bench_mfu.py config/babylm.py --beside=config/a.py       and the steps of a stack with other files
     python bench_mfu.py config/babylm.py --shapes=11M,34M,97M       the same for models of these sizes
     python bench_mfu.py config/babylm.py --micro_batches=32,64,128  which micro-batch is best
     python bench_mfu.py config/babylm.py --kernels=compile-only     build them all without a GPU, check limits
@@ -210,7 +210,10 @@ def measured(ideas):
                 self.micro, self.accum = micro, self.micro * self.accum // micro
 
         heed, record = staticmethod(signal.default_int_handler), lambda self, **row: None
-        find_checkpoint = open_evaluations = lambda self: None
+        open_evaluations = lambda self: None
+
+        def find_checkpoint(self):
+            refuse(self.resuming, 'init_from is resume: what is measured begins afresh')
 
         def say(self, line):
             self.said.append(line)
@@ -1127,8 +1130,10 @@ def label(key):
 def text_table(columns, rows):
     """Lines of Markdown; columns {key: decimals, a format, or None: as it is}; the last is as wide as it needs."""
     def cell(value, form):
-        form = form if isinstance(form, str) else ',.6g' if form is None else f',.{form}f'
-        return '-' if value is None else f'{value:{form}}' if isinstance(value, (int, float)) else str(value)
+        if not isinstance(value, (int, float)):
+            return '-' if value is None else str(value)
+        short = ',' if type(value) is int else ',.0f' if 1000 <= abs(value) < 1e9 else '.4g'
+        return f'{value:{form if isinstance(form, str) else short if form is None else f",.{form}f"}}'
 
     table = [[*map(label, columns)], *([cell(row.get(key), form) for key, form in columns.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)][:-1] + [0]

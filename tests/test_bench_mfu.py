@@ -1,4 +1,4 @@
-"""bench_mfu.py: it runs, its rival is what it says, and both are measured on the same step."""
+"""bench_mfu.py: it runs, it measures the step of a run, and compares runs as it says."""
 import json
 import math
 import re
@@ -14,28 +14,36 @@ import torch
 import torch.nn.functional as F
 
 import bench_mfu
-import prepare_data
+import model
+import sample
 import train
 from conftest import ROOT, finish, script, start
 from model import GPTConfig
 from prepare_data import UserError
 
 CONFIG = GPTConfig(vocab_size=257, bos=256, block_size=64, n_layer=2, n_head=2, n_embd=64)
+PLAIN = ROOT / 'config' / 'plain_gpt2.py'
+
+
+def opened(corpus, *args):
+    """A run that is measured."""
+    s, ideas = train.read_settings([*corpus.args, *args], bench_mfu.TABLES)
+    return bench_mfu.measured(ideas)(s)
 
 
 def test_everything_is_measured(corpus, tmp_path):
-    code, out, err = script('bench_mfu.py', *corpus.args, '--rounds=2', '--json=bench.json', cwd=tmp_path)
+    code, out, err = script('bench_mfu.py', *corpus.args, '--rounds=2', '--json=bench.json', f'--beside={PLAIN}', cwd=tmp_path)
     assert code == 0, err
     result = json.loads((tmp_path / 'bench.json').read_text())
     rows = {row['name']: row for row in result['rows']}
-    assert {'ours, Muon', 'ours, AdamW', 'plain GPT-2, fp32'} <= set(rows)
+    assert [*rows] == ['ours, Muon', 'ours, AdamW', 'plain_gpt2']
     for name, row in rows.items():
-        assert re.search(rf'^{re.escape(name)} ', out, re.M)
-        assert 0 < row['min_ms'] <= row['step_ms'] <= row['max_ms'] and row['of_gemm'] > 0
+        assert re.search(rf'^\| +{re.escape(name)} \|', out, re.M)
+        assert 0 < row['min_ms'] <= row['step_ms'] <= row['max_ms'] and row['of_gemm'] > 0 and 0 <= row['data_wait'] < 1
         assert row['tok_per_sec'] == pytest.approx(512 / row['step_ms'] * 1e3)
         assert row['mfu'] is None                                  # a CPU is not in the table of peaks
-    assert rows['plain GPT-2, fp32']['speedup'] == 1 and all(v > 0 for v in result['gemm'].values())
-    assert 0 <= rows['ours, Muon']['data_wait'] < 1 and 'data-sheet peak not known' in out
+    assert rows['ours, Muon']['versus_ours'] == 1 and all(v > 0 for v in result['gemm'].values())
+    assert 'data-sheet peak not known' in out
     assert set(result['machine']['products']) == {'qkv', 'attention out', 'MLP up', 'MLP down', 'head'}
     assert 1 < result['attended'] < 32.5                           # documents are shorter than the 64 tokens of a row
     assert sum(result['where']['shares'].values()) == pytest.approx(1) and result['where']['shares']['matrix products'] > 0.02
@@ -45,18 +53,36 @@ def test_everything_is_measured(corpus, tmp_path):
         assert not row['fault'] and 0 < row['both_min_ms'] <= row['both_ms'] <= row['both_max_ms'] and row['floor_both_ms'] > 0
         assert rival in out and (rival != 'ours' or row['versus_ours'] == 1)
     assert 'attention, qk_norm, rms_norm, cross_entropy, mlp: torch, this is not a GPU' in out
+    assert not (tmp_path / 'out').exists() and result['ideas'] == []
 
 
-def test_flops_use_the_positions_really_attended_to(corpus, capsys):
-    s = train.read_settings([*corpus.args, '--n_layer=1'])
-    data = corpus.open()
-    config = train.model_config(s, data)
-    runners = {'ours, Muon': (bench_mfu.Ours(s, config, data, 8, 'cpu', torch.float32, False), torch.float32)}
-    runners['plain, y'] = bench_mfu.PlainTrainer(config, data.tokens['train'], s, 8, 'cpu', False, compile=False), torch.float32
-    rows, _, _ = bench_mfu.compare(runners, s, config, 10.0, 8, 'cpu', 1, peak=1e12)
-    for row, attended in zip(rows, (10.0, 32.5)):              # the rival has no documents to stay within
-        assert row['mfu'] == pytest.approx(row['tok_per_sec'] * config.flops_per_token(attended) / 1e12)
-        assert row['mfu_palm'] == pytest.approx(row['tok_per_sec'] * config.flops_per_token(64) / 1e12)
+def test_the_step_measured_is_that_of_the_ideas(corpus, tmp_path, capsys):
+    (tmp_path / 'twice.py').write_text("""import train
+times: int = 2      # 1..: how often a micro-batch is read
+class Run(train.Run):
+    def loss(self, *args, **extras):
+        self.losses = getattr(self, 'losses', 0) + 1
+        return sum(super(Run, self).loss(*args, **extras) for _ in range(self.s.times)) / self.s.times
+    def micro_steps(self, progress):
+        return -(-super().micro_steps(progress) // 2)
+""")
+    run = opened(corpus, str(tmp_path / 'twice.py'), '--micro_batch_size=2')
+    assert run.micro == 2 and run.step() == 256 and run.steps == 1 and run.losses == 2 + 2      # two of them set it going
+    assert run.optimizers[0].param_groups[0]['lr'] == pytest.approx(0.5 / 0.6 * 0.02) and run.progress == 0.5
+    run.batches.close()
+    result, _ = bench_mfu.main([*corpus.args, str(tmp_path / 'twice.py'), '--rounds=1', '--only=steps']), capsys
+    assert '--beside' not in capsys.readouterr().out and result is None
+
+
+def test_flops_use_the_positions_really_attended_to(corpus):
+    runs = {'ours, Muon': opened(corpus, '--n_layer=1'), 'plain': opened(corpus, str(PLAIN), '--n_layer=1')}
+    attended = runs['ours, Muon'].model.attended(runs['ours, Muon'].early)
+    rows, _, _ = bench_mfu.compare(runs, 1, peak=1e12)
+    for row, run, seen in zip(rows, runs.values(), (attended, 32.5)):       # the rival has no documents to stay within
+        assert row['mfu'] == pytest.approx(row['tok_per_sec'] * run.model.flops_per_token(seen) / 1e12)
+        assert row['mfu_palm'] == pytest.approx(row['tok_per_sec'] * run.model.flops_per_token(64) / 1e12)
+        run.batches.close()
+    assert runs['plain'].model.flops_per_token(1) == 6 * (12 * 64 * 64 + 257 * 64) + 12 * 64
 
 
 def test_shapes_take_the_place_of_the_configs(corpus, capsys, monkeypatch):
@@ -65,11 +91,11 @@ def test_shapes_take_the_place_of_the_configs(corpus, capsys, monkeypatch):
     bench_mfu.main([*corpus.args, '--rounds=1', '--only=steps', '--shapes=11M,34M'])
     out = capsys.readouterr().out
     assert re.findall(r'^1 layers, (\d+) wide', out, re.M) == ['32', '64'] and out.count('micro-batches of 16 x 32') == 2
-    assert len(re.findall(r'^ours, Muon ', out, re.M)) == 2
+    assert len(re.findall(r'^\| +ours, Muon \|', out, re.M)) == 2 and out.count('vocabulary 300') == 2
 
 
 def test_the_shapes_have_the_sizes_they_are_named_for():
-    sizes = [GPTConfig(**shape, tie_embeddings=True).params()['total'] for shape in bench_mfu.SHAPES.values()]
+    sizes = [model.blueprint(GPTConfig(**shape, tie_embeddings=True)).params()['total'] for shape in bench_mfu.SHAPES.values()]
     assert sizes == pytest.approx([12.5e6, 33.6e6, 97.5e6], rel=0.01)
 
 
@@ -89,28 +115,37 @@ def test_a_rival_that_fails_is_named():
 
 # ---- compiling without a GPU
 
-def compiled(tmp_path, *args):
-    """bench_mfu.py's compile check for one architecture, whatever it is on by default."""
-    code = 'import sys, bench_mfu as b; b.FAMILY = b.FAMILY[:int(sys.argv[1])]; b.SHARED_MEMORY = {89: b.SHARED_MEMORY[89]};' \
-           'b.compile_only.__defaults__ = ((89,),); b.main(["--kernels=compile-only"] + sys.argv[2:])'
-    return subprocess.run([sys.executable, '-c', code, *args], cwd=ROOT, capture_output=True, text=True, timeout=500)
+def built(*args):
+    """The rows of the compile check for an RTX 4090."""
+    code, out, err = script('bench_mfu.py', *args, '--kernels=compile-only', '--compile_for=89', cwd=ROOT, timeout=500)
+    assert code == 0, err
+    return json.loads(out)
 
 
-def test_kernels_compile_for_a_4090_within_its_limits(tmp_path):
+def test_kernels_compile_for_a_4090_within_its_limits():
     pytest.importorskip('triton')
-    done = compiled(tmp_path, '0', 'config/babylm.py', f'--json={tmp_path / "builds.json"}')
-    assert done.returncode == 0, done.stderr
-    builds = json.loads((tmp_path / 'builds.json').read_text())['builds']
-    assert {b['kernel'] for b in builds} == {name for name in dir(bench_mfu.m) if name.endswith('_kernel')}
+    builds = built('config/babylm.py', 'config/z_loss.py')
+    theirs = {'soft_cross_entropy_kernel'}                          # which the idea brings
+    assert {b['kernel'] for b in builds} == {name for name in dir(bench_mfu.m) if name.endswith('_kernel')} | theirs
     assert all(b['shared'] <= 101376 and b['stack'] <= 64 and not b['fp64'] and 0 < b['registers'] < 256 for b in builds)
-    assert 'all within the limits' in done.stdout
+    assert not any(b['over'] for b in builds) and len({b['case'] for b in builds}) == 1 + len(bench_mfu.FAMILY)
 
 
-def test_a_build_over_the_limits_fails(tmp_path):
-    pytest.importorskip('triton')
-    done = compiled(tmp_path, '0', '--n_embd=65536', '--n_head=1', '--head_dim=32', '--mlp_hidden=32', '--vocab_size=64',
-                    '--block_size=16')
-    assert done.returncode and 'over the limits' in done.stderr and 'OVER THE LIMIT, spills: 65536 wide' in done.stdout
+def test_builds_over_the_limits_are_said(monkeypatch, capsys, tmp_path):
+    row = dict(sm=89, kernel='some_kernel', case='64 wide', shared=7, registers=8, stack=0, fp64=False, over=[])
+    rows = json.dumps([row, row | dict(case='65536 wide', stack=999, over=['spills'])])
+    asked = []
+    monkeypatch.setattr(bench_mfu, 'SHARED_MEMORY', {80: 1, 89: 1})
+    monkeypatch.setattr(bench_mfu.subprocess, 'run', lambda command, **kw: asked.append(command) or SimpleNamespace(
+        returncode=0, stderr='', stdout=rows if '89' in command[-1] else '[]'))
+    monkeypatch.setattr(bench_mfu.m, 'triton', True)
+    with pytest.raises(UserError, match='1 of 2 builds are over the limits'):
+        bench_mfu.main(['--kernels=compile-only', '--n_embd=64', f'--json={tmp_path / "b.json"}'])
+    out = capsys.readouterr().out
+    assert re.search(r'^some_kernel +89 +7 +8 +999 +no   2 builds\n    OVER THE LIMIT, spills: 65536 wide$', out, re.M)
+    assert [c[2:] for c in sorted(asked)] == [['--kernels=compile-only', '--n_embd=64', c[-2], f'--compile_for={sm}']
+                                              for c, sm in zip(sorted(asked), (80, 89))]
+    assert len(json.loads((tmp_path / 'b.json').read_text())['builds']) == 2
 
 
 @pytest.mark.slow
@@ -119,68 +154,58 @@ def test_every_kernel_compiles_for_every_card(tmp_path):
     code, out, err = script('bench_mfu.py', 'config/babylm.py', '--kernels=compile-only', cwd=ROOT, timeout=1500)
     assert code == 0, err
     assert set(re.findall(r'^attention_kernel +(\d+)', out, re.M)) == {'80', '89', '90', '120'}
-
-
-def test_our_steps_read_a_curriculum_as_long_as_they_like(corpus, tmp_path):
-    data_dir = tmp_path / 'scored'
-    folder = prepare_data.build(f'files:{corpus.source}', tokenizer='bytes', data_dir=data_dir, scores=True, min_doc_bytes=0, quiet=True)
-    s = train.read_settings([*corpus.args, '--curriculum=bigram', '--n_embd=32', '--n_layer=1'])
-    data = prepare_data.open_data(folder, f'files:{corpus.source}')
-    ours = bench_mfu.Ours(s, train.model_config(s, data), data, 8, 'cpu', torch.float32, False)
-    for _ in range(train.Curriculum.AHEAD + 9):
-        ours.step()
-    assert ours.number == train.Curriculum.AHEAD + 8
-
-
-def test_the_rival_trains_and_is_evaluated_as_we_are(corpus, capsys, monkeypatch):
-    def compile(*args, **kwargs):
-        pytest.fail('compiled with --compile=off')
-    monkeypatch.setattr(torch, 'compile', compile)
-    bench_mfu.main([*corpus.args, '--rival_lr=1e-3', '--budget_minutes=0.05'])
-    said = dict(re.findall(r'^(\w+): (.+)$', capsys.readouterr().out, re.M))
-    assert 0.1 < float(said['val_bpb']) < 8.5 and int(said['steps']) > 0 and float(said['val_share']) == 1
-    assert float(said['train_seconds']) < 60 and float(said['learning_rate']) == 1e-3
+    assert 'all within the limits' in out
 
 
 @pytest.mark.parametrize('wrong', [
-    '--rounds=many', '--rounds=0', '--rival_lr=fast', '--n_layers=2', '--n_kv_head=3', '--only=fast', '--micro_batches=two',
-    '--micro_batches=3', '--kernels=nonsense', '--shapes=12M'])
+    '--rounds=many', '--rounds=0', '--n_layers=2', '--n_kv_head=3', '--only=fast', '--micro_batches=two', '--micro_batches=3',
+    '--micro_batches=0', '--kernels=nonsense', '--shapes=12M', '--beside=nowhere.py', '--init_from=resume', '--seeds=0'])
 def test_arguments_that_cannot_work(corpus, wrong):
     with pytest.raises(UserError):
         bench_mfu.main([*corpus.args, wrong])
 
 
-def test_the_rival_is_a_gpt_2():
-    torch.manual_seed(0)
-    model = bench_mfu.PlainGPT(CONFIG)
-    C, L = 64, 2
-    assert sum(p.numel() for p in model.parameters()) == (257 + 64) * C + L * (12 * C * C + 13 * C) + 2 * C
-    idx = torch.randint(0, 257, (3, 64))
-    each = model(idx, idx.roll(-1, 1), reduction='none')
-    assert each.shape == idx.shape and each.mean().item() == pytest.approx(math.log(257), abs=0.1)
-    torch.testing.assert_close(model(idx, idx.roll(-1, 1)), each.mean())
-    other = idx.clone()
-    other[:, 40] = (other[:, 40] + 1) % 257
-    assert torch.equal(model(other, other, 'none')[:, :40], model(idx, idx, 'none')[:, :40])        # causal
-    block = model.blocks[0]
-    x = torch.randn(2, 5, C)
-    expected = x + block.proj(torch.cat([F.scaled_dot_product_attention(*t, is_causal=True) for t in zip(
-        *(p.split(32, -1) for p in block.qkv(block.ln_1(x)).split(C, -1)))], -1))
-    torch.testing.assert_close(block(x), expected + block.down(F.gelu(block.up(block.ln_2(expected)))))
-
-
-def test_the_rival_learns():
-    s = train.read_settings(['--tokens_per_step=512', '--n_layer=2'])
-    tokens = np.tile(np.arange(50, dtype=np.uint16), 100)
-    rival = bench_mfu.PlainTrainer(CONFIG, tokens, s, 4, 'cpu', False, learning_rate=3e-3, compile=False)
-    idx, targets = rival.batch()
-    assert idx.shape == (4, 64) and torch.equal((idx + 1) % 50, targets) and rival.accum == 2
-    losses = [rival.step() for _ in range(40)]
-    assert losses[0] > 5 and losses[-1] < 1.5
-
-
 def test_matrix_products_are_counted():
-    assert 1e8 < bench_mfu.matmul_flops(CONFIG, 512, 'cpu', torch.float32, 0.2) < 1e14
+    work, flops = bench_mfu.products(CONFIG, 512, 'cpu', torch.float32)
+    assert work().shape == (512, 64) and flops == 2 * (512 * 64 * 256) * 2
+
+
+# ---- the rival, config/plain_gpt2.py
+
+def test_the_rival_is_a_gpt_2(corpus):
+    run = opened(corpus, str(PLAIN))
+    net, C, L, V = run.model, 64, 2, 257
+    assert sum(p.numel() for p in net.parameters()) == (V + 64) * C + L * (12 * C * C + 13 * C) + 2 * C
+    idx = torch.randint(0, V, (3, 64))
+    each = net(idx, idx.roll(-1, 1), reduction='none')
+    assert each.shape == idx.shape and each.mean().item() == pytest.approx(math.log(V), abs=0.1)
+    torch.testing.assert_close(net(idx, idx.roll(-1, 1)), each.mean())
+    other = idx.clone()
+    other[:, 40] = (other[:, 40] + 1) % V
+    assert torch.equal(net(other, other, 'none')[:, :40], net(idx, idx, 'none')[:, :40])        # causal
+    block, x = net.blocks[0], torch.randn(2, 5, C)
+    heads = zip(*(p.split(32, -1) for p in block.qkv(block.ln_1(x)).split(C, -1)))
+    expected = x + block.proj(torch.cat([F.scaled_dot_product_attention(*t, is_causal=True) for t in heads], -1))
+    torch.testing.assert_close(block(x), expected + block.down(F.gelu(block.up(block.ln_2(expected)))))
+    prompt = idx[:1, :5]
+    greedy = [int(new) for new in net.generate(prompt, 4, temperature=0)]
+    assert greedy[3] == int(net.logits(net.trunk(torch.cat([prompt, torch.tensor([greedy[:3]])], 1)))[0, -1].argmax())
+
+
+def test_the_rival_learns(corpus):
+    run = opened(corpus, str(PLAIN), '--micro_batch_size=4', '--learning_rate=3e-3')
+    rows = run.stream.rows(0, 200, 8)
+    assert rows.shape == (200, 9) and rows.dtype == np.int64 and len({*map(tuple, rows.tolist())}) > 150
+    text = ''.join(map(chr, run.data.tokens['train']))
+    assert all(''.join(map(chr, row)) in text for row in rows[:20])
+    losses = []
+    run.log = lambda loss, norm, rate, finite: losses.append(loss)
+    for _ in range(40):
+        run.step()
+    run.batches.close()
+    assert run.accum == 2 and losses[0] > 5 and losses[-1] < 3.5
+    assert {g['weight_decay'] for g in run.optimizers[0].param_groups} == {0.1, 0.0} and len(run.optimizers) == 1
+    assert run.rate(0.01) == 0.5 and run.rate(0.02) == pytest.approx(1) and run.rate(1.0) == pytest.approx(0.1)
 
 
 # ---- comparing whole runs
@@ -193,9 +218,10 @@ def compare(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_mfu.signal, 'signal', lambda *a: None)
     (tmp_path / 'base.py').write_text('learning_rate = 0.01\n')
     (tmp_path / 'fast.py').write_text('learning_rate = learning_rate * 2\nmlp_hidden = 512\n')
-    (tmp_path / 'broken.py').write_text("teacher = 'nowhere'\n")
-    (tmp_path / 'odd.py').write_text('growth = [(0.3, dict(n_embd=96))]\n')
-    (tmp_path / 'hard.py').write_text("curriculum = 'bigram'\n")
+    (tmp_path / 'broken.py').write_text('import train\nclass Run(train.Run):\n    def announce(self):\n        exit("nowhere")\n')
+    (tmp_path / 'odd.py').write_text('n_kv_head = 3\n')
+    (tmp_path / 'hard.py').write_text('import train\nfrom prepare_data import refuse\nclass Stream(train.Stream):\n'
+                                      '    def __init__(self, *args):\n        refuse(True, "no order today")\n')
     make = bench_mfu.make
 
     def call(*args, really=True):
@@ -222,7 +248,7 @@ def test_ideas_are_compared_with_their_base(compare, tmp_path):
     best = ['base', 'fast'] if base['val_bpb'] < fast['val_bpb'] else ['fast', 'base']
     expected = [('1', best[0], '1'), ('2', best[1], '1'), ('-', 'broken', '0')]
     assert re.findall(r'^\| +(\d|-) \| +(\w+) \| +(\d) ', out, re.M) == expected
-    assert re.search(r'broken .* seed 1: exit code 2, train.py: nowhere', out)
+    assert re.search(r'broken .* seed 1: exit code 1, nowhere', out) and 'broken: its own Run' in out
     assert '\nWithin noise: less than 2' in out and out.endswith((root / 'compare.md').read_text()) and re.search(r' fast .* within noise; \+\d+% parameters', out)
     row = next(row for row in json.loads((root / 'compare.json').read_text()) if row['name'] == 'fast')
     assert row['val_bpb'] == fast['val_bpb'] and row['tokens'] == 3 * 512 and row['active_params'] == fast['total_params']
@@ -235,7 +261,7 @@ def test_ideas_are_compared_with_their_base(compare, tmp_path):
 
 
 def test_a_comparison_says_at_once_what_cannot_be_made(compare, tmp_path):
-    with pytest.raises(UserError, match=r"(?s)cannot be made:\n  odd: growth has .*whole multiples.*\n  hard: .*no measure 'bigram'"):
+    with pytest.raises(UserError, match=r"(?s)cannot be made:\n  odd: .*n_head 2 is not a multiple of n_kv_head 3.*\n  hard: no order today"):
         compare('base.py', 'odd.py', 'fast.py', 'hard.py', '--max_steps=3')
     assert not list((tmp_path / 'out').rglob('log.txt'))
 
@@ -250,7 +276,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(compare, corpus, tmp_path):
     code, _, err = finish(process)
     assert code == 75 and f'to go on, the same again: python bench_mfu.py --compare {" ".join(args)}' in err, err
     assert (log.parent / 'ckpt.pt').exists() and not (log.parent / 'result.json').exists()
-    steps = torch.load(log.parent / 'ckpt.pt', weights_only=True)['step']
+    steps = torch.load(log.parent / 'ckpt.pt', weights_only=True)['steps']
     before = log.read_text().split('\n')[:steps]
     assert 0 < steps <= 300 and compare(*args)[1] == [('base', 1)]
     assert json.loads((log.parent / 'result.json').read_text())['steps'] == 300 and log.read_text().split('\n')[:steps] == before
@@ -283,7 +309,7 @@ def test_the_base_s_spread_tells_noise_from_gain(tmp_path):
     assert {len(c) for c in cells} == {len(cells[0])} and (tmp_path / 'compare.md').read_text() == text + '\n'
     table = {c[1].strip(): [x.strip() for x in c] for c in cells}
     assert table['good'][2:7] == ['2', '1.8200', '0.0566', '-11.22%', '-2.3'] and '6,000' in table['good']
-    assert 'not measured' in table['base'] and table['base'][-1] == 'base |' and table['broken'][-1] == 'seed 1: no / yes |'
+    assert '-' in table['base'] and table['base'][-1] == 'base |' and table['broken'][-1] == 'seed 1: no / yes |'
     mixed = bench_mfu.keep_table(base + [fake('other', 1, 2, commit='def')], tmp_path)
     assert 'Not all runs' not in text and 'the same commit: "abc", "def"' in mixed
     alone = bench_mfu.ranked(base[:1] + ideas)
@@ -300,7 +326,7 @@ def test_all_mistakes_of_a_comparison_at_once(compare, tmp_path):
         '--init_from=run: a comparison has its own init_from', 'a.py:1: no setting is called n_layers; did you mean n_layer?',
         'b.py:2: a comparison has its own seed', 'b has budget_minutes 5.0, the base 30.0: they must be equal']
     for args, said in (((), 'no config'), (('base.py', 'fast.py', 'fast.py'), 'two of base, fast, fast'),
-                       (('base.py', '--seeds=0'), '1 or more')):
+                       (('base.py', '--seeds=0'), 'at least 1')):
         with pytest.raises(UserError, match=said):
             compare(*args)
     assert not (tmp_path / 'out').exists()
@@ -311,6 +337,15 @@ def test_what_ideas_of_one_stack_set_differently_is_said(compare, tmp_path):
     out, _ = compare('base.py', 'fast.py+c.py', '--seeds=1', really=False)
     assert re.findall('overruled: (.+)', out) == ['c.py:1 sets learning_rate to 0.5, fast.py:1 had set it to 0.02']
     assert "fast+c ['base.py', 'fast.py', 'c.py']" in out
+
+
+def test_a_finished_run_of_other_ideas_is_not_taken_for_this_one(compare, tmp_path):
+    compare('base.py', 'broken.py', '--seeds=1', really=False)
+    folder = tmp_path / 'out' / 'compare' / 'base' / 'broken' / 'seed1'
+    s, ideas = train.read_settings(['base.py'])
+    (folder / 'result.json').write_text(json.dumps(dict(settings={}, ideas=['another'], val_bpb=1)))
+    with pytest.raises(UserError, match=r"other settings: ideas \(was \['another'\], now \['broken'\]\)"):
+        compare('base.py', 'broken.py', '--seeds=1', really=False)
 
 
 def test_how_a_run_ends_and_that_none_compiles_for_another(tmp_path, monkeypatch):
@@ -334,7 +369,7 @@ def test_how_a_run_ends_and_that_none_compiles_for_another(tmp_path, monkeypatch
 def keep(folder, val_bpb, total=100, text=10 ** 6, dataset='files:/data/babylm', metrics=(), **more):
     """A finished run as train.py leaves it, with this result."""
     folder.mkdir(parents=True)
-    result = fake('', 1, val_bpb, total, config=dict(n_layer=4), hardware=dict(name='a card'), protocol=1).result | more
+    result = fake('', 1, val_bpb, total, config=dict(n_layer=4), hardware=dict(name='a card'), protocol=1, ideas=[]).result | more
     settings = dict(dataset=dataset, learning_rate=0.02, n_layer=0)
     (folder / 'result.json').write_text(json.dumps(dict(settings=settings, data=dict(fingerprint='f00', val_bytes=text)) | result))
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in metrics))
@@ -350,7 +385,7 @@ def board(tmp_path, capsys):
         table = [[cell.strip() for cell in line.strip('| ').split(' | ')] for line in text.split('\n') if line.startswith('| ')]
         return out, table, json.loads(re.search(r'id="data">(.*)</script>', (tmp_path / 'out' / 'leaderboard.html').read_text())[1])
     curve = [dict(step=n, elapsed_s=60 * n, progress=n / 4, train_loss=5 / n, evals=dict(coherence=dict(accuracy=0.5 + n / 9))) for n in (1, 2, 4)]
-    keep(tmp_path / 'out' / 'small', 1.5, 50, metrics=curve, joules=900.0)
+    keep(tmp_path / 'out' / 'small', 1.5, 50, metrics=curve, joules=900.0, ideas=['ema'])
     keep(tmp_path / 'out' / 'large', 1.4, 200, metrics=curve, joules=2000.0, val_share=0.25)
     keep(tmp_path / 'out' / 'a|b' / 'seed1', 1.6, 100)
     keep(tmp_path / 'out' / 'other', 0.6, 100, text=10, dataset='stories')
@@ -390,7 +425,7 @@ def test_the_leaderboard_ranks_what_can_be_compared(board, tmp_path):
     (['--where', 'total_params < 120 and protocol == 1'], 'small a/b/seed1 other'), (['--where=not learning_rate >= 0.02 or joules > 1000'], 'large'),
     (["--where='seed' in run"], 'a/b/seed1'), (['--where=40 < total_params / 2 < 60 and n_layer == 4'], 'a/b/seed1 newer other'),
     (["--where=dataset == 'babylm' and protocol == 1", '--sort=total_params'], 'small a/b/seed1 large'), (['--where=tokens and joules'], 'large small'),
-    (['--sort', '-joules', '--where=protocol == 1'], 'large small a/b/seed1 other')])
+    (["--where='ema' in ideas"], 'small'), (['--sort', '-joules', '--where=protocol == 1'], 'large small a/b/seed1 other')])
 def test_filters_and_orders(board, args, runs):
     _, table, _ = board(*args)
     assert sorted(row[1] for row in table[2:2 + len(runs.split())]) == sorted(runs.split()) and table[2 + len(runs.split())][0] == 'model'
@@ -430,42 +465,6 @@ def test_a_table_of_text_has_short_numbers():
     row = dict(a=None, b=12345.6, c=0.123456, d=1234567, e='as it is', f=1e9)
     assert bench_mfu.text_table(dict(a=None, b=None, c=None, d=None, e=None, f=0), [row])[-1].strip('| ').split(' | ') == [
         '-', '12,346', '0.1235', '1,234,567', 'as it is', '1,000,000,000']
-
-
-# ---- learning dynamics of runs
-
-def test_when_layers_settle(tmp_path, capsys, monkeypatch):
-    """Dips, gaps where nothing was measured, layers that came late, and one whose end is not known."""
-    names, progress = ['0.attn.v', '0.mlp.down', '1.attn.v', '1.attn.ov.0', '1.attn.ov.1'], [0.0, 0.1, 0.2, 0.5, 1.0]
-    cka = [[0.97, None, None, 0.2, 0.99], [0.3, 0.96, None, 0.95, 0.99], [0.96, None, 0.5, 0.96, None], [0.99, 0.98, 0.7, 0.97, None],
-           [1.0, 1.0, 1.0, 1.0, None]]
-    cka[3][4] = 0.9
-    ranks = [[0.9, None, None, 0.6, 0.6], [0.9, 0.5, None, 0.7, 0.7], [0.8, 0.4, 0.9, 0.8, 0.8], [0.7, 0.3, 0.8, 0.7, 0.7], [0.6, 0.2, 0.7, 0.6, 0.6]]
-    found = dict(steps=[*range(5)], progress=progress, names=names, measures=dict(cka_final=cka, weight_effective_rank=ranks))
-    at = {name: bench_mfu.settled(found, name) for name in names}
-    assert at == {'0.attn.v': 0.2, '0.mlp.down': 0.1, '1.attn.v': 1.0, '1.attn.ov.0': 0.1, '1.attn.ov.1': None}
-    first, second = bench_mfu.layer_rows(found, at)
-    assert (first['v'], first['down'], first['OV'], first['mean']) == (0.2, 0.1, None, pytest.approx(0.15))
-    assert (second['v'], second['OV'], second['mean'], second['layer']) == (1.0, 0.1, pytest.approx(0.55), 1)
-    assert [first[k] for k in ('first', 'highest', 'last')] == pytest.approx([0.9, 0.9, 0.4])
-    assert [second[k] for k in ('first', 'highest', 'last')] == pytest.approx([0.6, 2.5 / 3, 1.9 / 3])
-    pages = []
-    monkeypatch.setattr(train, 'write_page', lambda path, title, blocks: pages.append((path, title, blocks)), raising=False)
-    for run in 'ab':
-        (tmp_path / run).mkdir()
-        (tmp_path / run / 'dynamics.json').write_text(json.dumps(found))
-    bench_mfu.main(['--dynamics', str(tmp_path / 'a'), str(tmp_path / 'b')])
-    out = capsys.readouterr().out
-    assert out.count('60% of 5 projections are settled by 20% of training') == 2 and f'{tmp_path / "b"}: progress' in out
-    assert re.search(r'^layer 0 +0\.200 +- +0\.100 +- +0\.150 +0\.900 +0\.900 +0\.400$', out, re.M)
-    (path, title, blocks), = pages
-    assert path == tmp_path / 'a' / 'dynamics.html' and [b['kind'] for b in blocks] == ['table', 'heat', 'heat'] * 2
-    assert blocks[1]['y'] == names and blocks[1]['values'][1] == [None, 0.96, None, 0.98, 1.0] and len(blocks[1]['x']) == 5
-    assert {c['key'] for c in blocks[0]['columns']} == set(blocks[0]['rows'][0]) and json.dumps(blocks)
-    for wrong, said in (([], 'names no run'), ([str(tmp_path)], 'no dynamics.json')):
-        with pytest.raises(UserError, match=said):
-            bench_mfu.main(['--dynamics', *wrong])
-    assert len(pages) == 1
 
 
 # ---- sweeps
@@ -554,7 +553,7 @@ def sweep(corpus, tmp_path, monkeypatch, capsys):
     """--sweep in this process and an empty folder: what it prints, and the runs it makes; the one at which it is stopped."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench_mfu.signal, 'signal', lambda *a: None)
-    monkeypatch.setattr(train, 'write_page', lambda path, title, blocks: path.write_text(json.dumps([title, *blocks])), raising=False)
+    monkeypatch.setattr(sample, 'write_page', lambda path, title, blocks: path.write_text(json.dumps([title, *blocks])), raising=False)
     monkeypatch.setattr(bench_mfu, 'DRAWS', 20)
     (tmp_path / 'base.py').write_text('learning_rate = 0.01\n')
 
@@ -600,7 +599,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_then_fits(sweep, tmp_path):
     ('n_embds=64', ['--n_embds=64: no setting is called n_embds; did you mean n_embd?']),
     ('learning_rate=-1;n_embd=64,wide', ['--learning_rate=-1: learning_rate is -1.0, it must be at least 0',
                                          "--n_embd=wide: n_embd is 'wide', it must be int, like 256"]),
-    ('n_embd=62,64;n_head=1,2', ['n_embd=62,n_head=2: head_dim is 31, rotary embedding needs it even: change n_embd or n_head']),
+    ('n_embd=62,64;n_head=1,2', ['n_embd=62,n_head=2: the model cannot be built: head_dim is 31, rotary embedding needs it even: change n_embd or n_head']),
     ('seed=1,2', ['--seed=1: a comparison has its own seed', '--seed=2: a comparison has its own seed']),
     ('block_size=96', ['block_size=96: tokens_per_step is 512, it must be a multiple of block_size 96 times 1 rank: try 576']),
     *((grid, None) for grid in ('', 'base.py', 'n_embd=', 'n_embd=64,', 'n_embd=64;', '=3', 'n_embd=64,6.4e1//1,64', 'n_embd=1;n_embd=2'))])
