@@ -33,8 +33,11 @@ def ideas():
     seams = '|'.join(name for name in prepare_data.SEAMS if name != 'Corpus')
     found = [path.stem for path in sorted((ROOT / 'config').glob('[!_]*.py'))
              if re.search(rf'^class ({seams})\(|^from config\.\w+ import .*\b({seams})\b', path.read_text(), re.M)]
+    texts = {name: (ROOT / 'config' / f'{name}.py').read_text() for name in found}
+    parts = [name for name, text in texts.items() if not re.search(r'^[a-z]\w*(: \w+)? = ', text, re.M)
+             and any(f'from config.{name} import' in other for other in texts.values())]     # of an idea, by itself none
     without = [] if importlib.util.find_spec('tensorboard') else ['tracker']
-    return [name for name in found if name not in ('babylm', *without)]
+    return [name for name in found if name not in ('babylm', *parts, *without)]
 
 
 def run_of(names, out, *more):
