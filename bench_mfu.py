@@ -788,8 +788,14 @@ SHOWN = 'seeds val_bpb sd active_params tokens epochs train_seconds total_second
 
 def swept(own, argv):
     """The runs of --sweep's grid in turn; UserError lists the mistakes of all."""
+    def plain(text):
+        try:
+            return str(literal(ast.parse(text, mode='eval').body, {}))      # 10**4 is 10000, in names too
+        except (ValueError, SyntaxError, TypeError, ArithmeticError):
+            return text
+
     parts = [part.partition('=') for part in re.sub(r'\s', '', own.sweep).split(';')]
-    axes = [[(key, value) for value in values.split(',')] for key, _, values in parts]
+    axes = [[(key, plain(value)) for value in values.split(',')] for key, _, values in parts]
     stacks = {','.join(map('='.join, point)).replace('/', '_'): [*argv, *(f'--{key}={value}' for key, value in point)]
               for point in itertools.product(*axes)}
     twice = len({part[0] for part in parts}) < len(parts) or len(stacks) < math.prod(map(len, axes))

@@ -122,8 +122,9 @@ def built(*args):
     return json.loads(out)
 
 
-def test_kernels_compile_for_a_4090_within_its_limits():
+def test_kernels_compile_for_a_4090_within_its_limits(monkeypatch):
     pytest.importorskip('triton')
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     builds = built('config/babylm.py', 'config/z_loss.py')
     theirs = {'soft_cross_entropy_kernel'}                          # which the idea brings
     assert {b['kernel'] for b in builds} == {name for name in dir(bench_mfu.m) if name.endswith('_kernel')} | theirs
@@ -285,7 +286,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(compare, corpus, tmp_path):
 def fake(name, seed, val_bpb, total=100, **more):
     """A run as bench_mfu.py keeps it, finished with this result unless val_bpb is None."""
     result = dict(val_bpb=val_bpb, total_params=total, non_embedding_params=70, active_params=total, tokens=1000 * seed,
-                  epochs=0.5, train_seconds=8.0, total_seconds=10.0, tok_per_sec=125.0, joules=None, commit='abc', hardware={},
+                  epochs=0.5, train_seconds=8.0, total_seconds=10.0, tok_per_sec=125.0, joules=None, commit='abc', hardware={}, ideas=[],
                   val_share=1.0, evals=dict(coherence=dict(accuracy=0.5 + 0.1 * seed))) | more
     fault = '' if val_bpb else f'seed {seed}: no | yes'
     return SimpleNamespace(name=name, seed=seed, result=result if val_bpb else None, fault=fault)
@@ -369,7 +370,7 @@ def test_how_a_run_ends_and_that_none_compiles_for_another(tmp_path, monkeypatch
 def keep(folder, val_bpb, total=100, text=10 ** 6, dataset='files:/data/babylm', metrics=(), **more):
     """A finished run as train.py leaves it, with this result."""
     folder.mkdir(parents=True)
-    result = fake('', 1, val_bpb, total, config=dict(n_layer=4), hardware=dict(name='a card'), protocol=1, ideas=[]).result | more
+    result = fake('', 1, val_bpb, total, config=dict(n_layer=4), hardware=dict(name='a card'), protocol=1).result | more
     settings = dict(dataset=dataset, learning_rate=0.02, n_layer=0)
     (folder / 'result.json').write_text(json.dumps(dict(settings=settings, data=dict(fingerprint='f00', val_bytes=text)) | result))
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in metrics))
