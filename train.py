@@ -780,7 +780,7 @@ class Run:
 
     def get_going(self):
         """Makes what computes a step, compiled, and learns how many seconds it takes."""
-        self.step_model = torch.compile(self.model, dynamic=False) if self.compiling else self.model
+        self.step_model = self.compiled(self.model) if self.compiling else self.model
         self.flops_per_token = self.model.flops_per_token(self.model.attended(self.early.to(self.device)))
         batch = dict(self.first_batch)           # its ids do not matter, its kinds do
         shape, size = batch['idx'].shape, batch['idx'].numel()
@@ -793,6 +793,16 @@ class Run:
         seconds = seconds_of(lambda: self.batch_loss(**batch).backward(), 1)
         self.step_seconds = self.accum * self.agreed(seconds)
         self.model.zero_grad()
+
+    def compiled(self, model):
+        """The model as it is trained: on a GPU one program; on a CPU one for a block, which all blocks share: a third
+        of the wait, and as fast (RESULTS.md)."""
+        torch._dynamo.config.recompile_limit = 64        # programs of one function, where blocks or models differ
+        if self.device == 'cuda':
+            return torch.compile(model, dynamic=False)
+        for block in model.blocks:
+            block.compile(dynamic=False)
+        return model
 
     def dearer(self):
         """How many times as dear as now the closing evaluation will be, by the model that it will be of."""
@@ -818,7 +828,8 @@ class Run:
             self.curve = measure.affordable(1000, tenth * s.eval_interval / 4 / token_cost)
             self.judge_seconds = token_cost * measure.tokens_of(self.counts)
         start = torch.full((1, 1), self.config.bos, device=self.device)
-        self.token_seconds = self.dearer() * seconds_of(lambda: list(self.model.generate(start, 12)), 2) / 12
+        with self.evaluating():
+            self.token_seconds = self.dearer() * seconds_of(lambda: list(self.model.generate(start, 12)), 2) / 12
         self.others = measure.plan(tenth / 8, self.token_seconds)       # {name: (items, seconds)}
 
     def closing_seconds(self):
@@ -1040,8 +1051,9 @@ class Run:
 
     @contextlib.contextmanager
     def evaluating(self):
-        """The model as it is measured; an idea may put other weights there. Other ranks wait for the first."""
-        with self.busy('eval'):
+        """The model as it is measured, of any shape of text and so not compiled; an idea may put other weights there.
+        Other ranks wait for the first."""
+        with self.busy('eval'), torch.compiler.set_stance('force_eager'):
             self.model.eval()
             try:
                 yield

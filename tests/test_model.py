@@ -368,3 +368,29 @@ def test_the_whole_step_is_one_graph():
     torch.testing.assert_close(got, expected)
     for p, grad in zip(model.parameters(), grads):
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_are_compiled_once_for_all_and_for_training_alone(monkeypatch):
+    """On a CPU; text of another shape, or without gradients, would be a program of its own if it was compiled."""
+    import train
+    from torch._dynamo.utils import counters
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **how: self.__dict__.update(
+        _compiled_call_impl=torch.compile(self._call_impl, backend='aot_eager', **how)))
+    torch.manual_seed(0)
+    run = train.Run(*train.read_settings(['--device=cpu', '--compile=on']))
+    run.model, idx = make(n_layer=3), tokens(2, 64)
+    expected = run.model(idx, idx.roll(-1, 1))
+    expected.backward()
+    grads = [p.grad.clone() for p in run.model.parameters()]
+    run.model.zero_grad()
+    torch._dynamo.reset()
+    counters.clear()
+    got = run.compiled(run.model)(idx, idx.roll(-1, 1))
+    got.backward()
+    torch.testing.assert_close(got, expected)
+    for p, grad in zip(run.model.parameters(), grads):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
+    run.energy = SimpleNamespace(turn=lambda to: to)
+    with run.evaluating(), torch.no_grad():
+        run.model(tokens(3, 40), tokens(3, 40))
+    assert counters['stats']['unique_graphs'] == 1
