@@ -6,8 +6,8 @@
     python train.py config/babylm.py my_idea.py --show       an idea stacked on it, and what that makes
     python train.py config/babylm.py --dry_run               check everything, say what the budget buys, stop
 
-Settings come from the list below (with GPTConfig in model.py and Options in prepare_data.py), then each config
-named, left to right, then --key=value. A config with classes is an idea: they take the places of this file's
+Settings come from the list below (with GPTConfig in model.py and Options in prepare_data.py), then each
+config named, left to right, then --key=value. A config with classes is an idea: they take the places of this file's
 Stream and Run, and of the other scripts' seams. Exit codes: 0 finished, 2 something to mend, 3 the training
 diverged, 75 stopped and saved (go on with --init_from=resume).
 """
@@ -66,15 +66,15 @@ from sample import (git_commit, hardware, peak_flops, peak_memory_gb, proc, read
 
 @dataclasses.dataclass
 class Settings:
-    """How a run learns, how long, what it keeps. A comment begins with the values that are legal, if not all are
-    (a number is at least 0)."""
+    """How a run learns, how long, what it keeps. A comment begins with the values that are legal, if not all
+    are (a number is at least 0)."""
     weights: str = ''                 # how often an epoch reads a source: 'childes:2,gutenberg:0.5'
     out_dir: str = ''                 # where the run goes; empty: out/<names of the configs>
     init_from: str = 'scratch'        # 'scratch', 'resume' (in out_dir), or a run whose weights to start from
     seed: int = 1                     # of the order of text, of weights, of noise
-    budget_minutes: float = 30.0      # 0.01..: the whole bill, command typed to prompt back, over all resumptions
+    budget_minutes: float = 30.0      # 0.01..: the whole bill, command typed to prompt back, resumptions too
     budget_counts: str = 'all'        # all|training: or the seconds of training alone
-    max_steps: int = 0                # > 0: end after so many; schedules by step, reproducible to the bit on a CPU
+    max_steps: int = 0                # > 0: end after so many; schedules by step, to the bit on a CPU
     max_tokens: int = 0               # > 0: the same, given in tokens
     device: str = 'auto'              # auto|cuda|cpu: what computes
     dtype: str = 'auto'               # auto|bfloat16|float32: auto is bfloat16 where the hardware has it
@@ -110,8 +110,9 @@ class Settings:
 
 TABLES = prepare_data.Options, Settings, GPTConfig
 FREE = {field.name for field in dataclasses.fields(prepare_data.Options)} | set(
-    'out_dir init_from budget_minutes budget_counts device compile kernels micro_batch_size eval_interval evals '
-    'eval_data log_interval save_minutes sample_prompt sample_tokens dollars_per_hour country dry_run show'.split())
+    'out_dir init_from budget_minutes budget_counts device compile kernels micro_batch_size eval_interval '
+    'evals eval_data log_interval save_minutes sample_prompt sample_tokens dollars_per_hour country dry_run '
+    'show'.split())
 SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'bos')]
 
 
@@ -119,8 +120,8 @@ def read_settings(argv, tables=TABLES):
     """Settings, and the ideas that go with them, of a command line. UserError lists all mistakes by line."""
     ideas = prepare_data.Ideas(argv, tables)
     s = SimpleNamespace(**ideas.values)
-    refuse(sample.grid(s.country) is None, f'country is {s.country!r}, it must be one of {", ".join(sample.GRID)}, '
-           f'or the grams of CO2e a kWh')
+    refuse(sample.grid(s.country) is None, f'country is {s.country!r}, it must be one of '
+           f'{", ".join(sample.GRID)}, or the grams of CO2e a kWh')
     configs = '+'.join(Path(arg).stem for arg in argv if not arg.startswith('-'))
     s.out_dir = s.out_dir or f'out/{configs or "default"}'
     return s, ideas
@@ -135,7 +136,8 @@ class Stream:
 
     def __init__(self, data, s, weights=None):
         self.data, self.s, docs = data, s, data.docs['train']
-        self.tokens, self.starts, self.sources = data.tokens['train'], np.asarray(docs['start']), docs['source']
+        self.tokens, self.sources = data.tokens['train'], docs['source']
+        self.starts = np.asarray(docs['start'])
         self.lengths = np.diff(np.append(self.starts, len(self.tokens)))
         self.weights = weights or prepare_data.source_weights(s.weights, data)
         self.ends, self.row_ends = [0], [0]      # of the epochs so far, in tokens and in rows
@@ -204,13 +206,13 @@ class Stream:
         return self.rows(0, n, T)[:, :-1]
 
     def batch(self, first, B, T):
-        """The micro-batch of rows first .. first + B, by keyword as Run.loss takes it: idx, targets (B, T), a row's
-        last target the token after it."""
+        """The micro-batch of rows first .. first + B, by keyword as Run.loss takes it: idx, targets (B, T), a
+        row's last target the token after it."""
         rows = torch.from_numpy(self.rows(first, B, T))
         return dict(idx=rows[:, :-1].contiguous(), targets=rows[:, 1:].contiguous())
 
     def pace(self, step, progress):
-        """Told before each step, some steps ahead of which rows are read: nothing to do where no order depends on it."""
+        """Told before each step; rows are read some steps ahead. Here no order depends on it."""
 
     def state(self):
         """What a checkpoint keeps of it, beside the number of rows that were read."""
@@ -234,7 +236,8 @@ class Prefetcher:
         try:
             while not self.stopping:
                 batch = self.stream.batch(self.first, self.B, self.T)
-                self.queue.put({k: t.pin_memory() for k, t in batch.items()} if self.device == 'cuda' else batch)
+                pinned = self.device == 'cuda'
+                self.queue.put({k: t.pin_memory() for k, t in batch.items()} if pinned else batch)
                 self.first += self.stride
         except Exception as e:                  # handed to the training thread, which raises it
             self.queue.put(e)
@@ -420,7 +423,7 @@ def seconds_of(work, times):
 # ---- the run -----------------------------------------------------------------------------------------------
 
 LEAVING = 0.8       # seconds from the last line printed to the prompt back, the report's page included
-UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', 'data', 'sample',     # or told below
+UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', 'data', 'sample',   # told below
              'warnings', 'energy', 'ideas')
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 COLUMNS = '    step  progress      loss        lr   grad_norm     tok/s       mfu  wait_ms  mem_gb  elapsed_s'
@@ -463,8 +466,10 @@ class Run:
         if self.world > 1:
             if self.device == 'cuda':
                 torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-            dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=1))
-        self.energy = sample.Energy(self.device, STARTED, share=1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+            dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo',
+                                    timeout=datetime.timedelta(hours=1))
+        share = 1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        self.energy = sample.Energy(self.device, STARTED, share=share)
         self.earlier = np.zeros_like(self.energy.joules)         # of all ranks, in processes before this one
         self.data = self.in_turn(self.corpus().open)
         self.check_data()
@@ -588,8 +593,9 @@ class Run:
         self.clock, self.origin = Clock(s), s.init_from
         if self.resuming:
             self.load(self.checkpoint)
-        self.early = torch.from_numpy(self.stream.first_rows(min(64, s.tokens_per_step // s.block_size), s.block_size))
-        self.first_batch = self.stream.batch(0, self.micro, s.block_size)    # before a thread reads the stream
+        # before a thread reads the stream
+        rows = self.stream.first_rows(min(64, s.tokens_per_step // s.block_size), s.block_size)
+        self.early, self.first_batch = torch.from_numpy(rows), self.stream.batch(0, self.micro, s.block_size)
         self.checkpoint = None                   # its memory
 
     def shape(self):
@@ -656,7 +662,8 @@ class Run:
         """{name: dict(params, base_lr, base_decay, AdamW's options)}; 'matrices' are Muon's."""
         s, head, slim = self.s, model.lm_head.weight, 256 / model.config.n_embd
         matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
-        tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not head]
+        tables = [m.weight for m in model.modules()
+                  if isinstance(m, torch.nn.Embedding) and m.weight is not head]
         scalars = [p for p in model.parameters() if p.ndim < 2]
         lr, decay = ((s.learning_rate, s.weight_decay) if s.optimizer == 'muon' else
                      (0.05 * s.learning_rate * slim, s.weight_decay / slim))
@@ -685,7 +692,8 @@ class Run:
             version=3, steps=self.steps, rows_read=self.rows_read, progress=self.clock.progress,
             elapsed=self.clock.elapsed(), trained=self.clock.trained, skipped=self.skipped, tokens=self.tokens,
             flops=self.flops, times=dict(self.times), warnings=self.told, origin=self.origin,
-            stream=self.stream.state(), joules=(self.earlier + self.world * self.energy.joules).tolist(),    # ranks are alike
+            stream=self.stream.state(),
+            joules=(self.earlier + self.world * self.energy.joules).tolist(),            # ranks are alike
             model=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers],
             config=dataclasses.asdict(self.config), settings=vars(self.s), ideas=self.ideas.sources(),
             fingerprint=self.data.meta['fingerprint'], tokenizer=self.data.meta['tokenizer_sha256'],
@@ -713,10 +721,12 @@ class Run:
 
     def announce(self):
         s, data, say = self.s, self.data, self.say
-        self.changed = {k: v for k, v in vars(s).items() if k in self.ideas.known and v != self.ideas.known[k].default}
+        known = self.ideas.known
+        self.changed = {k: v for k, v in vars(s).items() if k in known and v != known[k].default}
         say(f'halfhour: {s.dataset}, {s.budget_minutes:g} minutes on {hardware(self.device)}'
             + f', {self.world} ranks' * (self.world > 1))
-        say('settings that differ from the defaults: ' + ', '.join(f'{k}={v!r}' for k, v in self.changed.items()))
+        changed = ', '.join(f'{k}={v!r}' for k, v in self.changed.items())
+        say(f'settings that differ from the defaults: {changed}')
         for line in self.ideas.overruled:
             say(f'overruled: {line}')
         for line in self.adapted:
@@ -740,9 +750,11 @@ class Run:
         out, tokenizer = self.out_dir, self.data.tokenizer
         out.mkdir(parents=True, exist_ok=True)
         if not self.resuming:
-            for old in [*out.glob('ckpt*.pt*'), *out.glob('tokenizer.*'), *out.glob('*.json*'), *out.glob('report.html')]:
-                old.unlink()
-        known = ''.join(json.dumps(row) + '\n' for row in read_rows(self.log_path) if row['step'] <= self.steps)
+            for pattern in ('ckpt*.pt*', 'tokenizer.*', '*.json*', 'report.html'):
+                for old in out.glob(pattern):
+                    old.unlink()
+        rows = [row for row in read_rows(self.log_path) if row['step'] <= self.steps]
+        known = ''.join(json.dumps(row) + '\n' for row in rows)
         write_beside(self.log_path, lambda f: f.write(known.encode()))
         write_beside(out / tokenizer.filename, lambda f: f.write(tokenizer.blob))
         for path, text in self.ideas.files.items():              # to read and to compare, never to run
@@ -775,8 +787,8 @@ class Run:
     def read_ahead(self):
         """Begins to read what the first step takes."""
         self.first_step = self.steps
-        self.batches = Prefetcher(self.stream, self.rows_read, self.micro, self.s.block_size, self.rank, self.world,
-                                  self.device, 3 * self.accum)
+        self.batches = Prefetcher(self.stream, self.rows_read, self.micro, self.s.block_size, self.rank,
+                                  self.world, self.device, 3 * self.accum)
 
     def get_going(self):
         """Makes what computes a step, compiled, and learns how many seconds it takes."""
@@ -860,18 +872,20 @@ class Run:
 
     def say_start(self):
         s, clock = self.s, self.clock
-        until = f'{clock.max_steps} steps' if clock.max_steps else f'until the clock says {s.budget_minutes:g} minutes'
+        until = f'until the clock says {s.budget_minutes:g} minutes'
+        until = f'{clock.max_steps} steps' if clock.max_steps else until
         share = 'whole' if self.slices == sample.SLICES else f'{self.slices}/{sample.SLICES} of it'
         self.say(f'training {until}; closing evaluation {share}, about {self.closing_seconds():.0f} s\n{COLUMNS}')
         self.energy.turn('train')
 
     def time_left(self):
-        """Whether to make another step. Rank 0's clock decides: ranks that stopped at different steps would wait for
-        ever."""
+        """Whether to make another step. Rank 0's clock decides: ranks that stopped at different steps would wait
+        for ever."""
         clock = self.clock
         clock.reserve = self.closing_seconds()
+        fits = clock.fits(self.steps, self.step_seconds / self.accum)
         go, self.progress, self.left, self.step_seconds = self.agreed(
-            clock.fits(self.steps, self.step_seconds / self.accum), clock.progress, clock.left(), self.step_seconds)
+            fits, clock.progress, clock.left(), self.step_seconds)
         return bool(go)
 
     def rate(self, progress):
@@ -890,7 +904,7 @@ class Run:
         return self.accum
 
     def batch_loss(self, **batch):
-        """That of a micro-batch, whose mean a step makes smaller; of rows of several kinds an idea asks one by one."""
+        """That of a micro-batch, whose mean a step makes smaller; an idea may ask kinds of rows one by one."""
         return self.loss(**batch)
 
     def loss(self, idx, targets, **extras):
@@ -906,9 +920,10 @@ class Run:
         clock, began = self.clock, time.monotonic()
         clock.progress = self.progress
         self.stream.pace(self.steps, self.progress)
-        short = not clock.max_steps and self.left < self.step_seconds    # a last step, made of fewer micro-steps
+        short = not clock.max_steps and self.left < self.step_seconds    # a last step, of fewer micro-steps
         n_micro = self.micro_steps(self.progress)
-        n_micro = max(1, min(n_micro, round(self.accum * self.left / self.step_seconds))) if short else n_micro
+        if short:
+            n_micro = max(1, min(n_micro, round(self.accum * self.left / self.step_seconds)))
         self.make_noise()
         loss, wait = self.gradients(n_micro)
         if loss is None:
@@ -927,25 +942,27 @@ class Run:
         self.log(loss, norm, rate, finite)
 
     def gradients(self, n_micro):
-        """Gradients of the mean loss of so many micro-batches: that loss, and seconds waited for data; None for the
-        loss if a lone rank must stop before the last of them."""
+        """Gradients of the mean loss of so many micro-batches: that loss, and seconds waited for data; None for
+        the loss if a lone rank must stop before the last of them."""
         total, waited = torch.zeros((), device=self.device), 0.0
         for _ in range(n_micro):
             batch, wait = self.batches.next()
-            if self.world == 1 and self.signals:     # a CPU's step can outlast the grace before a machine goes
+            if self.world == 1 and self.signals:     # a step can outlast the grace before a machine goes
                 self.model.zero_grad()
                 return None, waited
-            loss = self.batch_loss(**{k: t.to(self.device, non_blocking=True) for k, t in batch.items()}) / n_micro
+            batch = {k: t.to(self.device, non_blocking=True) for k, t in batch.items()}
+            loss = self.batch_loss(**batch) / n_micro
             loss.backward()
             total += loss.detach()
             waited += wait
         return total, waited
 
     def descend(self, loss):
-        """Makes the step that the gradients say: the loss, gradient norm before clipping, multiplier of the rates.
-        Not finite: the weights stay as they are."""
+        """Makes the step that the gradients say: the loss, gradient norm before clipping, multiplier of the
+        rates. Not finite: the weights stay as they are."""
         self.stopping = self.average_over_ranks(loss, bool(self.signals))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.grad_clip or math.inf, foreach=True)
+        most = self.s.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most, foreach=True)
         loss, norm = torch.stack([loss, norm]).tolist()   # the step's one wait for the device: skip or not?
         rate, factor = self.rate(self.progress), self.decay(self.progress)
         for optimizer in self.optimizers:
@@ -957,7 +974,7 @@ class Run:
         return loss, norm, rate
 
     def average_over_ranks(self, loss, flag):
-        """Average gradients and loss over ranks, in place, in one message; True if any rank raised its flag."""
+        """Averages gradients and loss over ranks, in place, in one message; True if any rank raised its flag."""
         if self.world == 1:
             return flag
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -987,8 +1004,8 @@ class Run:
                     skipped=self.skipped)
         if self.steps % self.s.log_interval == 0 or self.steps == self.first_step + 1 or not finite:
             share = f'{mfu:9.3f}' if mfu else '        -'
-            self.say(f'{self.steps:8d} {self.progress:9.4f} {loss:9.4f} {rate:9.4f} {norm:11.4f} {self.speed:9,.0f} '
-                     f'{share} {1000 * wait:8.2f} {memory:7.2f} {elapsed:10.1f}')
+            self.say(f'{self.steps:8d} {self.progress:9.4f} {loss:9.4f} {rate:9.4f} {norm:11.4f} '
+                     f'{self.speed:9,.0f} {share} {1000 * wait:8.2f} {memory:7.2f} {elapsed:10.1f}')
 
     def peak(self):
         """FLOPs a second that all ranks could do at most, where that is known."""
@@ -1003,20 +1020,22 @@ class Run:
         lower = f'lower learning_rate (now {self.s.learning_rate:g})'
         if self.rolled_back or self.steps == self.bad_steps or not (self.out_dir / 'ckpt.pt').exists():
             again = ', again after going back' if self.rolled_back else ''
-            raise Diverged(f'{self.bad_steps} steps in a row were not finite{again}: {lower}, or dtype=float32')
+            raise Diverged(f'{self.bad_steps} steps in a row were not finite{again}: {lower}, or '
+                           f'dtype=float32')
         if self.world > 1:
             dist.barrier()
         good = sample.read_checkpoint(self.out_dir)
         if good['steps'] == self.steps - self.bad_steps and (self.out_dir / 'ckpt.prev.pt').exists():
             good = sample.read_checkpoint(self.out_dir / 'ckpt.prev.pt')
         if good['config'] != dataclasses.asdict(self.config):
-            raise Diverged(f'{self.bad_steps} steps in a row were not finite since the model has another shape: {lower}')
+            raise Diverged(f'{self.bad_steps} steps in a row were not finite since the model has another '
+                           f'shape: {lower}')
         self.model.load_state_dict(good['model'])
         for optimizer, state in zip(self.optimizers, good['optimizers']):
             optimizer.load_state_dict(state)
         self.rolled_back, self.bad_steps = True, 0
-        self.say(f'warning: {BAD_STEPS} steps in a row were not finite: weights and optimizer of step {good["steps"]} '
-                 f'again, on new batches')
+        self.say(f'warning: {BAD_STEPS} steps in a row were not finite: weights and optimizer of step '
+                 f'{good["steps"]} again, on new batches')
 
     # -- save
 
@@ -1063,15 +1082,16 @@ class Run:
                 self.model.train()
 
     def bits(self, slices, stop=None, keep=True):
-        """Bits per byte of so many of 1,024 stratified parts of the validation text, dealt out to all ranks."""
+        """Bits per byte of so many of 1,024 stratified parts of the validation text, dealt out to ranks."""
         began = time.monotonic()
         with self.evaluating():
-            result = self.measure.bpb(self.model, slices, self.at_once, stop, self.rank, self.world, self.all_reduce)
+            result = self.measure.bpb(self.model, slices, self.at_once, stop, self.rank, self.world,
+                                      self.all_reduce)
         result['seconds_per_slice'] = (time.monotonic() - began) / (result['share'] * sample.SLICES)
         if keep and not self.signals:           # a signal may have cut it short
             self.say_cut('the validation', result.get('asked', 1))
-            self.record(step=self.steps, progress=self.clock.progress, val_bpb=result['bpb'], val_loss=result['loss'],
-                        share=result['share'], elapsed_s=self.clock.elapsed())
+            self.record(step=self.steps, progress=self.clock.progress, val_bpb=result['bpb'],
+                        val_loss=result['loss'], share=result['share'], elapsed_s=self.clock.elapsed())
         return result
 
     def judge(self, counts, stop=None, at_once=None):
@@ -1140,7 +1160,7 @@ class Run:
             self.keep_report(report)
 
     def deadline(self, kept=0.0):
-        """When a part of the closing must end, on the clock, so that `kept` seconds remain for what follows it."""
+        """When a part of the closing must end, on the clock, so that `kept` seconds remain for what follows."""
         grace = min(0.01 * self.clock.budget, 5.0)
         return self.clock.budget + grace - kept if self.clock.counts_all else math.inf
 
@@ -1196,7 +1216,8 @@ class Run:
             val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
             val_bpb_text_error=result['text_error'], val_loss=result['loss'],
             val_bpb_per_source=result['per_source'], val_bpb_per_source_text_error=result['per_source_error'],
-            evals=evals, steps=self.steps, tokens=self.tokens, epochs=self.tokens / self.stream.epoch_tokens(),
+            evals=evals, steps=self.steps, tokens=self.tokens,
+            epochs=self.tokens / self.stream.epoch_tokens(),
             **{f'{kind}_params': n for kind, n in sizes.items()},
             flops=self.flops, flops_per_token=self.flops_per_token, tok_per_sec=self.tokens / trained,
             mfu=speed / peak if peak else None, tflops=speed / 1e12, data_wait_share=float(waited / stepped),
@@ -1204,17 +1225,19 @@ class Run:
             **{f'{kind}_seconds': t for kind, t in self.times.items()}, total_seconds=total,
             budget_seconds=clock.budget, peak_mem_gb=peak_memory_gb(self.device), **self.paid(),
             dollars=total / 3600 * s.dollars_per_hour or None,
-            hardware=dict(device=self.device, name=hardware(self.device), ranks=self.world, dtype=str(self.dtype)[6:]),
+            hardware=dict(device=self.device, name=hardware(self.device), ranks=self.world,
+                          dtype=str(self.dtype)[6:]),
             versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
             protocol=sample.PROTOCOL, data=dict(folder=str(data.folder), fingerprint=data.meta['fingerprint'],
                                                 val_bytes=data.meta['splits']['val']['bytes']),
-            commit=git_commit(), ideas=[name for name, _, named in self.ideas.sources() if named], settings=vars(s),
-            changed=self.changed, config=dataclasses.asdict(self.config), sample=text,
+            commit=git_commit(), ideas=[name for name, _, named in self.ideas.sources() if named],
+            settings=vars(s), changed=self.changed, config=dataclasses.asdict(self.config), sample=text,
             finished=datetime.datetime.now().isoformat('T', 'seconds'))
 
     def paid(self):
         """Energy of all ranks, in all processes of this run."""
-        return sample.energy_report(self.earlier + self.all_reduce(self.energy.read()), self.energy.how, self.s.country)
+        joules = self.earlier + self.all_reduce(self.energy.read())
+        return sample.energy_report(joules, self.energy.how, self.s.country)
 
     def keep_report(self, report):
         self.metrics.close()
