@@ -2,8 +2,9 @@
 
     part 1   the model        GPTConfig, Attention, MLP, Block, GPT, the cache, sampling
     part 2   the operations   rms_norm, rotary, attention, linear_cross_entropy: the reference in PyTorch,
-                              what a CPU runs, and choose_kernels, which says what runs instead on a GPU
-    part 3   the kernels      the same operations in Triton, fused, forward and backward
+                              and what a CPU runs
+    part 3   the kernels      choose_kernels, which says what runs instead on a GPU; the same operations in
+                              Triton, fused, forward and backward
 
 GPT, Block, Attention and MLP are seams: an idea's class of such a name, derived from it, takes its place in a
 run (README, "write your own idea"). They find each other through the config: config.Attention(config, layer).
@@ -430,6 +431,9 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
 
 # ---- part 2: the operations --------------------------------------------------------------------------------
 
+IN_USE = set()              # names of KERNELS (part 3): what runs as one; empty on a CPU
+
+
 def rms_norm(x, eps=1e-6):
     """x / sqrt(mean(x^2) + eps) over the last dimension (Zhang 2019, 1910.07467); statistics in fp32."""
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
@@ -571,6 +575,14 @@ def linear_cross_entropy(x, weight, targets, reduction='mean', rows=None):
     return BlockwiseLoss.apply(x, weight, n, rows, block)
 
 
+# ---- part 3: the kernels -----------------------------------------------------------------------------------
+#
+# A Triton kernel is one program, started on a grid of indices: it loads tiles through pointers, computes on
+# them in registers and stores tiles. All of these keep to a few rules: statistics in fp32; scalars as
+# constexpr, part of the program (a Python float could arrive as fp64); row offsets in int64; nothing atomic,
+# so that two runs give the same bits; tiles by width, dtype and shared memory, never by the name of a card.
+
+
 # ---- which code runs each operation
 
 KERNELS = {'attention': 'attention, causal, within documents and windows',
@@ -578,7 +590,6 @@ KERNELS = {'attention': 'attention, causal, within documents and windows',
            'rms_norm': 'residual add and RMSNorm in one pass',
            'cross_entropy': 'the loss and its gradient in one pass over a block of logits',
            'mlp': 'activation at the end of a matrix product'}
-IN_USE = set()              # names of KERNELS; empty on a CPU
 
 
 def kernels_named(names):
@@ -669,12 +680,7 @@ class Probe:
             IN_USE.update(before)
 
 
-# ---- part 3: the kernels -----------------------------------------------------------------------------------
-#
-# A Triton kernel is one program, started on a grid of indices: it loads tiles through pointers, computes on
-# them in registers and stores tiles. All of these keep to a few rules: statistics in fp32; scalars as
-# constexpr, part of the program (a Python float could arrive as fp64); row offsets in int64; nothing atomic,
-# so that two runs give the same bits; tiles by width, dtype and shared memory, never by the name of a card.
+# ---- what all kernels share
 
 def launch(kernel, grid, *args, **options):
     """Start a kernel, but not for torch.compile's fake tensors, which only ask for shapes.
