@@ -36,7 +36,8 @@ except ImportError:                     # then PyTorch does everything
 
 @dataclass
 class GPTConfig:
-    """What decides the shape and the arithmetic of a model; a field with a default value is a setting of train.py."""
+    """What decides the shape and the arithmetic of a model; a field with a default value is a setting of
+    train.py."""
     vocab_size: int = field(default=8192)   # V; these two are no settings, the data set decides them
     bos: int = field(default=0)             # the id that begins every document, and so ends the one before
     block_size: int = 512       # 1..: T, the most tokens a query can look back over
@@ -132,7 +133,8 @@ class Attention(nn.Module):
         return self.output(self.attend(q, k, v, context.first).transpose(1, 2), context)
 
     def packed(self, x, context):
-        """Queries, keys and values of all heads side by side, (B, T, H + 2 H_kv, D): one product, not three."""
+        """Queries, keys and values of all heads side by side, (B, T, H + 2 H_kv, D): one product, not
+        three."""
         weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])
         return F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
 
@@ -181,7 +183,8 @@ class MLP(nn.Module):
         return self.through(x, self.up.weight, self.down.weight)
 
     def through(self, x, up, down):
-        """x (..., C) through the matrices up (hidden, C), for swiglu the gate's above it, and down (C, hidden)."""
+        """x (..., C) through the matrices up (hidden, C), for swiglu the gate's above it, and down (C,
+        hidden)."""
         if 'mlp' in IN_USE:
             up, down = up.to(x.dtype), down.to(x.dtype)
             return mlp_forward(x.flatten(0, -2), up, down, self.gated)[0].view_as(x)
@@ -346,7 +349,8 @@ class GPT(nn.Module):
     # what it is, in numbers
 
     def params(self):
-        """Parameter counts: dict of total, embedding (token tables and an untied head), non_embedding, active."""
+        """Parameter counts: dict of total, embedding (token tables and an untied head), non_embedding,
+        active."""
         tables = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)} | {self.lm_head.weight}
         total, embedding = (sum(p.numel() for p in some) for some in (self.parameters(), tables))
         return dict(total=total, embedding=embedding, non_embedding=total - embedding, active=total)
@@ -390,8 +394,8 @@ def blueprint(config):
 
 
 class KVCache:
-    """Keys and values of every layer, (B, heads, block_size, width) each, filled up to `length`; and what `shift`
-    needs of the last position. A layer's `cached` says what it keeps."""
+    """Keys and values of every layer, (B, heads, block_size, width) each, filled up to `length`; and what
+    `shift` needs of the last position. A layer's `cached` says what it keeps."""
 
     def __init__(self, model, batch_size):
         weight, size = model.wte.weight, model.config.block_size
@@ -516,10 +520,11 @@ def attention(q, k, v, first, scale, rows=128):
 class BlockwiseLoss(torch.autograd.Function):
     """The mean loss of logits x weight^T, `rows` tokens at a time, its gradient made in the forward pass.
 
-    The (tokens, V) logits, the largest tensor of a small model, never exist: each block of rows is multiplied,
-    turned by block(z, at) into the sum of its losses and the gradient of their part in the mean, and multiplied
-    back while it is still in cache. z (rows, V) fp32 are the tokens of the slice `at`, to be written over.
-    Differentiable in x (N, C) and weight (V, C); n () is what the sum of all losses is divided by.
+    The (tokens, V) logits, the largest tensor of a small model, never exist: each block of rows is
+    multiplied, turned by block(z, at) into the sum of its losses and the gradient of their part in the mean,
+    and multiplied back while it is still in cache. z (rows, V) fp32 are the tokens of the slice `at`, to be
+    written over. Differentiable in x (N, C) and weight (V, C); n () is what the sum of all losses is divided
+    by.
     """
 
     @staticmethod

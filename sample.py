@@ -289,8 +289,8 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
 
     Returns bpb, two standard errors: `error`, how far it may be from that of the whole split (which has 0),
     and `text_error`, the split's documents being a sample of such text; loss, share of bytes, tokens, and per
-    source index bpb and text_error (where there are documents for one); `asked`, the share of `slices` that were
-    read, where stop() ended it.
+    source index bpb and text_error (where there are documents for one); `asked`, the share of `slices` that
+    were read, where stop() ended it.
     """
     group, asked = -(-slices // 16) if stop else slices, 1.0
     part, n_sources = deal(docs), int(docs['source'].max()) + 1

@@ -7,9 +7,9 @@
     python train.py config/babylm.py --dry_run               check everything, say what the budget buys, stop
 
 Settings come from the list below (with GPTConfig in model.py and Options in prepare_data.py), then each
-config named, left to right, then --key=value. A config with classes is an idea: they take the places of this file's
-Stream and Run, and of the other scripts' seams. Exit codes: 0 finished, 2 something to mend, 3 the training
-diverged, 75 stopped and saved (go on with --init_from=resume).
+config named, left to right, then --key=value. A config with classes is an idea: they take the places of this
+file's Stream and Run, and of the other scripts' seams. Exit codes: 0 finished, 2 something to mend, 3 the
+training diverged, 75 stopped and saved (go on with --init_from=resume).
 """
 import os
 import sys
@@ -440,8 +440,8 @@ class Diverged(Exception):
 class Run:
     """One run, from its settings to its report; its methods stand in the order in which a run lives.
 
-    An idea overrides a method, does its part and calls super(). What a step computes: loss, groups, optimizers,
-    rate, decay, micro_steps. What goes with it into a checkpoint and comes back: state, load.
+    An idea overrides a method, does its part and calls super(). What a step computes: loss, groups,
+    optimizers, rate, decay, micro_steps. What goes with it into a checkpoint and comes back: state, load.
     """
 
     # -- open: the machine, the checkpoint, the data
@@ -559,8 +559,8 @@ class Run:
                f'sixteenth of a step of {s.tokens_per_step:,}: bring more text or lower them')
 
     def corpus(self):
-        """Where the text comes from. Weights go with the vocabulary that they learned: what is prepared for those of
-        another run has that run's."""
+        """Where the text comes from. Weights go with the vocabulary that they learned: what is prepared for
+        those of another run has that run's."""
         s = self.s
         other = s.init_from if s.init_from not in ('scratch', 'resume') else ''
         return self.ideas.seam(prepare_data.Corpus)(SimpleNamespace(**vars(s) | dict(
@@ -807,8 +807,8 @@ class Run:
         self.model.zero_grad()
 
     def compiled(self, model):
-        """The model as it is trained: on a GPU one program; on a CPU one for a block, which all blocks share: a third
-        of the wait, and as fast (RESULTS.md)."""
+        """The model as it is trained: on a GPU one program; on a CPU one for a block, which all blocks share:
+        a third of the wait, and as fast (RESULTS.md)."""
         torch._dynamo.config.recompile_limit = 64        # programs of one function, where blocks or models differ
         if self.device == 'cuda':
             return torch.compile(model, dynamic=False)
@@ -845,8 +845,8 @@ class Run:
         self.others = measure.plan(tenth / 8, self.token_seconds)       # {name: (items, seconds)}
 
     def closing_seconds(self):
-        """What follows the last step will take: a tenth of the budget for bits per byte at most; what proves too
-        slow is cut short there, and the report says so."""
+        """What follows the last step will take: a tenth of the budget for bits per byte at most; what proves
+        too slow is cut short there, and the report says so."""
         most = 0.1 * self.clock.budget if self.clock.counts_all else math.inf
         least = self.slice_seconds * -(-self.slices // 16)       # what it does not stop within
         return max(least, min(self.slice_seconds * self.slices, most)) + self.save_seconds + self.afterwards()
@@ -879,8 +879,8 @@ class Run:
         self.energy.turn('train')
 
     def time_left(self):
-        """Whether to make another step. Rank 0's clock decides: ranks that stopped at different steps would wait
-        for ever."""
+        """Whether to make another step. Rank 0's clock decides: ranks that stopped at different steps would
+        wait for ever."""
         clock = self.clock
         clock.reserve = self.closing_seconds()
         fits = clock.fits(self.steps, self.step_seconds / self.accum)
@@ -904,7 +904,8 @@ class Run:
         return self.accum
 
     def batch_loss(self, **batch):
-        """That of a micro-batch, whose mean a step makes smaller; an idea may ask kinds of rows one by one."""
+        """That of a micro-batch, whose mean a step makes smaller; an idea may ask kinds of rows one by
+        one."""
         return self.loss(**batch)
 
     def loss(self, idx, targets, **extras):
@@ -942,8 +943,8 @@ class Run:
         self.log(loss, norm, rate, finite)
 
     def gradients(self, n_micro):
-        """Gradients of the mean loss of so many micro-batches: that loss, and seconds waited for data; None for
-        the loss if a lone rank must stop before the last of them."""
+        """Gradients of the mean loss of so many micro-batches: that loss, and seconds waited for data; None
+        for the loss if a lone rank must stop before the last of them."""
         total, waited = torch.zeros((), device=self.device), 0.0
         for _ in range(n_micro):
             batch, wait = self.batches.next()
@@ -974,7 +975,8 @@ class Run:
         return loss, norm, rate
 
     def average_over_ranks(self, loss, flag):
-        """Averages gradients and loss over ranks, in place, in one message; True if any rank raised its flag."""
+        """Averages gradients and loss over ranks, in place, in one message; True if any rank raised its
+        flag."""
         if self.world == 1:
             return flag
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -1070,8 +1072,8 @@ class Run:
 
     @contextlib.contextmanager
     def evaluating(self):
-        """The model as it is measured, of any shape of text and so not compiled; an idea may put other weights there.
-        Other ranks wait for the first."""
+        """The model as it is measured, of any shape of text and so not compiled; an idea may put other
+        weights there. Other ranks wait for the first."""
         with self.busy('eval'), torch.compiler.set_stance('force_eager'):
             self.model.eval()
             try:
@@ -1160,12 +1162,14 @@ class Run:
             self.keep_report(report)
 
     def deadline(self, kept=0.0):
-        """When a part of the closing must end, on the clock, so that `kept` seconds remain for what follows."""
+        """When a part of the closing must end, on the clock, so that `kept` seconds remain for what
+        follows."""
         grace = min(0.01 * self.clock.budget, 5.0)
         return self.clock.budget + grace - kept if self.clock.counts_all else math.inf
 
     def until(self, deadline):
-        """A stop(), to be asked before the next part of what must end by then: a part takes what the last one took."""
+        """A stop(), to be asked before the next part of what must end by then: a part takes what the last one
+        took."""
         last = self.clock.elapsed()
 
         def stop():

@@ -1,8 +1,9 @@
 """How configs and ideas are read; the ideas themselves are the other files of this folder.
 
 A config is a file of settings; an idea is one that holds code too, classes that derive from the seams of the
-scripts and take their places in a run. Settings are read, never executed: `name = value` sets one that exists,
-`name: type = value` declares one, and the comment behind it says which values are legal, and what it is.
+scripts and take their places in a run. Settings are read, never executed: `name = value` sets one that
+exists, `name: type = value` declares one, and the comment behind it says which values are legal, and what it
+is.
 """
 import ast
 import difflib
