@@ -423,8 +423,8 @@ def seconds_of(work, times):
 # ---- the run -----------------------------------------------------------------------------------------------
 
 LEAVING = 0.8       # seconds from the last line printed to the prompt back, the report's page included
-UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', 'data', 'sample',   # told below
-             'warnings', 'energy', 'ideas')
+UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', 'data', 'sample',
+             'warnings', 'energy', 'ideas')                                  # of a report: they are told otherwise
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 COLUMNS = '    step  progress      loss        lr   grad_norm     tok/s       mfu  wait_ms  mem_gb  elapsed_s'
 
@@ -513,7 +513,7 @@ class Run:
         """The checkpoint to go on from, or None; refuses to write over an earlier run."""
         s, out = self.s, self.out_dir
         blocked = next((p for p in [out, *out.parents] if p.exists() and not p.is_dir()), None)
-        refuse(blocked, f'{blocked} is a file, and the run would be written to the folder {out}: choose another '
+        refuse(blocked, f'{blocked} is a file, the run would be written to the folder {out}: choose another '
                f'--out_dir')
         finished = (out / 'result.json').exists()
         saved = (out / 'ckpt.pt').exists() or (out / 'ckpt.prev.pt').exists()   # killed between two moves
@@ -809,7 +809,7 @@ class Run:
     def compiled(self, model):
         """The model as it is trained: on a GPU one program; on a CPU one for a block, which all blocks share:
         a third of the wait, and as fast (RESULTS.md)."""
-        torch._dynamo.config.recompile_limit = 64        # programs of one function, where blocks or models differ
+        torch._dynamo.config.recompile_limit = 64        # programs of one function: blocks, models may differ
         if self.device == 'cuda':
             return torch.compile(model, dynamic=False)
         for block in model.blocks:
@@ -841,7 +841,8 @@ class Run:
             self.judge_seconds = token_cost * measure.tokens_of(self.counts)
         start = torch.full((1, 1), self.config.bos, device=self.device)
         with self.evaluating():
-            self.token_seconds = self.dearer() * seconds_of(lambda: list(self.model.generate(start, 12)), 2) / 12
+            seconds = seconds_of(lambda: list(self.model.generate(start, 12)), 2)
+        self.token_seconds = self.dearer() * seconds / 12
         self.others = measure.plan(tenth / 8, self.token_seconds)       # {name: (items, seconds)}
 
     def closing_seconds(self):
