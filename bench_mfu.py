@@ -64,8 +64,7 @@ import model as m
 import prepare_data
 import sample
 import train
-from config import literal
-from prepare_data import UserError, refuse
+from config import UserError, literal, print_without_fail, refuse
 
 sys.modules.setdefault('bench_mfu', sys.modules[__name__])
 
@@ -1319,6 +1318,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    print_without_fail()
     try:
         main(sys.argv[1:])
     except (UserError, train.Stopped) as e:

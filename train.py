@@ -56,8 +56,8 @@ import torch.distributed as dist
 import model as models
 import prepare_data
 import sample
+from config import UserError, print_without_fail, refuse
 from model import GPTConfig, Linear, choose_kernels, kernels_named
-from prepare_data import UserError, refuse
 from sample import (git_commit, hardware, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
                     write_beside, write_report)
 
@@ -1155,12 +1155,15 @@ class Run:
         found = self.closing_evaluation()
         if self.all_reduce(np.array([float(bool(self.signals))]))[0]:
             raise unsaved or Stopped(f'stopped by a signal during the closing evaluation; {saved}')
-        report = self.results(*found)
+        report, unwritten = self.results(*found), unsaved
+        if self.master and not unsaved:
+            try:
+                self.keep_report(report)         # on disk before a word of it
+            except UserError as e:
+                unwritten = e
         self.say_report(report)
-        if unsaved:
-            raise unsaved
-        if self.master:
-            self.keep_report(report)
+        if unwritten:
+            raise unwritten
 
     def deadline(self, kept=0.0):
         """When a part of the closing must end, on the clock, so that `kept` seconds remain for what
@@ -1245,7 +1248,8 @@ class Run:
         return sample.energy_report(joules, self.energy.how, self.s.country)
 
     def keep_report(self, report):
-        self.metrics.close()
+        with contextlib.suppress(OSError):      # of a log that has said already that it could not be written
+            self.metrics.close()
         write_beside(self.out_dir / 'result.json', lambda f: f.write(json.dumps(report, indent=1).encode()))
         try:
             write_report(self.out_dir, self.page_blocks())
@@ -1317,6 +1321,7 @@ def main(argv):
 
 if __name__ == '__main__':
     code, run = 0, None
+    print_without_fail()
     try:
         if {'-h', '--help'} & set(sys.argv):
             print(__doc__)
@@ -1326,7 +1331,7 @@ if __name__ == '__main__':
         code = 75 if isinstance(e, Stopped) else 3 if isinstance(e, Diverged) else 2
         if os.environ.get('RANK', '0') == '0':
             print(f'train.py: {e}', file=sys.stderr)
-    sys.stdout.flush()
     if run:
         run.close(code)
-    sys.exit(code)
+    sys.stdout.flush()
+    os._exit(code)                              # all is closed; taking torch down takes seconds of a busy machine

@@ -647,6 +647,25 @@ def test_one_process_has_no_group(main, monkeypatch):
     assert not dist.is_initialized()
 
 
+# ---- a terminal that prints little, or goes away
+
+SHORT = ['--max_steps=2', '--out_dir=run', '--sample_prompt=Zoë 🙂']
+
+
+def test_what_the_terminal_lacks_is_spelt(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONIOENCODING', 'ascii')
+    code, out, err = script('train.py', *corpus.args, *SHORT, cwd=tmp_path)
+    assert code == 0 and not err and r'Zo\xeb \U0001f642' in out and (tmp_path / 'run' / 'report.html').exists()
+
+
+def test_a_reader_that_leaves_costs_no_run(corpus, tmp_path):
+    process = start('train.py', *corpus.args, *SHORT, cwd=tmp_path)
+    assert process.stdout.readline().startswith('halfhour:')
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(60) == 0 and (tmp_path / 'run' / 'report.html').exists()
+
+
 # ---- what cannot go on
 
 def test_checkpoints_that_do_not_fit(main, corpus, tmp_path):
