@@ -363,7 +363,7 @@ class Operations:
 
         def by_ours(qkv):
             if 'attention' in m.IN_USE:
-                return m.attend(layer, qkv, for_kernels)
+                return m.attend_with_kernels(layer, qkv, for_kernels)
             return layer.attend(*layer.heads(qkv, context), first).transpose(1, 2)
 
         def by_flex(qkv):
