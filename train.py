@@ -153,10 +153,12 @@ class Stream:
         dice = self.dice(number)
         order = dice.permutation(len(self.starts))
         if self.weights is not None:
-            of = [order[self.sources[order] == source] for source in range(len(self.weights))]
-            part = [math.ceil(round(w % 1 * len(mine), 6)) for mine, w in zip(of, self.weights)]
-            times = [[mine] * int(w) + [mine[:n]] for mine, w, n in zip(of, self.weights, part)]
-            order = dice.permutation(np.concatenate(sum(times, [])))
+            drawn = []
+            for source, weight in enumerate(self.weights):
+                mine = order[self.sources[order] == source]
+                more = math.ceil(round(weight % 1 * len(mine), 6))      # rounded: 0.1 * 30 is a hair above 3
+                drawn += [mine] * int(weight) + [mine[:more]]
+            order = dice.permutation(np.concatenate(drawn))
         return self.starts[order], np.concatenate([[0], np.cumsum(self.lengths[order])])
 
     def epoch_tokens(self):
@@ -228,7 +230,7 @@ class Prefetcher:
     def __init__(self, stream, row, B, T, rank, world, device, depth):
         self.stream, self.B, self.T, self.device = stream, B, T, device
         self.first, self.stride = row + rank * B, world * B
-        self.queue, self.stopping = queue.Queue(max(3, depth)), False
+        self.queue, self.stopping = queue.Queue(depth), False
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
@@ -279,7 +281,8 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: an update has all its singular values near 1 (Jordan 2024; 2502.16982).
+    """Momentum, orthogonalised: an update has all its singular values near 1 (Jordan 2024; Liu 2025,
+    2502.16982).
 
     A gradient's few large directions would otherwise drown the rest, and the spectral norm of an update
     decides how much a layer's output moves; so the learning rate carries over from one width to another. Only
@@ -287,11 +290,11 @@ class Muon(torch.optim.Optimizer):
     All matrices of one shape are one group, their momentum one stacked tensor, orthogonalised in one batch.
     """
 
-    def __init__(self, params, momentum, dtype):
+    def __init__(self, params, momentum, dtype, **options):
         shapes = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
-        groups = [dict(params=ps) for ps in shapes.values()]
+        groups = [dict(params=ps, **options) for ps in shapes.values()]
         super().__init__(groups, dict(lr=0.0, weight_decay=0.0, momentum=momentum))
         self.dtype = dtype
 
@@ -342,7 +345,8 @@ class Clock:
             self.progress += (1 - self.progress) * min(1.0, seconds / max(left_before, 1e-9))
 
     def fits(self, step, seconds):
-        """Whether to train on, if the least step takes `seconds`: in time on average, never 5 s late."""
+        """Whether another step of at least `seconds` fits: half of one must, so that ends are late as often
+        as early, and never by 5 s."""
         return (not self.max_steps or step < self.max_steps) and self.left() > max(0.5 * seconds, seconds - 5)
 
 
@@ -362,50 +366,40 @@ def adapt(s, device, world, most):
                 else bool(re.search('avx512_bf16|amx_bf16', proc('cpuinfo'))))
         dtype = 'bfloat16' if fast else 'float32'
     rows, rest = divmod(s.tokens_per_step, s.block_size * world)
-    refuse(rest,
-           f'tokens_per_step is {s.tokens_per_step}, it must be a multiple of block_size {s.block_size} '
+    refuse(rest, f'tokens_per_step is {s.tokens_per_step}, it must be a multiple of block_size {s.block_size} '
            f'times {world} rank{"s" * (world > 1)}: try {(rows + 1) * s.block_size * world}')
     limit = s.micro_batch_size if device == 'cuda' else min(s.micro_batch_size, max(1, 8192 // s.block_size))
     micro = max(b for b in range(1, min(limit, rows, most) + 1) if rows % b == 0)
     if micro != s.micro_batch_size:
-        why = 'a CPU is fastest on some 8,192 tokens at a time'
-        why = f'a rank reads {rows} sequences a step' if limit >= rows else why
-        why = 'a step shares its sequences out among so many kinds of text' if most < limit else why
+        why = ('a step is made of smaller parts' if most < min(limit, rows) else
+               f'a rank reads {rows} sequences a step' if limit >= rows else
+               'a CPU is fastest on some 8,192 tokens at a time')
         said.append(f'micro_batch_size {micro} instead of {s.micro_batch_size}: {why}')
-    compile = s.compile == 'on' and not s.dry_run
-    if s.dry_run and s.compile != 'off':
-        said.append('dry_run measures without torch.compile, which takes too long for a look: '
-                    'the run itself may be faster')
-    elif s.compile == 'auto':
-        compile = device == 'cuda' or s.budget_minutes >= 5 and not s.max_steps
-        if compile and device == 'cpu' and not (shutil.which('g++') or shutil.which('clang++')):
-            compile = False
-            said.append('torch.compile is off: no C++ compiler (g++) is installed')
-        elif not compile:
-            said.append('torch.compile is off: it takes half a minute of a CPU, '
-                        'more than so short a run gets back')
-    return dtype, compile, micro, said
+    why, unasked = '', s.compile == 'auto' and device == 'cpu'
+    if s.dry_run:
+        why = 'it takes too long for a look, and the run itself may be faster'
+    elif unasked and (s.budget_minutes < 5 or s.max_steps):
+        why = 'it takes half a minute of a CPU, more than so short a run gets back'
+    elif unasked and not (shutil.which('g++') or shutil.which('clang++')):
+        why = 'no C++ compiler (g++) is installed'
+    said += [f'torch.compile is off: {why}'] if why and s.compile != 'off' else []
+    return dtype, s.compile != 'off' and not why, micro, said
 
 
 def check_room(s, config, micro, device, out_dir):
     """Refuse what cannot end well: a model or a checkpoint that memory or disk has no room for."""
     total = models.blueprint(config).params()['total']
-    # fp32 weights, gradients and two moments; activations, about 18 C a layer and token; a block of logits
-    activations = micro * config.block_size * config.n_embd * (36 * config.n_layer + 8)
-    need = 16 * total + activations + 512 * config.vocab_size * 16
-    if device == 'cuda':
-        have = torch.cuda.mem_get_info()[0]
-    else:
-        available = re.search(r'MemAvailable:\s+(\d+)', proc('meminfo'))
-        have = 1024 * int(available[1]) if available else math.inf
-    refuse(need > have,
-           f'the model needs about {need / 2**30:.1f} GiB and {have / 2**30:.1f} are free: lower '
-           f'micro_batch_size (now {micro}), n_layer or n_embd')
+    # bytes: fp32 weights, gradients, two moments; about 18 bf16 activations a layer, channel and token; logits
+    need = (16 * total + micro * config.block_size * config.n_embd * (36 * config.n_layer + 8)
+            + 512 * config.vocab_size * 16)
+    free = re.search(r'MemAvailable:\s+(\d+)', proc('meminfo'))
+    have = torch.cuda.mem_get_info()[0] if device == 'cuda' else 1024 * int(free[1]) if free else math.inf
+    refuse(need > have, f'the model needs about {need / 2**30:.1f} GiB and {have / 2**30:.1f} are '
+           f'free: lower micro_batch_size (now {micro}), n_layer or n_embd')
     place = next(p for p in [out_dir.absolute(), *out_dir.absolute().parents] if p.exists())
-    free, checkpoint = shutil.disk_usage(place).free, 16 * total
-    refuse(free < 3 * checkpoint + 2 ** 20,
-           f'{place} has {free / 2**20:,.0f} MiB free, three checkpoints need '
-           f'{3 * checkpoint / 2**20:,.0f}: make room or choose another --out_dir')
+    room, checkpoints = shutil.disk_usage(place).free, 3 * 16 * total
+    refuse(room < checkpoints + 2 ** 20, f'{place} has {room / 2**20:,.0f} MiB free, three checkpoints need '
+           f'{checkpoints / 2**20:,.0f}: make room or choose another --out_dir')
 
 
 def seconds_of(work, times):
@@ -424,7 +418,7 @@ def seconds_of(work, times):
 
 LEAVING = 0.8       # seconds from the last line printed to the prompt back, the report's page included
 UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', 'data', 'sample',
-             'warnings', 'energy', 'ideas')                                  # of a report: they are told otherwise
+             'warnings', 'energy', 'ideas')      # told in another form, or too long
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 COLUMNS = '    step  progress      loss        lr   grad_norm     tok/s       mfu  wait_ms  mem_gb  elapsed_s'
 
@@ -530,21 +524,20 @@ class Run:
                    f'--out_dir, or say --overwrite')
 
     def take_settings(self, checkpoint):
-        """On resuming: what the command line leaves open is as it was, and what it says must be."""
-        s, theirs = self.s, checkpoint['settings']
-        before, now = ([(name, digest) for name, digest, named in ideas if named]
+        """On resuming: a setting that the command line does not give is as the run had it; one that it gives
+        must be the same, unless it is free."""
+        s, theirs, free = self.s, checkpoint['settings'], self.free()
+        before, now = ({name: digest for name, digest, named in ideas if named}
                        for ideas in (checkpoint['ideas'], self.ideas.sources()))
-        refuse(sorted(n for n, _ in before) != sorted(n for n, _ in now), f'{self.out_dir} was begun with '
-               + (', '.join(f'{name}.py' for name, _ in before) or 'no idea') + ', and the command line names '
-               + (', '.join(f'{name}.py' for name, _ in now) or 'none') + ': name the same')
-        for name in [name for name, digest in now if (name, digest) not in before]:
+        names = [', '.join(f'{name}.py' for name in ideas) or 'no idea' for ideas in (before, now)]
+        refuse(before.keys() != now.keys(),
+               f'{self.out_dir} was begun with {names[0]}, the command line names {names[1]}: name the same')
+        for name in [name for name in now if before[name] != now[name]]:
             self.say(f'warning: {name}.py is not what it was as this run began')
-        adopted, free = self.shape_names() if checkpoint['origin'] != 'scratch' else (), self.free()
-        for name in [k for k in theirs if k in vars(s) and k not in free]:
-            if name not in self.ideas.set_at or name in adopted:
-                setattr(s, name, theirs[name])
-        differ = [f'{k} (was {theirs[k]!r}, now {v!r})' for k, v in vars(s).items()
-                  if k not in free and k in theirs and theirs[k] != v]
+        shape = self.shape_names() if checkpoint['origin'] != 'scratch' else ()     # was that of another run's weights
+        bound = [k for k in theirs if k in vars(s) and k not in free]
+        vars(s).update({k: theirs[k] for k in bound if k not in self.ideas.set_at or k in shape})
+        differ = [f'{k} (was {theirs[k]!r}, now {getattr(s, k)!r})' for k in bound if theirs[k] != getattr(s, k)]
         refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
 
     def free(self):
@@ -559,8 +552,8 @@ class Run:
                f'sixteenth of a step of {s.tokens_per_step:,}: bring more text or lower them')
 
     def corpus(self):
-        """Where the text comes from. Weights go with the vocabulary that they learned: what is prepared for
-        those of another run has that run's."""
+        """Where the text comes from. With weights of another run it is tokenized with that run's
+        vocabulary."""
         s = self.s
         other = s.init_from if s.init_from not in ('scratch', 'resume') else ''
         return self.ideas.seam(prepare_data.Corpus)(SimpleNamespace(**vars(s) | dict(
@@ -593,10 +586,10 @@ class Run:
         self.clock, self.origin = Clock(s), s.init_from
         if self.resuming:
             self.load(self.checkpoint)
-        # before a thread reads the stream
+        # now: a stream is no two threads'
         rows = self.stream.first_rows(min(64, s.tokens_per_step // s.block_size), s.block_size)
         self.early, self.first_batch = torch.from_numpy(rows), self.stream.batch(0, self.micro, s.block_size)
-        self.checkpoint = None                   # its memory
+        self.checkpoint = None                   # frees its memory
 
     def shape(self):
         """The model's config: that of a run which goes on, else of the settings."""
@@ -639,7 +632,7 @@ class Run:
         return self.config
 
     def rows_limit(self):
-        """Sequences of a micro-batch, at most, for a reason of the stream's."""
+        """Sequences of a micro-batch, at most, where a step must be made of smaller parts."""
         return self.s.micro_batch_size
 
     def new_model(self, config):
@@ -673,16 +666,12 @@ class Run:
                     matrices=dict(params=matrices, base_lr=lr, base_decay=decay))
 
     def make_optimizers(self, model):
-        s, made = self.s, []
+        s, muon = self.s, []
         groups = {name: dict(base_decay=0.0) | g for name, g in self.groups(model).items() if g['params']}
         if s.optimizer == 'muon':
-            matrices = groups.pop('matrices')
-            made.append(Muon(matrices.pop('params'), s.momentum, self.dtype))
-            for group in made[0].param_groups:
-                group.update(matrices)
-        made.append(torch.optim.AdamW([*groups.values()], lr=0.0, betas=(s.beta1, s.beta2), eps=1e-10,
-                                      weight_decay=0.0, fused=True))
-        return made
+            muon = [Muon(momentum=s.momentum, dtype=self.dtype, **groups.pop('matrices'))]
+        return muon + [torch.optim.AdamW([*groups.values()], lr=0.0, betas=(s.beta1, s.beta2), eps=1e-10,
+                                         weight_decay=0.0, fused=True)]
 
     # -- what a checkpoint keeps
 
@@ -817,16 +806,20 @@ class Run:
         return model
 
     def dearer(self):
-        """How many times as dear as now the closing evaluation will be, by the model that it will be of."""
+        """How many times longer than now the closing evaluation will take: more than once, if the model
+        grows."""
         return 1.0
 
     def measure_evaluation(self):
-        """What the closing evaluation may have: shares of the validation text and of every evaluation set."""
+        """Tries each part of the closing evaluation on a little, and plans how much of it fits: a tenth of
+        the budget for bits per byte, a twentieth for evaluation sets, an 80th for all else. slices: of
+        validation text; counts: {set: items} at the end, curve: on the way; others: {name: (items,
+        seconds)}."""
         s, clock, measure = self.s, self.clock, self.measure
         tenth, val_tokens = 0.1 * clock.budget, len(self.data.tokens['val'])
         self.slices, most = sample.SLICES, tenth if clock.counts_all else math.inf
         probe = min(self.slices, -(-self.slices * 8192 // val_tokens))
-        self.bits(probe, keep=False)             # sets things up
+        self.bits(probe, keep=False)             # the first call sets things up
         self.slice_seconds = self.dearer() * self.agreed(
             min(self.bits(probe, keep=False)['seconds_per_slice'] for _ in range(2)))
         if self.slice_seconds * self.slices > most:
@@ -843,17 +836,17 @@ class Run:
         with self.evaluating():
             seconds = seconds_of(lambda: list(self.model.generate(start, 12)), 2)
         self.token_seconds = self.dearer() * seconds / 12
-        self.others = measure.plan(tenth / 8, self.token_seconds)       # {name: (items, seconds)}
+        self.others = measure.plan(tenth / 8, self.token_seconds)
 
     def closing_seconds(self):
-        """What follows the last step will take: a tenth of the budget for bits per byte at most; what proves
-        too slow is cut short there, and the report says so."""
+        """Seconds from the last step to the prompt back: a tenth of the budget for bits per byte at most,
+        which are cut if they take longer."""
         most = 0.1 * self.clock.budget if self.clock.counts_all else math.inf
-        least = self.slice_seconds * -(-self.slices // 16)       # what it does not stop within
+        least = self.slice_seconds * -(-self.slices // 16)       # it stops at 16ths only
         return max(least, min(self.slice_seconds * self.slices, most)) + self.save_seconds + self.afterwards()
 
     def afterwards(self):
-        """Seconds that follow bits per byte."""
+        """Seconds of what comes after bits per byte."""
         return (self.judge_seconds + sum(seconds for _, seconds in self.others.values())
                 + self.token_seconds * self.s.sample_tokens + LEAVING)
 
@@ -880,8 +873,8 @@ class Run:
         self.energy.turn('train')
 
     def time_left(self):
-        """Whether to make another step. Rank 0's clock decides: ranks that stopped at different steps would
-        wait for ever."""
+        """Whether to make another step, and what it goes by, progress, left, step_seconds: rank 0's on every
+        rank, or they would stop at different steps and wait for ever."""
         clock = self.clock
         clock.reserve = self.closing_seconds()
         fits = clock.fits(self.steps, self.step_seconds / self.accum)
@@ -905,12 +898,12 @@ class Run:
         return self.accum
 
     def batch_loss(self, **batch):
-        """That of a micro-batch, whose mean a step makes smaller; an idea may ask kinds of rows one by
-        one."""
+        """The loss of a micro-batch; an idea that treats some of its rows otherwise asks `loss` for each
+        kind."""
         return self.loss(**batch)
 
     def loss(self, idx, targets, **extras):
-        """That of rows of one kind; extras go to the model by keyword."""
+        """The mean loss of rows; extras go to the model by keyword."""
         return self.step_model(idx, targets, **extras)
 
     def make_noise(self):
@@ -1012,11 +1005,10 @@ class Run:
 
     def peak(self):
         """FLOPs a second that all ranks could do at most, where that is known."""
-        name = hardware(self.device)
-        known = peak_flops(name) if self.device == 'cuda' and self.dtype == torch.bfloat16 else None
+        known = self.device == 'cuda' and self.dtype == torch.bfloat16 and peak_flops(hardware(self.device))
         return known and known * self.world
 
-    def roll_back(self):
+    def roll_back_if_due(self):
         """Not finite, again and again: back, once, to the last checkpoint that cannot be the cause itself."""
         if self.bad_steps < BAD_STEPS:
             return
@@ -1050,7 +1042,8 @@ class Run:
             self.last_save = self.clock.elapsed()
 
     def save(self):
-        """The state, moved into place whole; the last one is kept. Returns an error, which costs no run."""
+        """Writes the state whole or not at all, and keeps the one before. Returns the error of it, or None: a
+        full disk must not end a run."""
         with self.busy('save'):
             try:
                 if self.master:
@@ -1165,7 +1158,7 @@ class Run:
         if unwritten:
             raise unwritten
 
-    def deadline(self, kept=0.0):
+    def deadline(self, kept):
         """When a part of the closing must end, on the clock, so that `kept` seconds remain for what
         follows."""
         grace = min(0.01 * self.clock.budget, 5.0)
@@ -1174,13 +1167,11 @@ class Run:
     def until(self, deadline):
         """A stop(), to be asked before the next part of what must end by then: a part takes what the last one
         took."""
-        last = self.clock.elapsed()
+        asked = [self.clock.elapsed()]
 
         def stop():
-            nonlocal last
-            now = self.clock.elapsed()
-            ahead, last = now - last, now
-            return now + ahead > deadline or bool(self.signals)
+            asked.append(self.clock.elapsed())
+            return 2 * asked[-1] - asked[-2] > deadline or bool(self.signals)
         return stop
 
     def closing_evaluation(self):
@@ -1200,7 +1191,7 @@ class Run:
             kept -= self.judge_seconds * tokens / self.measure.tokens_of(self.counts)
             stop = self.until(self.deadline(kept))
             at_once = min(self.at_once, 1 + int(tokens / 16)) if slow > 1.5 else self.at_once     # to be cut in time
-            evals |= self.judge({} if self.master and stop() else {name: n}, stop, at_once)
+            evals |= self.judge({} if stop() else {name: n}, stop, at_once)
         for name, (n, seconds) in self.others.items():
             kept -= seconds
             stop = self.until(self.deadline(kept))
@@ -1288,7 +1279,7 @@ class Run:
 
 
 def begin(argv):
-    """The run that a command line asks for; None where it asks only what that would be."""
+    """The Run that a command line asks for; None after --show."""
     s, ideas = read_settings(argv)
     if s.show:
         return print(prepare_data.shown(ideas))
@@ -1308,7 +1299,7 @@ def live(run):
         run.step()
         if run.stopping:
             break
-        run.roll_back()
+        run.roll_back_if_due()
         run.save_if_due()
         run.evaluate_if_due()
     run.finish()
