@@ -42,6 +42,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+try:
+    import fcntl
+except ImportError:                             # Windows
+    fcntl = None
+
 import prepare_data
 from config import UserError, print_without_fail
 from model import IN_USE, KVCache, configured
@@ -99,6 +104,31 @@ def save_checkpoint(out_dir, state):
     if path.exists():
         os.replace(path, path.with_name('ckpt.prev.pt'))
     os.replace(path.with_name('ckpt.new.pt'), path)
+
+
+OWNED = {}       # folder: its lock, which this process holds until it ends, in whatever way
+
+
+def own(folder, make=True):
+    """Takes a folder that is written for this process; UserError where another one has it. Unless the lock is to be
+    made, only one that is there is taken."""
+    folder = Path(folder).resolve()
+    if fcntl is None or folder in OWNED or not make and not (folder / '.lock').exists():
+        return
+    lock = open(folder / '.lock', 'a+')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        lock.seek(0)
+        raise UserError(f'{folder} is being written by another run, {lock.read() or "just begun"}: wait for its end, or '
+                        f'choose another --out_dir') from e
+    except OSError:                             # a file system without locks
+        return
+    OWNED[folder] = lock
+    if make:
+        with contextlib.suppress(OSError):      # a full disk
+            lock.truncate(0)
+            print(f'process {os.getpid()} on {platform.node()}', end='', file=lock, flush=True)
 
 
 def read_rows(path):

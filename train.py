@@ -1,7 +1,7 @@
 """Train one small language model in a fixed time, and say honestly what that bought.
 
     python train.py config/quickstart.py                     five minutes on whatever is here, then a sample
-    torchrun train.py config/babylm.py                       thirty minutes on one rented card
+    python train.py config/babylm.py                         thirty minutes on one rented card
     torchrun --nproc_per_node=2 train.py config/babylm.py    the same on two
     python train.py config/babylm.py my_idea.py --show       an idea stacked on it, and what that makes
     python train.py config/babylm.py --dry_run               check everything, say what the budget buys, stop
@@ -9,7 +9,8 @@
 Settings come from the list below (with GPTConfig in model.py and Options in prepare_data.py), then each
 config named, left to right, then --key=value. A config with classes is an idea: they take the places of this
 file's Stream and Run, and of the other scripts' seams. Exit codes: 0 finished, 2 something to mend, 3 the
-training diverged, 75 stopped and saved (go on with --init_from=resume).
+training diverged, 75 stopped and saved (go on with --init_from=resume), 130 stopped before there was anything to
+save. torchrun makes 1 of every code but 0, and ends with the sentence.
 """
 import os
 import sys
@@ -58,7 +59,7 @@ import prepare_data
 import sample
 from config import UserError, print_without_fail, refuse
 from model import GPTConfig, Linear, choose_kernels, kernels_named
-from sample import (git_commit, hardware, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
+from sample import (git_commit, hardware, own, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
                     write_beside, write_report)
 
 
@@ -425,16 +426,36 @@ def seconds_of(work, times):
 LEAVING = 0.8       # seconds from the last line printed to the prompt back, the report's page included
 UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', 'data', 'sample',
              'warnings', 'energy', 'ideas')                                  # of a report: they are told otherwise
+HANGUP = getattr(signal, 'SIGHUP', None)        # not on Windows
+PATIENCE = 600      # seconds that ranks wait for each other to begin
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 COLUMNS = '    step  progress      loss        lr   grad_norm     tok/s       mfu  wait_ms  mem_gb  elapsed_s'
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT arrived; everything is saved."""
+    """SIGTERM, SIGINT or SIGHUP arrived; everything is saved."""
 
 
 class Diverged(Exception):
     """Steps were not finite again and again, after going back to a checkpoint too."""
+
+
+def ranks():
+    """This process's rank and their number, as torchrun and others set them; alone where nothing does."""
+    told = {name: os.environ.get(name, '') for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
+    rank, world = told['RANK'] or '0', told['WORLD_SIZE'] or '1'
+    alone = (rank, world) == ('0', '1')
+    refuse(not alone and not (all(told.values()) and (rank + world).isdecimal() and int(rank) < int(world)),
+           f'the environment has {" ".join(f"{k}={v}" for k, v in told.items())}, which is no rank of a run: '
+           f'unset RANK and WORLD_SIZE to run alone, or start with torchrun')
+    return int(rank), int(world)
+
+
+def listen(handler):
+    """Who hears the signals that end a run; not a hangup that nohup keeps from it."""
+    for number in (signal.SIGTERM, signal.SIGINT, HANGUP):
+        if number and not (number == HANGUP and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, handler)
 
 
 class Run:
@@ -448,7 +469,7 @@ class Run:
 
     def __init__(self, s, ideas):
         self.s, self.ideas, self.out_dir = s, ideas, Path(s.out_dir)
-        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.rank, self.world = ranks()
         self.device, self.master = choose_device(s), self.rank == 0
         self.signals, self.told = [], []         # told: what a reader of the report should know
         self.steps, self.rows_read, self.skipped, self.tokens, self.flops = 0, 0, 0, 0, 0.0
@@ -460,20 +481,37 @@ class Run:
 
     def open(self):
         """Takes the machine and opens all that the run reads; refuses what it could not end with."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.heed)
         self.checkpoint = self.find_checkpoint()
         if self.world > 1:
             if self.device == 'cuda':
-                torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-            dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo',
-                                    timeout=datetime.timedelta(hours=1))
+                torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+            self.meet()
+        listen(signal.default_int_handler)
         share = 1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         self.energy = sample.Energy(self.device, STARTED, share=share)
         self.earlier = np.zeros_like(self.energy.joules)         # of all ranks, in processes before this one
         self.data = self.in_turn(self.corpus().open)
+        listen(self.heed)
         self.check_data()
         self.open_evaluations()
+
+    def meet(self):
+        """Joins the other ranks; says whom it waits for when that takes long."""
+        listen(signal.SIG_DFL)                   # ends at once: Python hears nothing while torch waits
+        where = f'{self.world} ranks at {os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+        line = f'rank {self.rank} waits for {where}, {PATIENCE} s at most; Ctrl-C ends it'
+        teller = threading.Timer(min(10, PATIENCE / 2), print, [line], dict(flush=True))
+        teller.daemon = True
+        teller.start()
+        try:
+            store, *_ = next(dist.rendezvous('env://', timeout=datetime.timedelta(seconds=PATIENCE)))
+            dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo', store=store, rank=self.rank,
+                                    world_size=self.world, timeout=datetime.timedelta(hours=1))
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f'rank {self.rank} did not meet {where} ({type(e).__name__}): start all of them, '
+                            f'with torchrun, or unset RANK and WORLD_SIZE to run alone') from e
+        finally:
+            teller.cancel()
 
     def in_turn(self, work):
         """What work returns: rank 0 builds or fetches what is missing, then the others find it there."""
@@ -483,8 +521,14 @@ class Run:
         return made if self.master else work()
 
     def heed(self, number, frame):
+        """Told once, a run ends with its step; three times (by Ctrl-C and torchrun is two), at once. A terminal that
+        goes away may tell it more than once."""
+        if not self.signals and self.master:
+            with contextlib.suppress(OSError):   # not print, which it may have interrupted
+                os.write(2, b'told to stop: the run saves after this step, or what else it is at; compiling may take '
+                            b'a minute\n')
         self.signals.append(number)
-        if len(self.signals) > 2:                # told three times (by Ctrl-C and torchrun is two): at once
+        if number != HANGUP and len(self.signals) - self.signals.count(HANGUP) > 2:
             os._exit(128 + number)
 
     def say(self, line):
@@ -512,6 +556,8 @@ class Run:
     def find_checkpoint(self):
         """The checkpoint to go on from, or None; refuses to write over an earlier run."""
         s, out = self.s, self.out_dir
+        if self.master and not s.dry_run:
+            own(out, make=False)
         blocked = next((p for p in [out, *out.parents] if p.exists() and not p.is_dir()), None)
         refuse(blocked, f'{blocked} is a file, the run would be written to the folder {out}: choose another '
                f'--out_dir')
@@ -749,7 +795,9 @@ class Run:
         """The run's folder: what another run left there is gone, what the resumed one logged stays."""
         out, tokenizer = self.out_dir, self.data.tokenizer
         out.mkdir(parents=True, exist_ok=True)
+        own(out)
         if not self.resuming:
+            self.find_checkpoint()               # another run may have been here since
             for pattern in ('ckpt*.pt*', 'tokenizer.*', '*.json*', 'report.html'):
                 for old in out.glob(pattern):
                     old.unlink()
@@ -1319,6 +1367,21 @@ def main(argv):
         live(run)
 
 
+def tell(run, error):
+    """Says why a run ends, and returns the exit code of that. What is so on every rank the first one says. torchrun,
+    which makes 1 of every code, ends with what it finds in a file."""
+    code = {Stopped: 75, Diverged: 3, KeyboardInterrupt: 130}.get(type(error), 2)
+    rank, file = os.environ.get('RANK', '0'), os.environ.get('TORCHELASTIC_ERROR_FILE')
+    said = 'interrupted before the first step, nothing was left behind' if code == 130 else error
+    if rank == '0' or code == 2 and (run or not file):
+        print(f'train.py{f", rank {rank}" * (rank != "0")}: {said}', file=sys.stderr)
+    if file:
+        told = dict(py_callstack=f'{said} (exit code {code})', timestamp=str(int(time.time())))
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps(dict(message=dict(message=str(said), extraInfo=told))))
+    return code
+
+
 if __name__ == '__main__':
     code, run = 0, None
     print_without_fail()
@@ -1327,10 +1390,8 @@ if __name__ == '__main__':
             print(__doc__)
         elif run := begin(sys.argv[1:]):
             live(run)
-    except (UserError, Diverged, Stopped) as e:
-        code = 75 if isinstance(e, Stopped) else 3 if isinstance(e, Diverged) else 2
-        if os.environ.get('RANK', '0') == '0':
-            print(f'train.py: {e}', file=sys.stderr)
+    except (UserError, Diverged, Stopped, KeyboardInterrupt) as e:
+        code = tell(run, e)
     if run:
         run.close(code)
     sys.stdout.flush()
