@@ -849,7 +849,13 @@ class Run:
         batch = {k: t.to(self.device) for k, t in batch.items()}
         self.progress = self.clock.progress
         self.make_noise()
-        self.batch_loss(**batch).backward()
+        try:
+            self.batch_loss(**batch).backward()
+        except Exception as e:                   # whatever a compiler meets; what is wrong with the model comes again
+            if not self.compiling:
+                raise
+            self.do_without_compiler(e)
+            self.batch_loss(**batch).backward()
         seconds = seconds_of(lambda: self.batch_loss(**batch).backward(), 1)
         self.step_seconds = self.accum * self.agreed(seconds)
         self.model.zero_grad()
@@ -863,6 +869,12 @@ class Run:
         for block in model.blocks:
             block.compile(dynamic=False)
         return model
+
+    def do_without_compiler(self, error):
+        self.compiling = False
+        torch.compiler.set_stance('force_eager')
+        why = ' '.join(str(error).split())[:200] or type(error).__name__
+        self.say(f'warning: torch.compile does not work here ({why}): the run goes on without it, slower')
 
     def dearer(self):
         """How many times as dear as now the closing evaluation will be, by the model that it will be of."""

@@ -738,6 +738,39 @@ def test_two_that_begin_together(main, tmp_path, monkeypatch, ended, match):
     assert sorted(p.name for p in folder.iterdir()) == ['.lock', 'result.json']
 
 
+# ---- a compiler that does not work
+
+def test_without_a_compiler_that_works_a_run_goes_on(main, tmp_path, monkeypatch):
+    def broken(graph, inputs):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    def compiled(self, model):
+        model.blocks[1].compile(backend=broken)
+        return model
+    main('--out_dir=eager')
+    monkeypatch.setattr(train.Run, 'compiled', compiled)
+    try:
+        out = main('--compile=on')
+    finally:
+        torch.compiler.set_stance('default')
+    assert len(re.findall('warning: torch.compile does not work here .*No space left on device', out)) == 1
+    assert losses(tmp_path / 'run') == losses(tmp_path / 'eager')
+    assert 'torch.compile' in json.loads((tmp_path / 'run' / 'result.json').read_text())['warnings'][-1]
+
+
+def test_what_is_wrong_with_the_model_is_no_fault_of_the_compiler(main, monkeypatch):
+    def wrong(self, **batch):
+        raise ZeroDivisionError
+    monkeypatch.setattr(train.Run, 'batch_loss', wrong)
+    monkeypatch.setattr(train.Run, 'compiled', lambda self, model: model)
+    try:
+        for compile in ('on', 'off'):
+            with pytest.raises(ZeroDivisionError):
+                main(f'--compile={compile}', f'--out_dir={compile}')
+    finally:
+        torch.compiler.set_stance('default')
+
+
 # ---- ranks
 
 @pytest.mark.parametrize('told', [dict(WORLD_SIZE='8'), dict(RANK='3'), dict(RANK='0', WORLD_SIZE='2'),
