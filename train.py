@@ -59,7 +59,7 @@ import prepare_data
 import sample
 from config import UserError, print_without_fail, refuse
 from model import GPTConfig, Linear, choose_kernels, kernels_named
-from sample import (git_commit, hardware, own, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
+from sample import (as_json, git_commit, hardware, own, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
                     write_beside, write_report)
 
 
@@ -813,9 +813,8 @@ class Run:
     def record(self, **row):
         """Adds a row to metrics.jsonl."""
         if self.metrics:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             try:
-                self.metrics.write(json.dumps(finite) + '\n')
+                self.metrics.write(as_json(row) + '\n')
             except OSError as e:                # a full disk: the run is worth more than its log
                 self.say(f'warning: metrics.jsonl could not be written ({e.strerror})')
 
@@ -1076,23 +1075,24 @@ class Run:
         known = peak_flops(name) if self.device == 'cuda' and self.dtype == torch.bfloat16 else None
         return known and known * self.world
 
+    def diverged(self, what):
+        return Diverged(f'{what} after step {self.steps}: lower learning_rate (now {self.s.learning_rate:g}), or '
+                        f'dtype=float32')
+
     def roll_back(self):
         """Not finite, again and again: back, once, to the last checkpoint that cannot be the cause itself."""
         if self.bad_steps < BAD_STEPS:
             return
-        lower = f'lower learning_rate (now {self.s.learning_rate:g})'
         if self.rolled_back or self.steps == self.bad_steps or not (self.out_dir / 'ckpt.pt').exists():
             again = ', again after going back' if self.rolled_back else ''
-            raise Diverged(f'{self.bad_steps} steps in a row were not finite{again}: {lower}, or '
-                           f'dtype=float32')
+            raise self.diverged(f'{self.bad_steps} steps in a row were not finite{again}')
         if self.world > 1:
             dist.barrier()
         good = sample.read_checkpoint(self.out_dir)
         if good['steps'] == self.steps - self.bad_steps and (self.out_dir / 'ckpt.prev.pt').exists():
             good = sample.read_checkpoint(self.out_dir / 'ckpt.prev.pt')
         if good['config'] != dataclasses.asdict(self.config):
-            raise Diverged(f'{self.bad_steps} steps in a row were not finite since the model has another '
-                           f'shape: {lower}')
+            raise self.diverged(f'{self.bad_steps} steps in a row were not finite since the model has another shape')
         self.model.load_state_dict(good['model'])
         for optimizer, state in zip(self.optimizers, good['optimizers']):
             optimizer.load_state_dict(state)
@@ -1112,6 +1112,8 @@ class Run:
     def save(self):
         """The state, moved into place whole; the last one is kept. Returns an error, which costs no run."""
         with self.busy('save'):
+            if not all(p.isfinite().all() for p in self.model.parameters()):
+                return self.diverged('the weights are not finite')
             try:
                 if self.master:
                     save_checkpoint(self.out_dir, self.state())
@@ -1168,12 +1170,15 @@ class Run:
         pieces = []
         with self.evaluating():
             dice = torch.Generator(device=self.device).manual_seed(self.s.seed)
-            for piece in (sample.stream(self.model, self.data.tokenizer, self.s.sample_prompt, length, 0.8, generator=dice)
-                          if self.master and length else ()):
-                pieces.append(piece)
-                if self.clock.elapsed() > deadline:
-                    self.say_cut('the sample', len(pieces) / length)
-                    break
+            coming = sample.stream(self.model, self.data.tokenizer, self.s.sample_prompt, length, 0.8, generator=dice)
+            try:
+                for piece in coming if self.master and length else ():
+                    pieces.append(piece)
+                    if self.clock.elapsed() > deadline:
+                        self.say_cut('the sample', len(pieces) / length)
+                        break
+            except FloatingPointError as e:
+                self.say(f'warning: the sample ends early: {e}')
         return ''.join(pieces) if self.master and length else None
 
     def say_cut(self, name, share):
@@ -1191,7 +1196,10 @@ class Run:
         s, progress = self.s, self.progress
         if not (self.next_eval and self.next_eval <= progress < 0.95):
             return
+        self.next_eval = s.eval_interval * (progress // s.eval_interval + 1)
         result = self.bits(max(1, self.slices // 8))
+        if not math.isfinite(result['bpb']):
+            return self.say('         validation: not finite')
         self.slice_seconds = self.dearer() * self.agreed(result['seconds_per_slice'])
         self.say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, '
                  f'standard error {result["error"]:.4f}')
@@ -1199,7 +1207,6 @@ class Run:
             self.record_abilities(abilities)
             self.say('         ' + ', '.join(f'{name} {e["accuracy"]:.4f} +- {e["error"]:.4f}'
                                              for name, e in abilities.items()))
-        self.next_eval = s.eval_interval * (progress // s.eval_interval + 1)
         if text := self.continuation(min(60, s.sample_tokens)):
             self.record(step=self.steps, progress=progress, sample=text, elapsed_s=self.clock.elapsed())
 
@@ -1252,6 +1259,8 @@ class Run:
             return bool(self.all_reduce(np.array([late() * self.master, bool(self.signals)], float)).any())
 
         result = self.bits(self.slices, stop=out_of_time)
+        if not math.isfinite(result['bpb']):
+            raise self.diverged(f'bits per byte are {result["bpb"]}')
         slow = min(4.0, max(1.0, result['seconds_per_slice'] / self.slice_seconds))     # as the machine is now
         spoken = self.token_seconds * self.s.sample_tokens
         kept += (slow - 1) * spoken
@@ -1265,8 +1274,8 @@ class Run:
             kept -= seconds
             stop = self.until(self.deadline(kept))
             with self.evaluating():
-                found = self.measure.other(name, self.model, n, stop) if self.master and not stop() else None
-                evals |= {name: found} if found else {}
+                ask = self.measure.ask(self.model, {name: n}, stop) if self.master else ()
+                evals |= dict(ask)
         text = self.continuation(0 if self.signals else self.s.sample_tokens, self.deadline(kept - slow * spoken))
         for name in [*self.counts, *self.others] if self.master and not self.signals else ():
             self.say_cut(name, evals[name].get('share', 1) if name in evals else 0)
@@ -1310,7 +1319,7 @@ class Run:
     def keep_report(self, report):
         with contextlib.suppress(OSError):      # of a log that has said already that it could not be written
             self.metrics.close()
-        write_beside(self.out_dir / 'result.json', lambda f: f.write(json.dumps(report, indent=1).encode()))
+        write_beside(self.out_dir / 'result.json', lambda f: f.write(as_json(report, indent=1).encode()))
         try:
             write_report(self.out_dir, self.page_blocks())
         except UserError as e:                  # result.json is safe
@@ -1329,7 +1338,7 @@ class Run:
             if isinstance(value, dict):
                 value = ', '.join(f'{k} {v:.4f}' for k, v in value.items())
             elif isinstance(value, float):
-                value = f'{value:.6g}'
+                value = f'{value:.6g}' if math.isfinite(value) else 'not finite'
             self.say(f'{key}: {"not measured" if value is None else value}')
         for name, e in report['evals'].items():
             self.say(self.measure.line(name, e))
@@ -1382,7 +1391,7 @@ def main(argv):
 def tell(run, error):
     """Says why a run ends, and returns the exit code of that. What is so on every rank the first one says. torchrun,
     which makes 1 of every code, ends with what it finds in a file."""
-    code = {Stopped: 75, Diverged: 3, KeyboardInterrupt: 130}.get(type(error), 2)
+    code = {Stopped: 75, Diverged: 3, FloatingPointError: 3, KeyboardInterrupt: 130}.get(type(error), 2)
     rank, file = os.environ.get('RANK', '0'), os.environ.get('TORCHELASTIC_ERROR_FILE')
     said = 'interrupted before the first step, nothing was left behind' if code == 130 else error
     if rank == '0' or code == 2 and (run or not file):
@@ -1402,7 +1411,7 @@ if __name__ == '__main__':
             print(__doc__)
         elif run := begin(sys.argv[1:]):
             live(run)
-    except (UserError, Diverged, Stopped, KeyboardInterrupt) as e:
+    except (UserError, Diverged, FloatingPointError, Stopped, KeyboardInterrupt) as e:
         code = tell(run, e)
     if run:
         run.close(code)

@@ -952,6 +952,37 @@ def test_bad_steps_for_ever_end_the_run(corpus, tmp_path):
     assert rows(tmp_path / 'run')[-1]['skipped'] == 2 * train.BAD_STEPS
 
 
+def overflow(monkeypatch, step, to=math.inf):
+    """The weights after a step are such numbers."""
+    descend = train.Run.descend
+
+    def too_far(self, loss):
+        found = descend(self, loss)
+        if self.steps == step - 1:
+            for p in self.model.parameters():
+                p.data.fill_(to)
+        return found
+    monkeypatch.setattr(train.Run, 'descend', too_far)
+
+
+@pytest.mark.parametrize('to', [math.nan, math.inf])
+def test_weights_that_overflow_at_the_end_are_no_result(main, tmp_path, monkeypatch, to):
+    overflow(monkeypatch, 3, to)
+    with pytest.raises(train.Diverged, match='bits per byte .*after step 3: lower learning_rate'):
+        main()
+    assert not (tmp_path / 'run' / 'result.json').exists()
+    assert all(v.isfinite().all() for v in weights(tmp_path / 'run')['model'].values())
+
+
+def test_weights_that_overflow_before_an_evaluation(main, tmp_path, monkeypatch):
+    overflow(monkeypatch, 6)
+    out = main('--max_steps=20', '--eval_interval=0.25')
+    assert 'validation: not finite' in out and 'weights and optimizer of step 5 again' in out
+    text = (tmp_path / 'run' / 'metrics.jsonl').read_text() + (tmp_path / 'run' / 'result.json').read_text()
+    assert 'NaN' not in text and 'Infinity' not in text
+    assert [row['val_bpb'] is None for row in rows(tmp_path / 'run') if 'val_bpb' in row] == [True, False, False, False]
+
+
 # ---- time
 
 def test_dry_run_writes_nothing(main, tmp_path):
