@@ -725,7 +725,7 @@ def as_table(rows, runs, columns, *notes):
 def write_table(path, text, found):
     """path.md and path.json."""
     sample.write_beside(path.with_suffix('.md'), lambda f: f.write(text.encode() + b'\n'))
-    sample.write_beside(path.with_suffix('.json'), lambda f: f.write(json.dumps(found, indent=1).encode()))
+    sample.write_beside(path.with_suffix('.json'), lambda f: f.write(sample.as_json(found, indent=1).encode()))
 
 
 def keep_table(runs, root):
@@ -1310,7 +1310,7 @@ def main(argv):
     building = s.kernels == 'compile-only'
     result = dict(builds=compile_only(words)) if building else measure_all(s, ideas, words)
     if s.json:
-        sample.write_beside(s.json, lambda f: f.write(json.dumps(result, indent=1).encode()))
+        sample.write_beside(s.json, lambda f: f.write(sample.as_json(result, indent=1).encode()))
     if building:
         over, n = [r for r in result['builds'] if r['over']], len(result['builds'])
         refuse(over, f'{len(over)} of {n} builds are over the limits')

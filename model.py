@@ -429,6 +429,8 @@ class KVCache:
 
 def sample_token(logits, temperature, top_k, top_p, generator=None):
     """One id (B,) from logits (B, V): scaled, cut to the top_k likeliest, then the fewest of mass top_p."""
+    if not logits.amax(-1).isfinite().all():          # a GPU would not survive to draw from it
+        raise FloatingPointError('the model gives no finite numbers')
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, order = (logits / temperature).sort(dim=-1, descending=True)

@@ -9,7 +9,8 @@
 Settings come from the list below (with GPTConfig in model.py and Options in prepare_data.py), then each
 config named, left to right, then --key=value. A config with classes is an idea: they take the places of this
 file's Stream and Run, and of the other scripts' seams. Exit codes: 0 finished, 2 something to mend, 3 the
-training diverged, 75 stopped and saved (go on with --init_from=resume).
+training diverged, 75 stopped and saved (go on with --init_from=resume), 130 stopped before there was anything to
+save. torchrun makes 1 of every code but 0, and ends with the sentence.
 """
 import os
 import sys
@@ -58,7 +59,7 @@ import prepare_data
 import sample
 from config import UserError, print_without_fail, refuse
 from model import GPTConfig, Linear, choose_kernels, kernels_named
-from sample import (git_commit, hardware, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
+from sample import (as_json, git_commit, hardware, own, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
                     write_beside, write_report)
 
 
@@ -419,16 +420,36 @@ def seconds_of(work, times):
 LEAVING = 0.8       # seconds from the last line printed to the prompt back, the report's page included
 UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', 'data', 'sample',
              'warnings', 'energy', 'ideas')      # told in another form, or too long
+HANGUP = getattr(signal, 'SIGHUP', None)        # not on Windows
+PATIENCE = 600      # seconds that ranks wait for each other to begin
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 COLUMNS = '    step  progress      loss        lr   grad_norm     tok/s       mfu  wait_ms  mem_gb  elapsed_s'
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT arrived; everything is saved."""
+    """SIGTERM, SIGINT or SIGHUP arrived; everything is saved."""
 
 
 class Diverged(Exception):
     """Steps were not finite again and again, after going back to a checkpoint too."""
+
+
+def ranks():
+    """This process's rank and their number, as torchrun and others set them; alone where nothing does."""
+    told = {name: os.environ.get(name, '') for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
+    rank, world = told['RANK'] or '0', told['WORLD_SIZE'] or '1'
+    alone = (rank, world) == ('0', '1')
+    refuse(not alone and not (all(told.values()) and (rank + world).isdecimal() and int(rank) < int(world)),
+           f'the environment has {" ".join(f"{k}={v}" for k, v in told.items())}, which is no rank of a run: '
+           f'unset RANK and WORLD_SIZE to run alone, or start with torchrun')
+    return int(rank), int(world)
+
+
+def listen(handler):
+    """Who hears the signals that end a run; not a hangup that nohup keeps from it."""
+    for number in (signal.SIGTERM, signal.SIGINT, HANGUP):
+        if number and not (number == HANGUP and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, handler)
 
 
 class Run:
@@ -442,7 +463,7 @@ class Run:
 
     def __init__(self, s, ideas):
         self.s, self.ideas, self.out_dir = s, ideas, Path(s.out_dir)
-        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.rank, self.world = ranks()
         self.device, self.master = choose_device(s), self.rank == 0
         self.signals, self.told = [], []         # told: what a reader of the report should know
         self.steps, self.rows_read, self.skipped, self.tokens, self.flops = 0, 0, 0, 0, 0.0
@@ -454,20 +475,37 @@ class Run:
 
     def open(self):
         """Takes the machine and opens all that the run reads; refuses what it could not end with."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.heed)
         self.checkpoint = self.find_checkpoint()
         if self.world > 1:
             if self.device == 'cuda':
-                torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-            dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo',
-                                    timeout=datetime.timedelta(hours=1))
+                torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+            self.meet()
+        listen(signal.default_int_handler)
         share = 1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         self.energy = sample.Energy(self.device, STARTED, share=share)
         self.earlier = np.zeros_like(self.energy.joules)         # of all ranks, in processes before this one
         self.data = self.in_turn(self.corpus().open)
+        listen(self.heed)
         self.check_data()
         self.open_evaluations()
+
+    def meet(self):
+        """Joins the other ranks; says whom it waits for when that takes long."""
+        listen(signal.SIG_DFL)                   # ends at once: Python hears nothing while torch waits
+        where = f'{self.world} ranks at {os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+        line = f'rank {self.rank} waits for {where}, {PATIENCE} s at most; Ctrl-C ends it'
+        teller = threading.Timer(min(10, PATIENCE / 2), print, [line], dict(flush=True))
+        teller.daemon = True
+        teller.start()
+        try:
+            store, *_ = next(dist.rendezvous('env://', timeout=datetime.timedelta(seconds=PATIENCE)))
+            dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo', store=store, rank=self.rank,
+                                    world_size=self.world, timeout=datetime.timedelta(hours=1))
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f'rank {self.rank} did not meet {where} ({type(e).__name__}): start all of them, '
+                            f'with torchrun, or unset RANK and WORLD_SIZE to run alone') from e
+        finally:
+            teller.cancel()
 
     def in_turn(self, work):
         """What work returns: rank 0 builds or fetches what is missing, then the others find it there."""
@@ -477,8 +515,14 @@ class Run:
         return made if self.master else work()
 
     def heed(self, number, frame):
+        """Told once, a run ends with its step; three times (by Ctrl-C and torchrun is two), at once. A terminal that
+        goes away may tell it more than once."""
+        if not self.signals and self.master:
+            with contextlib.suppress(OSError):   # not print, which it may have interrupted
+                os.write(2, b'told to stop: the run saves after this step, or what else it is at; compiling may take '
+                            b'a minute\n')
         self.signals.append(number)
-        if len(self.signals) > 2:                # told three times (by Ctrl-C and torchrun is two): at once
+        if number != HANGUP and len(self.signals) - self.signals.count(HANGUP) > 2:
             os._exit(128 + number)
 
     def say(self, line):
@@ -506,6 +550,8 @@ class Run:
     def find_checkpoint(self):
         """The checkpoint to go on from, or None; refuses to write over an earlier run."""
         s, out = self.s, self.out_dir
+        if self.master and not s.dry_run:
+            own(out, make=False)
         blocked = next((p for p in [out, *out.parents] if p.exists() and not p.is_dir()), None)
         refuse(blocked, f'{blocked} is a file, the run would be written to the folder {out}: choose another '
                f'--out_dir')
@@ -738,7 +784,9 @@ class Run:
         """The run's folder: what another run left there is gone, what the resumed one logged stays."""
         out, tokenizer = self.out_dir, self.data.tokenizer
         out.mkdir(parents=True, exist_ok=True)
+        own(out)
         if not self.resuming:
+            self.find_checkpoint()               # another run may have been here since
             for pattern in ('ckpt*.pt*', 'tokenizer.*', '*.json*', 'report.html'):
                 for old in out.glob(pattern):
                     old.unlink()
@@ -754,9 +802,8 @@ class Run:
     def record(self, **row):
         """Adds a row to metrics.jsonl."""
         if self.metrics:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             try:
-                self.metrics.write(json.dumps(finite) + '\n')
+                self.metrics.write(as_json(row) + '\n')
             except OSError as e:                # a full disk: the run is worth more than its log
                 self.say(f'warning: metrics.jsonl could not be written ({e.strerror})')
 
@@ -790,7 +837,13 @@ class Run:
         batch = {k: t.to(self.device) for k, t in batch.items()}
         self.progress = self.clock.progress
         self.make_noise()
-        self.batch_loss(**batch).backward()
+        try:
+            self.batch_loss(**batch).backward()
+        except Exception as e:                   # whatever a compiler meets; what is wrong with the model comes again
+            if not self.compiling:
+                raise
+            self.do_without_compiler(e)
+            self.batch_loss(**batch).backward()
         seconds = seconds_of(lambda: self.batch_loss(**batch).backward(), 1)
         self.step_seconds = self.accum * self.agreed(seconds)
         self.model.zero_grad()
@@ -804,6 +857,12 @@ class Run:
         for block in model.blocks:
             block.compile(dynamic=False)
         return model
+
+    def do_without_compiler(self, error):
+        self.compiling = False
+        torch.compiler.set_stance('force_eager')
+        why = ' '.join(str(error).split())[:200] or type(error).__name__
+        self.say(f'warning: torch.compile does not work here ({why}): the run goes on without it, slower')
 
     def dearer(self):
         """How many times longer than now the closing evaluation will take: more than once, if the model
@@ -1006,25 +1065,26 @@ class Run:
     def peak(self):
         """FLOPs a second that all ranks could do at most, where that is known."""
         known = self.device == 'cuda' and self.dtype == torch.bfloat16 and peak_flops(hardware(self.device))
-        return known and known * self.world
+        return known * self.world if known else None
+
+    def diverged(self, what):
+        return Diverged(f'{what} after step {self.steps}: lower learning_rate (now {self.s.learning_rate:g}), or '
+                        f'dtype=float32')
 
     def roll_back_if_due(self):
         """Not finite, again and again: back, once, to the last checkpoint that cannot be the cause itself."""
         if self.bad_steps < BAD_STEPS:
             return
-        lower = f'lower learning_rate (now {self.s.learning_rate:g})'
         if self.rolled_back or self.steps == self.bad_steps or not (self.out_dir / 'ckpt.pt').exists():
             again = ', again after going back' if self.rolled_back else ''
-            raise Diverged(f'{self.bad_steps} steps in a row were not finite{again}: {lower}, or '
-                           f'dtype=float32')
+            raise self.diverged(f'{self.bad_steps} steps in a row were not finite{again}')
         if self.world > 1:
             dist.barrier()
         good = sample.read_checkpoint(self.out_dir)
         if good['steps'] == self.steps - self.bad_steps and (self.out_dir / 'ckpt.prev.pt').exists():
             good = sample.read_checkpoint(self.out_dir / 'ckpt.prev.pt')
         if good['config'] != dataclasses.asdict(self.config):
-            raise Diverged(f'{self.bad_steps} steps in a row were not finite since the model has another '
-                           f'shape: {lower}')
+            raise self.diverged(f'{self.bad_steps} steps in a row were not finite since the model has another shape')
         self.model.load_state_dict(good['model'])
         for optimizer, state in zip(self.optimizers, good['optimizers']):
             optimizer.load_state_dict(state)
@@ -1045,6 +1105,8 @@ class Run:
         """Writes the state whole or not at all, and keeps the one before. Returns the error of it, or None: a
         full disk must not end a run."""
         with self.busy('save'):
+            if not all(p.isfinite().all() for p in self.model.parameters()):
+                return self.diverged('the weights are not finite')
             try:
                 if self.master:
                     save_checkpoint(self.out_dir, self.state())
@@ -1101,12 +1163,15 @@ class Run:
         pieces = []
         with self.evaluating():
             dice = torch.Generator(device=self.device).manual_seed(self.s.seed)
-            for piece in (sample.stream(self.model, self.data.tokenizer, self.s.sample_prompt, length, 0.8, generator=dice)
-                          if self.master and length else ()):
-                pieces.append(piece)
-                if self.clock.elapsed() > deadline:
-                    self.say_cut('the sample', len(pieces) / length)
-                    break
+            coming = sample.stream(self.model, self.data.tokenizer, self.s.sample_prompt, length, 0.8, generator=dice)
+            try:
+                for piece in coming if self.master and length else ():
+                    pieces.append(piece)
+                    if self.clock.elapsed() > deadline:
+                        self.say_cut('the sample', len(pieces) / length)
+                        break
+            except FloatingPointError as e:
+                self.say(f'warning: the sample ends early: {e}')
         return ''.join(pieces) if self.master and length else None
 
     def say_cut(self, name, share):
@@ -1124,7 +1189,10 @@ class Run:
         s, progress = self.s, self.progress
         if not (self.next_eval and self.next_eval <= progress < 0.95):
             return
+        self.next_eval = s.eval_interval * (progress // s.eval_interval + 1)
         result = self.bits(max(1, self.slices // 8))
+        if not math.isfinite(result['bpb']):
+            return self.say('         validation: not finite')
         self.slice_seconds = self.dearer() * self.agreed(result['seconds_per_slice'])
         self.say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, '
                  f'standard error {result["error"]:.4f}')
@@ -1132,7 +1200,6 @@ class Run:
             self.record_abilities(abilities)
             self.say('         ' + ', '.join(f'{name} {e["accuracy"]:.4f} +- {e["error"]:.4f}'
                                              for name, e in abilities.items()))
-        self.next_eval = s.eval_interval * (progress // s.eval_interval + 1)
         if text := self.continuation(min(60, s.sample_tokens)):
             self.record(step=self.steps, progress=progress, sample=text, elapsed_s=self.clock.elapsed())
 
@@ -1183,6 +1250,8 @@ class Run:
             return bool(self.all_reduce(np.array([late() * self.master, bool(self.signals)], float)).any())
 
         result = self.bits(self.slices, stop=out_of_time)
+        if not math.isfinite(result['bpb']):
+            raise self.diverged(f'bits per byte are {result["bpb"]}')
         slow = min(4.0, max(1.0, result['seconds_per_slice'] / self.slice_seconds))     # as the machine is now
         spoken = self.token_seconds * self.s.sample_tokens
         kept += (slow - 1) * spoken
@@ -1196,8 +1265,8 @@ class Run:
             kept -= seconds
             stop = self.until(self.deadline(kept))
             with self.evaluating():
-                found = self.measure.other(name, self.model, n, stop) if self.master and not stop() else None
-                evals |= {name: found} if found else {}
+                ask = self.measure.ask(self.model, {name: n}, stop) if self.master else ()
+                evals |= dict(ask)
         text = self.continuation(0 if self.signals else self.s.sample_tokens, self.deadline(kept - slow * spoken))
         for name in [*self.counts, *self.others] if self.master and not self.signals else ():
             self.say_cut(name, evals[name].get('share', 1) if name in evals else 0)
@@ -1241,7 +1310,7 @@ class Run:
     def keep_report(self, report):
         with contextlib.suppress(OSError):      # of a log that has said already that it could not be written
             self.metrics.close()
-        write_beside(self.out_dir / 'result.json', lambda f: f.write(json.dumps(report, indent=1).encode()))
+        write_beside(self.out_dir / 'result.json', lambda f: f.write(as_json(report, indent=1).encode()))
         try:
             write_report(self.out_dir, self.page_blocks())
         except UserError as e:                  # result.json is safe
@@ -1260,7 +1329,7 @@ class Run:
             if isinstance(value, dict):
                 value = ', '.join(f'{k} {v:.4f}' for k, v in value.items())
             elif isinstance(value, float):
-                value = f'{value:.6g}'
+                value = f'{value:.6g}' if math.isfinite(value) else 'not finite'
             self.say(f'{key}: {"not measured" if value is None else value}')
         for name, e in report['evals'].items():
             self.say(self.measure.line(name, e))
@@ -1310,6 +1379,21 @@ def main(argv):
         live(run)
 
 
+def tell(run, error):
+    """Says why a run ends, and returns the exit code of that. What is so on every rank the first one says. torchrun,
+    which makes 1 of every code, ends with what it finds in a file."""
+    code = {Stopped: 75, Diverged: 3, FloatingPointError: 3, KeyboardInterrupt: 130}.get(type(error), 2)
+    rank, file = os.environ.get('RANK', '0'), os.environ.get('TORCHELASTIC_ERROR_FILE')
+    said = 'interrupted before the first step, nothing was left behind' if code == 130 else error
+    if rank == '0' or code == 2 and (run or not file):
+        print(f'train.py{f", rank {rank}" * (rank != "0")}: {said}', file=sys.stderr)
+    if file:
+        told = dict(py_callstack=f'{said} (exit code {code})', timestamp=str(int(time.time())))
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps(dict(message=dict(message=str(said), extraInfo=told))))
+    return code
+
+
 if __name__ == '__main__':
     code, run = 0, None
     print_without_fail()
@@ -1318,10 +1402,8 @@ if __name__ == '__main__':
             print(__doc__)
         elif run := begin(sys.argv[1:]):
             live(run)
-    except (UserError, Diverged, Stopped) as e:
-        code = 75 if isinstance(e, Stopped) else 3 if isinstance(e, Diverged) else 2
-        if os.environ.get('RANK', '0') == '0':
-            print(f'train.py: {e}', file=sys.stderr)
+    except (UserError, Diverged, FloatingPointError, Stopped, KeyboardInterrupt) as e:
+        code = tell(run, e)
     if run:
         run.close(code)
     sys.stdout.flush()
