@@ -64,7 +64,7 @@ import model as m
 import prepare_data
 import sample
 import train
-from config import UserError, literal, print_without_fail, refuse
+from config import UserError, at_home, in_words, literal, print_without_fail, refuse
 
 sys.modules.setdefault('bench_mfu', sys.modules[__name__])
 
@@ -611,7 +611,7 @@ def planned(own, argv):
     for name, config in zip(names, configs):
         kept = [a for a in argv if a.startswith('--') or a in (configs[0], config)]      # in their order
         stacks[name] = [part for a in kept for part in ([a] if a.startswith('--') else a.split('+'))]
-    return checked(stacks, Path(own.compare_dir or f'out/compare/{names[0]}'), own.seeds, own.idea_seeds, SAME)
+    return checked(stacks, Path(at_home(own.compare_dir) or f'out/compare/{names[0]}'), own.seeds, own.idea_seeds, SAME)
 
 
 def checked(stacks, root, seeds, idea_seeds, same):
@@ -676,7 +676,7 @@ def make(run):
     if code == 75:
         raise KeyboardInterrupt
     if code:
-        last = (run.folder / 'log.txt').read_text().rstrip().rpartition('\n')[2]
+        last = (run.folder / 'log.txt').read_text(errors='replace').rstrip().rpartition('\n')[2]
         run.fault = f'seed {run.seed}: exit code {code}, {last}'
 
 
@@ -807,7 +807,7 @@ def swept(own, argv):
     refuse(twice or not all(map(all, sum(axes, []))),
            f'--sweep is {own.sweep!r}, it must be like "n_embd=128,192;head_lr=1e-3,2e-3", nothing twice')
     configs = '+'.join(Path(a).stem for a in argv if not a.startswith('--')) or 'default'
-    return checked(stacks, Path(own.compare_dir or f'out/sweep/{configs}'), own.seeds, own.seeds, SAME[:1])
+    return checked(stacks, Path(at_home(own.compare_dir) or f'out/sweep/{configs}'), own.seeds, own.seeds, SAME[:1])
 
 
 def grouped(runs, about=lambda key: True):
@@ -1310,7 +1310,7 @@ def main(argv):
     building = s.kernels == 'compile-only'
     result = dict(builds=compile_only(words)) if building else measure_all(s, ideas, words)
     if s.json:
-        sample.write_beside(s.json, lambda f: f.write(sample.as_json(result, indent=1).encode()))
+        sample.write_beside(at_home(s.json), lambda f: f.write(sample.as_json(result, indent=1).encode()))
     if building:
         over, n = [r for r in result['builds'] if r['over']], len(result['builds'])
         refuse(over, f'{len(over)} of {n} builds are over the limits')
@@ -1321,6 +1321,6 @@ if __name__ == '__main__':
     print_without_fail()
     try:
         main(sys.argv[1:])
-    except (UserError, train.Stopped) as e:
-        print(f'bench_mfu.py: {e}', file=sys.stderr)
-        sys.exit(2 if isinstance(e, UserError) else 75)
+    except (UserError, OSError, train.Stopped) as e:
+        print(f'bench_mfu.py: {in_words(e)}', file=sys.stderr)
+        sys.exit(75 if isinstance(e, train.Stopped) else 2)

@@ -43,7 +43,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from config import CONFIG, SEAMS, Ideas, Setting, UserError, ideas_of, print_without_fail, refuse, shown
+from config import CONFIG, SEAMS, Ideas, Setting, UserError, ideas_of, in_words, print_without_fail, refuse, shown
 
 VERSION = 1                  # of the bin format; the trainer refuses any other
 SAMPLE_BYTES = 24_000_000    # the tokenizer learns from at most this; 8 MB gives 0.2 % fewer bytes per token
@@ -70,7 +70,7 @@ class Options:
     max_doc_bytes: int = 16384    # 256..1073741824: longer ones become passages, for shuffling's sake
     min_doc_bytes: int = 1000     # 0..1073741824: paragraphs that are no documents are joined up to so many
     text_field: str = ''          # the field of .jsonl and .parquet rows; without it text, else story
-    data_seed: int = 1337         # of text that is generated
+    data_seed: int = 1337         # 0..1e18: of text that is generated
     tokenizer_from: str = ''      # a prepared data set or a run whose tokenizer to use
     gpt2_dir: str = ''            # where vocab.bpe and encoder.json lie; else data/gpt2, else the network
     base_url: str = ''            # a mirror in the place of https://huggingface.co/datasets
@@ -932,6 +932,8 @@ def sha256_of(path, size=-1):
 
 
 def running(pid):
+    if sys.platform == 'win32':                  # there os.kill ends it
+        return True
     try:
         os.kill(pid, 0)                          # signal 0 asks and sends nothing
     except OSError as e:
@@ -951,7 +953,7 @@ def whole_or_nothing(folder):
         temp.mkdir(parents=True)
         yield temp
         for path in temp.iterdir():              # on the disk before the folder takes its place
-            with open(path, 'rb') as f:
+            with open(path, 'rb+') as f:         # Windows syncs what is open to write
                 os.fsync(f.fileno())
         if folder.exists():
             os.rename(folder, old)
@@ -1186,8 +1188,8 @@ def main(argv):
             usage(corpus)
         else:
             corpus(SimpleNamespace(**ideas.values)).run()
-    except UserError as e:
-        print(f'prepare_data.py: {e}', file=sys.stderr)
+    except (UserError, OSError) as e:
+        print(f'prepare_data.py: {in_words(e)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('prepare_data.py: interrupted; nothing was left behind', file=sys.stderr)

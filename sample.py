@@ -27,6 +27,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,11 +45,12 @@ import torch
 
 try:
     import fcntl
+    import resource
 except ImportError:                             # Windows
-    fcntl = None
+    fcntl = resource = None
 
 import prepare_data
-from config import UserError, print_without_fail
+from config import UserError, at_home, in_words, print_without_fail
 from model import IN_USE, KVCache, configured
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
@@ -60,7 +62,7 @@ SLICES = 1024    # the parts that a validation split is dealt into
 
 def read_checkpoint(run):
     """The newest checkpoint of a run's folder (or the file itself), on the CPU; UserError if damaged."""
-    path = Path(run)
+    path = Path(run).expanduser()
     if path.is_dir():
         path = next((p for p in (path / 'ckpt.pt', path / 'ckpt.prev.pt') if p.exists()), path / 'ckpt.pt')
     previous = path.with_name('ckpt.prev.pt')
@@ -74,11 +76,13 @@ def read_checkpoint(run):
     except FileNotFoundError as e:
         raise UserError(f'{path} does not exist: name a folder that train.py wrote, '
                         f'such as out/quickstart') from e
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, IndexError,
-            zipfile.BadZipFile) as e:
+    except OSError as e:
+        raise UserError(f'{path} cannot be read ({e.strerror}): have its owner let you') from e
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as e:
         what = f'{path} is cut off or not a checkpoint of train.py ({type(e).__name__})'
-        if previous.exists() and previous != path:
-            what += f'; the one before is whole, to go on from it: mv {previous} {path}'
+        with contextlib.suppress(UserError):
+            if previous != path and read_checkpoint(previous):
+                what += f'; the one before is whole, to go on from it: {shlex.join(["mv", str(previous), str(path)])}'
         raise UserError(what) from e
 
 
@@ -98,14 +102,20 @@ def write_beside(path, write):
             os.fsync(f.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as e:        # torch's writer turns a full disk into a RuntimeError
-        beside.unlink(missing_ok=True)
-        raise UserError(f'{path} could not be written ({e}); free some space and go on with '
-                        f'--init_from=resume') from e
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        full = isinstance(e, RuntimeError) or e.errno in prepare_data.FULL
+        mend = 'make room there' if full else 'have that folder made writable, or choose another'
+        raise UserError(f'{path} could not be written ({getattr(e, "strerror", None) or e}): {mend}') from e
 
 
 def save_checkpoint(out_dir, state):
     path = Path(out_dir) / 'ckpt.pt'
-    write_beside(path.with_name('ckpt.new.pt'), lambda f: torch.save(state, f))
+    try:
+        write_beside(path.with_name('ckpt.new.pt'), lambda f: torch.save(state, f))
+    except UserError as e:
+        before = f'; {path} is whole, from there --init_from=resume goes on' if path.exists() else ''
+        raise UserError(f'{e}{before}') from e
     if path.exists():
         os.replace(path, path.with_name('ckpt.prev.pt'))
     os.replace(path.with_name('ckpt.new.pt'), path)
@@ -139,7 +149,7 @@ def own(folder, make=True):
 def read_rows(path):
     """The whole rows of a metrics.jsonl, if there is one; a last line that was cut off is left out."""
     rows = []
-    for line in (Path(path).read_text().splitlines() if Path(path).exists() else []):
+    for line in (Path(path).read_text(errors='replace').splitlines() if Path(path).exists() else []):
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -152,7 +162,8 @@ def open_run(run, device='cpu', argv=()):
 
     argv: what the command line says of it, configs of further ideas and --key=value of what ideas declare.
     """
-    state, folder = read_checkpoint(run), Path(run) if Path(run).is_dir() else Path(run).parent
+    state, path = read_checkpoint(run), Path(run).expanduser()
+    folder = path if path.is_dir() else path.parent
     tokenizer = prepare_data.load_tokenizer(folder)
     if hashlib.sha256(tokenizer.blob).hexdigest() != state['tokenizer']:
         raise UserError(f'{folder / tokenizer.filename} is not the vocabulary that the checkpoint was '
@@ -823,7 +834,8 @@ def hardware(device):
 def peak_memory_gb(device):
     if device == 'cuda':
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    import resource
+    if resource is None:
+        return math.nan
     unit = 2 ** 30 if sys.platform == 'darwin' else 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -929,7 +941,11 @@ class Energy:
         card = torch.cuda.get_device_properties(device) if str(device).startswith('cuda') else None
         gpu, how_gpu = card_joules(card, since, nvml) if card else (lambda: 0.0, 'not used')
         cpu, how_cpu = cpu_joules(rapl)
-        watts = ram_watts(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2 ** 30)
+        try:
+            gib = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2 ** 30
+        except AttributeError:                  # Windows; as most have
+            gib = 16
+        watts = ram_watts(gib)
         self.how = dict(gpu=how_gpu, cpu=how_cpu, ram=f'estimated ({watts:g} W x seconds)')
         self.readers = gpu, cpu, integral(lambda: watts, since)
         self.shares = np.array([1.0, share if 'measured' in how_cpu else 1.0, share])
@@ -1031,14 +1047,17 @@ def complete(model, tokenizer, prompt, args, generator):
 
 def complete_all(model, tokenizer, args):
     """complete what is asked for; returns how many tokens that made."""
-    generator = torch.Generator(device=args.device).manual_seed(args.seed)
+    generator, place = torch.Generator(device=args.device).manual_seed(args.seed), args.file or 'the prompt'
     try:
-        prompts = Path(args.file).read_text(encoding='utf-8').splitlines() if args.file else [args.prompt]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f'{args.file} cannot be read as UTF-8 text: {e}') from e
-    if args.interactive and not args.file:
-        prompts = iter(lambda: input('> '), '')
-    return sum(complete(model, tokenizer, prompt, args, generator) for prompt in prompts)
+        prompts = [args.prompt]
+        if args.file:                           # a line ends where an editor says so, not at a form feed
+            with open(args.file, encoding='utf-8-sig') as f:
+                prompts = [line.rstrip('\n') for line in f]
+        elif args.interactive:
+            prompts = iter(lambda: input('> '), '')
+        return sum(complete(model, tokenizer, prompt, args, generator) for prompt in prompts)
+    except UnicodeError as e:
+        raise UserError(f'{place} is not UTF-8 text ({e})') from e
 
 
 def the_options():
@@ -1079,8 +1098,11 @@ def read_options(argv):
         return (arg.endswith('.py') and Path(arg).is_file()
                 or value and re.fullmatch(r'--\w+', name) and not any(o.startswith(name) for o in options))
     args = parser.parse_intermixed_args([a for a in argv if not of_ideas(a)])  # the prompt may follow options
+    for name in ('file', 'json', 'eval_data', 'eval'):
+        if value := getattr(args, name):
+            setattr(args, name, at_home(value))
     for name, low, high in (('samples', 1, 4096), ('max_new_tokens', 1, 10 ** 9), ('temperature', 0, 100),
-                            ('top_k', 0, 10 ** 9), ('eval_items', 0, 10 ** 9)):
+                            ('top_k', 0, 10 ** 9), ('seed', 0, 10 ** 18), ('eval_items', 0, 10 ** 9)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f'--{name} is {getattr(args, name)}, it must lie between {low} and {high}')
     if not 0 < args.top_p <= 1:
@@ -1116,8 +1138,8 @@ if __name__ == '__main__':
     print_without_fail(() if measuring else BrokenPipeError)     # nobody reads on: what is measured is kept
     try:
         main(sys.argv[1:])
-    except (UserError, FloatingPointError) as e:
-        print(f'sample.py: {e}', file=sys.stderr)
-        sys.exit(2)
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
         sys.exit(0)
+    except (UserError, FloatingPointError, OSError) as e:
+        print(f'sample.py: {in_words(e)}', file=sys.stderr)
+        sys.exit(2)

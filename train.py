@@ -57,7 +57,7 @@ import torch.distributed as dist
 import model as models
 import prepare_data
 import sample
-from config import UserError, print_without_fail, refuse
+from config import UserError, at_home, in_words, print_without_fail, refuse
 from model import GPTConfig, Linear, choose_kernels, kernels_named
 from sample import (as_json, git_commit, hardware, own, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
                     write_beside, write_report)
@@ -72,7 +72,7 @@ class Settings:
     weights: str = ''                 # how often an epoch reads a source: 'childes:2,gutenberg:0.5'
     out_dir: str = ''                 # where the run goes; empty: out/<names of the configs>
     init_from: str = 'scratch'        # 'scratch', 'resume' (in out_dir), or a run whose weights to start from
-    seed: int = 1                     # of the order of text, of weights, of noise
+    seed: int = 1                     # 0..1e18: of the order of text, of weights, of noise
     budget_minutes: float = 30.0      # 0.01..: the whole bill, command typed to prompt back, resumptions too
     budget_counts: str = 'all'        # all|training: or the seconds of training alone
     max_steps: int = 0                # > 0: end after so many; schedules by step, to the bit on a CPU
@@ -114,6 +114,7 @@ FREE = {field.name for field in dataclasses.fields(prepare_data.Options)} | set(
     'out_dir init_from budget_minutes budget_counts device compile kernels micro_batch_size eval_interval '
     'evals eval_data log_interval save_minutes sample_prompt sample_tokens dollars_per_hour country dry_run '
     'show'.split())
+OF_DATA = {field.name for field in dataclasses.fields(prepare_data.Options)} - {'overwrite', 'inspect'}
 SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'bos')]
 
 
@@ -124,6 +125,8 @@ def read_settings(argv, tables=TABLES):
     refuse(sample.grid(s.country) is None, f'country is {s.country!r}, it must be one of '
            f'{", ".join(sample.GRID)}, or the grams of CO2e a kWh')
     configs = '+'.join(Path(arg).stem for arg in argv if not arg.startswith('-'))
+    for name in ('out_dir', 'eval_data', 'evals'):
+        setattr(s, name, at_home(getattr(s, name)))
     s.out_dir = s.out_dir or f'out/{configs or "default"}'
     return s, ideas
 
@@ -552,9 +555,10 @@ class Run:
         s, out = self.s, self.out_dir
         if self.master and not s.dry_run:
             own(out, make=False)
-        blocked = next((p for p in [out, *out.parents] if p.exists() and not p.is_dir()), None)
-        refuse(blocked, f'{blocked} is a file, the run would be written to the folder {out}: choose another '
+        place = next(p for p in [out, *out.absolute().parents] if p.exists())
+        refuse(not place.is_dir(), f'{place} is a file, the run would be written to the folder {out}: choose another '
                f'--out_dir')
+        refuse(not os.access(place, os.W_OK), f'{place} cannot be written to: choose another --out_dir')
         finished = (out / 'result.json').exists()
         saved = (out / 'ckpt.pt').exists() or (out / 'ckpt.prev.pt').exists()   # killed between two moves
         if self.resuming:
@@ -582,7 +586,8 @@ class Run:
             self.say(f'warning: {name}.py is not what it was as this run began')
         shape = self.shape_names() if checkpoint['origin'] != 'scratch' else ()     # was that of another run's weights
         bound = [k for k in theirs if k in vars(s) and k not in free]
-        vars(s).update({k: theirs[k] for k in bound if k not in self.ideas.set_at or k in shape})
+        kept = [*bound, *OF_DATA & theirs.keys()]             # its data too, which may have moved since
+        vars(s).update({k: theirs[k] for k in kept if k not in self.ideas.set_at or k in shape})
         differ = [f'{k} (was {theirs[k]!r}, now {getattr(s, k)!r})' for k in bound if theirs[k] != getattr(s, k)]
         refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
 
@@ -1220,7 +1225,7 @@ class Run:
             try:
                 self.keep_report(report)         # on disk before a word of it
             except UserError as e:
-                unwritten = e
+                unwritten = UserError(f'{e}; {saved}')
         self.say_report(report)
         if unwritten:
             raise unwritten
@@ -1384,13 +1389,13 @@ def tell(run, error):
     which makes 1 of every code, ends with what it finds in a file."""
     code = {Stopped: 75, Diverged: 3, FloatingPointError: 3, KeyboardInterrupt: 130}.get(type(error), 2)
     rank, file = os.environ.get('RANK', '0'), os.environ.get('TORCHELASTIC_ERROR_FILE')
-    said = 'interrupted before the first step, nothing was left behind' if code == 130 else error
+    said = 'interrupted before the first step, nothing was left behind' if code == 130 else in_words(error)
     if rank == '0' or code == 2 and (run or not file):
         print(f'train.py{f", rank {rank}" * (rank != "0")}: {said}', file=sys.stderr)
     if file:
         told = dict(py_callstack=f'{said} (exit code {code})', timestamp=str(int(time.time())))
         with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps(dict(message=dict(message=str(said), extraInfo=told))))
+            Path(file).write_text(json.dumps(dict(message=dict(message=said, extraInfo=told))))
     return code
 
 
@@ -1402,7 +1407,7 @@ if __name__ == '__main__':
             print(__doc__)
         elif run := begin(sys.argv[1:]):
             live(run)
-    except (UserError, Diverged, FloatingPointError, Stopped, KeyboardInterrupt) as e:
+    except (UserError, OSError, Diverged, FloatingPointError, Stopped, KeyboardInterrupt) as e:
         code = tell(run, e)
     if run:
         run.close(code)

@@ -46,6 +46,20 @@ def refuse(wrong, why):
         raise UserError(why)
 
 
+def in_words(error):
+    """What its user should read of an error; an OSError that names no file is none of theirs and goes on."""
+    if isinstance(error, OSError):
+        if not error.filename:
+            raise error
+        return f'{error.filename}: {error.strerror}'
+    return str(error)
+
+
+def at_home(text):
+    """A path, or several with commas between, where ~ is the user's home."""
+    return ','.join(map(os.path.expanduser, text.split(',')))
+
+
 class Heedless(io.RawIOBase):
     """What a stream writes to. What cannot be written there is lost: nobody reads on, or a disk is full."""
 
@@ -151,6 +165,8 @@ class Setting:
 
     def wrong(self, value):
         """What a value must be, if it is not; else ''."""
+        if self.kind is str and type(value) is str and re.search('[\ud800-\udfff]', value):
+            return 'text in UTF-8'
         if type(value) is not self.kind:
             like = f', like {self.default!r}' * (self.default is not None)
             return f'one of {", ".join(self.choices)}' if self.choices else f'{self.kind.__name__}{like}'

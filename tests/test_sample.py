@@ -100,6 +100,34 @@ def test_as_a_user(finished, tmp_path):
     assert code == 2 and 'nothing' in err and 'Traceback' not in err and not out
 
 
+def test_a_file_that_is_not_there(finished, tmp_path):
+    code, out, err = script('sample.py', finished[0], '--file=no_such_file', '--device=cpu', cwd=tmp_path)
+    assert code == 2 and err == 'sample.py: no_such_file: No such file or directory\n' and not out
+
+
+def test_prompts_that_an_editor_wrote(ask, tmp_path):
+    (tmp_path / 'prompts').write_bytes('\ufeffMia\x0clost\r\nTom\x85\n'.encode())
+    out = ask(f'--file={tmp_path}/prompts', '--temperature=0')
+    assert out.startswith('Mia\x0clost') and '\nTom\x85' in out
+
+
+@pytest.mark.parametrize('args', [['Zo\udceb'], ['--file=prompts'], ['--interactive']])
+def test_prompts_that_are_not_utf8(ask, monkeypatch, tmp_path, args):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'prompts').write_bytes(b'Mia\nZo\xeb\n')
+    monkeypatch.setattr(sys, 'stdin', open('prompts', encoding='utf-8'))
+    with pytest.raises(UserError, match='not UTF-8'):
+        ask(*args)
+
+
+def test_files_begin_at_home(ask, monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'prompts').write_text('Mia')
+    assert ask('--file=~/prompts').startswith('Mia')
+    with pytest.raises(UserError, match=f'{tmp_path}/no_run'):
+        sample.main(['~/no_run'])
+
+
 def test_the_same_seed_says_the_same(ask):
     assert ask('Mia', '--seed=4') == ask('Mia', '--seed=4') != ask('Mia', '--seed=5')
     assert ask('Mia', '--temperature=0', '--seed=4') == ask('Mia', '--temperature=0', '--seed=5')
@@ -133,8 +161,8 @@ def test_a_prompt_longer_than_a_block(ask):
 
 
 @pytest.mark.parametrize('wrong', ['--samples=0', '--temperature=-1', '--temperature=nan', '--top_p=0', '--top_p=1.1',
-                                   '--top_k=-1', '--max_new_tokens=0', '--file=no_such_file', '--device=cuda:99',
-                                   '--device=abacus', '--eval=all --stats'])
+                                   '--top_k=-1', '--max_new_tokens=0', '--seed=-1', '--seed=123456789012345678901',
+                                   '--device=cuda:99', '--device=abacus', '--eval=all --stats'])
 def test_arguments_that_cannot_work(ask, wrong):
     with pytest.raises(UserError):
         ask('Mia', *wrong.split())

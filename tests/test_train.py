@@ -814,6 +814,101 @@ def test_torchrun_ends_with_the_sentence(tmp_path):
     assert code and 'no setting is called sed' in err.rpartition('Root Cause')[2] and '(exit code 2)' in err
 
 
+# ---- on a computer that is not ours
+
+WINDOWS = '''
+import fcntl, os, runpy, signal, sys
+get, sync, readonly = fcntl.fcntl, os.fsync, (fcntl.F_GETFL, os.O_ACCMODE, os.O_RDONLY)
+def fsync(fd):
+    if get(fd, readonly[0]) & readonly[1] == readonly[2]:
+        raise OSError(9, 'Bad file descriptor')
+    sync(fd)
+def kill(*args):
+    raise SystemExit('a process was killed')
+sys.modules.update(fcntl=None, resource=None, triton=None)
+import torch._dynamo                            # which looks for libraries of a platform
+os.fsync, os.kill, sys.platform = fsync, kill, 'win32'
+del os.sysconf, os.sched_getaffinity, signal.SIGHUP
+sys.argv = ['train.py', *sys.argv[1:]]
+sys.path.insert(0, ROOT)
+runpy.run_path(ROOT + '/train.py', run_name='__main__')
+'''
+
+
+def test_without_what_posix_alone_has(corpus, tmp_path):
+    """A stand-in for Windows, where nobody has tried it."""
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / f'.{corpus.folder.name}.1').mkdir()          # of a build that may still be running
+    (tmp_path / 'windows.py').write_text(f'ROOT = {str(ROOT)!r}\n{WINDOWS}')
+    code, out, err = script(tmp_path / 'windows.py', *corpus.args, *SHORT, '--data_dir=data', cwd=tmp_path)
+    assert code == 0, err
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert result['peak_mem_gb'] is None and 'peak_mem_gb: not finite' in out and result['joules'] > 0
+
+
+def test_paths_begin_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    s = settings('--out_dir=~/runs/a b', '--eval_data=~/sets', '--evals=all,~/mine.jsonl', '--sample_prompt=~/x')
+    assert (s.out_dir, s.eval_data) == (f'{tmp_path}/runs/a b', f'{tmp_path}/sets')
+    assert s.evals == f'all,{tmp_path}/mine.jsonl' and s.sample_prompt == '~/x'
+
+
+@pytest.mark.parametrize('arg, said', [('--seed=123456789012345678901', 'at most 1e+18'), ('--compile=False', 'one of auto, on, off'),
+                                       ('--data_seed=123456789012345678901', 'at most 1e+18'),
+                                       ('--sample_prompt=Zo\udceb', 'text in UTF-8')])
+def test_values_that_would_fail_later(arg, said):
+    assert said in mistakes(arg)
+    assert settings('--out_dir=2026-11-25').out_dir == '2026-11-25'
+
+
+def test_a_folder_that_is_not_ours(main, tmp_path, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, 'access', lambda path, mode: mode != os.W_OK and access(path, mode))
+    with pytest.raises(UserError, match='cannot be written to: choose another --out_dir'):
+        main(f'--data_dir={tmp_path / "data"}')
+    assert not (tmp_path / 'data').exists()
+
+
+def test_a_folder_that_became_read_only(tmp_path, monkeypatch):
+    """What was begun cannot be removed either; the reason is what is said."""
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(tmp_path))
+    monkeypatch.setattr(os, 'replace', denied)
+    monkeypatch.setattr(Path, 'unlink', denied)
+    with pytest.raises(UserError, match='could not be written .Permission denied.: have that folder made writable'):
+        train.write_beside(tmp_path / 'file', lambda f: f.write(b'new'))
+
+
+def test_an_error_of_the_machine_is_a_sentence(capsys):
+    assert train.tell(None, PermissionError(errno.EACCES, 'Permission denied', 'run/metrics.jsonl')) == 2
+    assert capsys.readouterr().err == 'train.py: run/metrics.jsonl: Permission denied\n'
+    with pytest.raises(OSError):
+        train.tell(None, OSError('of no file: a mistake of ours'))
+
+
+def test_a_result_that_finds_no_room_is_written_on_resuming(main, tmp_path, monkeypatch, capfd):
+    write = train.write_beside
+
+    def full(path, *args):
+        if path.name == 'result.json':
+            raise UserError('the disk is full')
+        write(path, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'write_beside', full)
+        with pytest.raises(UserError, match='the disk is full; run is saved, go on with --init_from=resume'):
+            main()
+    out = capfd.readouterr().out
+    assert 'val_bpb' in out and 'val_bpb' in main('--init_from=resume') and (tmp_path / 'run' / 'result.json').exists()
+
+
+def test_what_is_resumed_knows_its_data(corpus, main, tmp_path, monkeypatch):
+    main()
+    (tmp_path / 'run' / 'result.json').unlink()
+    monkeypatch.setattr(prepare_data.Corpus, 'build', lambda *a, **k: pytest.fail('the data is there'))
+    train.main(['--init_from=resume', '--out_dir=run', '--device=cpu', '--overwrite'])
+    assert (tmp_path / 'run' / 'result.json').exists()
+
+
 # ---- what cannot go on
 
 def test_checkpoints_that_do_not_fit(main, corpus, tmp_path):
@@ -840,8 +935,26 @@ def test_checkpoints_that_do_not_fit(main, corpus, tmp_path):
         (tmp_path / 'run' / 'ckpt.pt').write_bytes(damaged)
         before = snapshot(tmp_path / 'run')
         assert 'ckpt.prev.pt' in refused('cut off or not a checkpoint')
-    os.replace(tmp_path / 'run' / 'ckpt.prev.pt', tmp_path / 'run' / 'ckpt.pt')
+    before = (tmp_path / 'run' / 'ckpt.prev.pt').read_bytes()
+    for no_better in (b'', before[:500]):
+        (tmp_path / 'run' / 'ckpt.prev.pt').write_bytes(no_better)
+        with pytest.raises(UserError, match='cut off or not a checkpoint') as e:
+            sample.read_checkpoint(tmp_path / 'run')
+        assert 'mv' not in str(e.value)
+    (tmp_path / 'run' / 'ckpt.pt').write_bytes(before)
     main('--init_from=resume')
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_moved_away(tmp_path, monkeypatch):
+    for step in (1, 2):
+        train.save_checkpoint(tmp_path, dict(version=3, steps=step))
+
+    def denied(path, **options):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+    monkeypatch.setattr(sample.torch, 'load', denied)
+    with pytest.raises(UserError, match='ckpt.pt cannot be read .Permission denied') as e:
+        sample.read_checkpoint(tmp_path)
+    assert 'mv' not in str(e.value)
 
 
 def test_weights_of_another_run(main, tmp_path):
