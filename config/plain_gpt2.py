@@ -26,6 +26,10 @@ beta1 = 0.9
 beta2 = 0.95
 tie_embeddings = True
 token_shift = False
+NOT_WITH = dict.fromkeys((
+    'attention_gate climb_objective distillation domains dropout dynamics experts growth latent_attention layer_loop '
+    'loss_kernels masked multi_token softcap stochastic_depth tokenformer value_embeds window').split(),
+    'GPT-2 has a model of its own')
 
 
 class Block(model.Block):

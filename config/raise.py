@@ -13,6 +13,8 @@ commit 3f931df). Lost there (RESULTS.md).
 from config.climb_data import Stream
 from config.growth import GPT, Run
 
+NOT_WITH = {'hypercloning': 'both say how the model grows'}
+
 curriculum = 'bigram'
 pacing = 'step'                     # at a quarter, a half and three quarters of the way from start to end
 pacing_floor = 0.25
