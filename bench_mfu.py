@@ -611,7 +611,8 @@ def planned(own, argv):
     for name, config in zip(names, configs):
         kept = [a for a in argv if a.startswith('--') or a in (configs[0], config)]      # in their order
         stacks[name] = [part for a in kept for part in ([a] if a.startswith('--') else a.split('+'))]
-    return checked(stacks, Path(at_home(own.compare_dir) or f'out/compare/{names[0]}'), own.seeds, own.idea_seeds, SAME)
+    root = Path(at_home(own.compare_dir) or f'out/compare/{names[0]}')
+    return checked(stacks, root, own.seeds, own.idea_seeds, SAME)
 
 
 def checked(stacks, root, seeds, idea_seeds, same):
@@ -725,7 +726,8 @@ def as_table(rows, runs, columns, *notes):
 def write_table(path, text, found):
     """path.md and path.json."""
     sample.write_beside(path.with_suffix('.md'), lambda f: f.write(text.encode() + b'\n'))
-    sample.write_beside(path.with_suffix('.json'), lambda f: f.write(sample.as_json(found, indent=1).encode()))
+    text = sample.as_json(found, indent=1)
+    sample.write_beside(path.with_suffix('.json'), lambda f: f.write(text.encode()))
 
 
 def keep_table(runs, root):
@@ -807,7 +809,8 @@ def swept(own, argv):
     refuse(twice or not all(map(all, sum(axes, []))),
            f'--sweep is {own.sweep!r}, it must be like "n_embd=128,192;head_lr=1e-3,2e-3", nothing twice')
     configs = '+'.join(Path(a).stem for a in argv if not a.startswith('--')) or 'default'
-    return checked(stacks, Path(at_home(own.compare_dir) or f'out/sweep/{configs}'), own.seeds, own.seeds, SAME[:1])
+    root = Path(at_home(own.compare_dir) or f'out/sweep/{configs}')
+    return checked(stacks, root, own.seeds, own.seeds, SAME[:1])
 
 
 def grouped(runs, about=lambda key: True):

@@ -43,7 +43,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from config import CONFIG, SEAMS, Ideas, Setting, UserError, ideas_of, in_words, print_without_fail, refuse, shown
+from config import (CONFIG, SEAMS, Ideas, Setting, UserError, ideas_of, in_words, print_without_fail, refuse,
+                    shown)
 
 VERSION = 1                  # of the bin format; the trainer refuses any other
 SAMPLE_BYTES = 24_000_000    # the tokenizer learns from at most this; 8 MB gives 0.2 % fewer bytes per token

@@ -78,11 +78,13 @@ def read_checkpoint(run):
                         f'such as out/quickstart') from e
     except OSError as e:
         raise UserError(f'{path} cannot be read ({e.strerror}): have its owner let you') from e
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as e:
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, IndexError,
+            zipfile.BadZipFile) as e:
         what = f'{path} is cut off or not a checkpoint of train.py ({type(e).__name__})'
         with contextlib.suppress(UserError):
             if previous != path and read_checkpoint(previous):
-                what += f'; the one before is whole, to go on from it: {shlex.join(["mv", str(previous), str(path)])}'
+                move = shlex.join(['mv', str(previous), str(path)])
+                what += f'; the one before is whole, to go on from it: {move}'
         raise UserError(what) from e
 
 
@@ -125,8 +127,8 @@ OWNED = {}       # folder: its lock, which this process holds until it ends, in 
 
 
 def own(folder, make=True):
-    """Takes a folder that is written for this process; UserError where another one has it. Unless the lock is to be
-    made, only one that is there is taken."""
+    """Takes a folder that is written for this process; UserError where another one has it. Unless the lock is
+    to be made, only one that is there is taken."""
     folder = Path(folder).resolve()
     if fcntl is None or folder in OWNED or not make and not (folder / '.lock').exists():
         return
@@ -135,8 +137,8 @@ def own(folder, make=True):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         lock.seek(0)
-        raise UserError(f'{folder} is being written by another run, {lock.read() or "just begun"}: wait for its end, or '
-                        f'choose another --out_dir') from e
+        raise UserError(f'{folder} is being written by another run, {lock.read() or "just begun"}: wait for '
+                        f'its end, or choose another --out_dir') from e
     except OSError:                             # a file system without locks
         return
     OWNED[folder] = lock
@@ -200,7 +202,7 @@ def load(run, device='cpu', argv=()):
 
 def write_page(path, title, **data):
     """One HTML page that needs nothing else: web/page.html, which says what it draws, with its data in it."""
-    text = as_json(dict(title=title, **data)).replace('<', '\\u003c')       # a sample with </script> stays text
+    text = as_json(dict(title=title, **data)).replace('<', '\\u003c')   # a </script> in a sample is text
     page = (Path(__file__).parent / 'web' / 'page.html').read_text('utf-8')
     write_beside(path, lambda f: f.write(page.replace('{}</script>', f'{text}</script>', 1).encode()))
 

@@ -9,8 +9,8 @@
 Settings come from the list below (with GPTConfig in model.py and Options in prepare_data.py), then each
 config named, left to right, then --key=value. A config with classes is an idea: they take the places of this
 file's Stream and Run, and of the other scripts' seams. Exit codes: 0 finished, 2 something to mend, 3 the
-training diverged, 75 stopped and saved (go on with --init_from=resume), 130 stopped before there was anything to
-save. torchrun makes 1 of every code but 0, and ends with the sentence.
+training diverged, 75 stopped and saved (go on with --init_from=resume), 130 stopped before there was
+anything to save. torchrun makes 1 of every code but 0, and ends with the sentence.
 """
 import os
 import sys
@@ -59,8 +59,8 @@ import prepare_data
 import sample
 from config import UserError, at_home, in_words, print_without_fail, refuse
 from model import GPTConfig, Linear, choose_kernels, kernels_named
-from sample import (as_json, git_commit, hardware, own, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
-                    write_beside, write_report)
+from sample import (as_json, git_commit, hardware, own, peak_flops, peak_memory_gb, proc, read_rows,
+                    save_checkpoint, write_beside, write_report)
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
@@ -518,12 +518,12 @@ class Run:
         return made if self.master else work()
 
     def heed(self, number, frame):
-        """Told once, a run ends with its step; three times (by Ctrl-C and torchrun is two), at once. A terminal that
-        goes away may tell it more than once."""
+        """Told once, a run ends with its step; three times (by Ctrl-C and torchrun is two), at once. A
+        terminal that goes away may tell it more than once."""
         if not self.signals and self.master:
             with contextlib.suppress(OSError):   # not print, which it may have interrupted
-                os.write(2, b'told to stop: the run saves after this step, or what else it is at; compiling may take '
-                            b'a minute\n')
+                os.write(2, b'told to stop: the run saves after this step, or what else it is at; compiling '
+                            b'may take a minute\n')
         self.signals.append(number)
         if number != HANGUP and len(self.signals) - self.signals.count(HANGUP) > 2:
             os._exit(128 + number)
@@ -556,8 +556,8 @@ class Run:
         if self.master and not s.dry_run:
             own(out, make=False)
         place = next(p for p in [out, *out.absolute().parents] if p.exists())
-        refuse(not place.is_dir(), f'{place} is a file, the run would be written to the folder {out}: choose another '
-               f'--out_dir')
+        refuse(not place.is_dir(), f'{place} is a file, the run would be written to the folder {out}: choose '
+               f'another --out_dir')
         refuse(not os.access(place, os.W_OK), f'{place} cannot be written to: choose another --out_dir')
         finished = (out / 'result.json').exists()
         saved = (out / 'ckpt.pt').exists() or (out / 'ckpt.prev.pt').exists()   # killed between two moves
@@ -844,7 +844,7 @@ class Run:
         self.make_noise()
         try:
             self.batch_loss(**batch).backward()
-        except Exception as e:                   # whatever a compiler meets; what is wrong with the model comes again
+        except Exception as e:                  # of a compiler, whatever it be; one of the model comes again
             if not self.compiling:
                 raise
             self.do_without_compiler(e)
@@ -1073,8 +1073,8 @@ class Run:
         return known * self.world if known else None
 
     def diverged(self, what):
-        return Diverged(f'{what} after step {self.steps}: lower learning_rate (now {self.s.learning_rate:g}), or '
-                        f'dtype=float32')
+        return Diverged(f'{what} after step {self.steps}: lower learning_rate (now '
+                        f'{self.s.learning_rate:g}), or dtype=float32')
 
     def roll_back_if_due(self):
         """Not finite, again and again: back, once, to the last checkpoint that cannot be the cause itself."""
@@ -1089,7 +1089,8 @@ class Run:
         if good['steps'] == self.steps - self.bad_steps and (self.out_dir / 'ckpt.prev.pt').exists():
             good = sample.read_checkpoint(self.out_dir / 'ckpt.prev.pt')
         if good['config'] != dataclasses.asdict(self.config):
-            raise self.diverged(f'{self.bad_steps} steps in a row were not finite since the model has another shape')
+            raise self.diverged(f'{self.bad_steps} steps in a row were not finite since the model has another '
+                                f'shape,')
         self.model.load_state_dict(good['model'])
         for optimizer, state in zip(self.optimizers, good['optimizers']):
             optimizer.load_state_dict(state)
@@ -1168,7 +1169,8 @@ class Run:
         pieces = []
         with self.evaluating():
             dice = torch.Generator(device=self.device).manual_seed(self.s.seed)
-            coming = sample.stream(self.model, self.data.tokenizer, self.s.sample_prompt, length, 0.8, generator=dice)
+            prompt, tokenizer = self.s.sample_prompt, self.data.tokenizer
+            coming = sample.stream(self.model, tokenizer, prompt, length, 0.8, generator=dice)
             try:
                 for piece in coming if self.master and length else ():
                     pieces.append(piece)
@@ -1385,8 +1387,8 @@ def main(argv):
 
 
 def tell(run, error):
-    """Says why a run ends, and returns the exit code of that. What is so on every rank the first one says. torchrun,
-    which makes 1 of every code, ends with what it finds in a file."""
+    """Says why a run ends, and returns the exit code of that. What is so on every rank the first one says.
+    torchrun, which makes 1 of every code, ends with what it finds in a file."""
     code = {Stopped: 75, Diverged: 3, FloatingPointError: 3, KeyboardInterrupt: 130}.get(type(error), 2)
     rank, file = os.environ.get('RANK', '0'), os.environ.get('TORCHELASTIC_ERROR_FILE')
     said = 'interrupted before the first step, nothing was left behind' if code == 130 else in_words(error)
@@ -1412,4 +1414,4 @@ if __name__ == '__main__':
     if run:
         run.close(code)
     sys.stdout.flush()
-    os._exit(code)                              # all is closed; taking torch down takes seconds of a busy machine
+    os._exit(code)              # all is closed; taking torch down takes seconds of a busy machine

@@ -87,8 +87,8 @@ class Heedless(io.RawIOBase):
 
 
 def print_without_fail(heeds=()):
-    """From here on nothing that is printed raises: no character that the terminal lacks, no reader that left, no
-    full disk. heeds: errors of which the first is raised all the same."""
+    """From here on nothing that is printed raises: no character that the terminal lacks, no reader that left,
+    no full disk. heeds: errors of which the first is raised all the same."""
     for name in ('stdout', 'stderr'):
         if (stream := getattr(sys, name)) is None:               # closed as the program began
             setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
