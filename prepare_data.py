@@ -34,6 +34,7 @@ import shutil
 import signal
 import sys
 import time
+import unicodedata
 import urllib.request
 import zlib
 from collections import Counter
@@ -81,6 +82,19 @@ class Options:
 
 CONTENT = [f.name for f in fields(Options)]
 CONTENT = CONTENT[CONTENT.index('tokenizer'):CONTENT.index('tokenizer_from')]
+
+
+def spans(characters):
+    """What a [] of a regular expression holds to match these characters, given in order."""
+    codes = [*map(ord, characters)]
+    starts = [i for i, code in enumerate(codes) if i == 0 or codes[i - 1] != code - 1]
+    return ''.join(f'\\U{codes[a]:08x}-\\U{codes[b - 1]:08x}' for a, b in itertools.pairwise([*starts, len(codes)]))
+
+
+# A word's letters with what stands on them: marks of an é in two characters, of Hindi, Arabic, Hebrew, joiners
+MARKS = spans(c for c in map(chr, [*range(0x300, 0x1E950), *range(0xE0100, 0xE01F0)])
+              if unicodedata.category(c)[0] == 'M' or c in '\u200c\u200d')
+WORD = rf'[^\W\d_]+(?:(?![ -~\n])[{MARKS}]+[^\W\d_]*)*'
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -159,25 +173,27 @@ class BPETokenizer(Tokenizer):
     """sentencepiece BPE with bytes for what it does not know.
 
     sentencepiece spells a space U+2581 and drops tabs from training. So tabs and newlines travel as private
-    characters, and where a text holds one of the marks itself, its bytes are put in by hand.
+    characters. Where a text holds one of the marks itself, or what was too rare in training for its mark to have
+    become a piece, bytes are put in by hand.
     """
     kind, filename, bos = 'bpe', 'tokenizer.model', 0
     unk, first_byte = 1, 2       # sentencepiece insists on an unk; with byte fallback none is ever produced
-    tab, newline = '\ue009', '\ue00a'
-    marks = re.compile('([\u2581\ue009\ue00a]+)')
+    mark_of = {' ': '\u2581', '\t': '\ue009', '\n': '\ue00a'}
     # Pieces are learned inside these alone: a line's end with the label that opens the next (`.\n*MOT:\t`, an
     # indent), a word with its space and 's, a number, punctuation, spaces. Bytes per token at 8,192 ids on
     # validation text in BabyLM's domains: 3.93; with labels apart 3.36, 's apart 3.80, split as sentencepiece
     # does it 3.52; unsplit 4.11, but that glues the end of a sentence to the first word of the next.
-    words = re.compile(r'''\ ?[^\w\s]*(?:\r?\n)+(?:\S{1,12}:\t|-\ |\ +(?=\ ))? | \ ?[^\W\d_]+(?:['’][a-z]+)?
-                           | \ ?\d{1,4} | \ ?(?:[^\w\s]|_)+ | \ +(?=\ ) | \s''', re.X)
+    words = re.compile(rf'''\ ?[^\w\s]*(?:\r?\n)+(?:\S{{1,12}}:\t|-\ |\ +(?=\ ))? | \ ?{WORD}(?:['’][a-z]+)?
+                           | \ ?\d{{1,4}} | \ ?(?:[^\w\s]|_)+ | \ +(?=\ ) | \s''', re.X)
 
     def __init__(self, blob):
         import sentencepiece
         self.blob = blob
         self.bpe = sentencepiece.SentencePieceProcessor(model_proto=blob)
-        unspell = str.maketrans({'\u2581': ' ', self.tab: '\t', self.newline: '\n'})
         pieces = [self.bpe.id_to_piece(i) for i in range(self.bpe.vocab_size())]
+        unspell = str.maketrans({mark: char for char, mark in self.mark_of.items()})
+        rare = {char for char, mark in self.mark_of.items() if mark not in pieces}
+        self.marks = re.compile(f'([{"".join([*self.mark_of.values(), *rare])}]+)')
         self.table = [p.translate(unspell).encode() for p in pieces]
         self.table[self.bos] = self.table[self.unk] = b''
         self.table[self.first_byte:self.first_byte + 256] = [bytes([i]) for i in range(256)]
@@ -191,7 +207,7 @@ class BPETokenizer(Tokenizer):
         for text in texts:
             counts.update(cls.words.findall(text))
         lines = [f'{cls.spell(word)}\t{n}' for word, n in sorted(counts.items())
-                 if not cls.marks.search(word) and '\0' not in word]
+                 if not {'\0', *cls.mark_of.values()} & {*word}]
         out = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -213,7 +229,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def spell(cls, text):
-        return text.replace('\n', cls.newline).replace('\t', cls.tab)
+        return text.replace('\n', cls.mark_of['\n']).replace('\t', cls.mark_of['\t'])
 
     def encode(self, text):
         ids = []
@@ -1152,7 +1168,7 @@ def page(corpus, data):
     print(*corpus.summary(data), '\ntokens a document, training', *histogram(np.diff(bounds)),
           *corpus.examples(data, sample), sep='\n')
     text = ' '.join(data.texts('train', sample)).lower()
-    words = Counter(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text))
+    words = Counter(re.findall(rf"{WORD}(?:['’]{WORD})*", text))
     print('\nmost frequent words, per thousand')
     print(*(f'{word} {1000 * n / words.total():.0f}' for word, n in words.most_common(24)), sep=', ')
     print(*corpus.repeats(data), sep='\n')

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,32 @@ def test_lossless(tokenizer):
         assert b''.join(map(tokenizer.token_bytes, ids)) == text.encode()
         assert tokenizer.bos not in ids and all(0 <= i < tokenizer.vocab_size for i in ids)
         assert tokenizer.kind != 'bpe' or tokenizer.unk not in ids
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'unigram'])
+@pytest.mark.parametrize('rare', ['\t', '\n', ' ', '\t\n', '\t \n', 'é', '\u2581\ue009', '\0\u2585'])
+def test_every_text_comes_back_whatever_was_rare_in_training(kind, rare):
+    """What training saw once in 30,000 characters, or never, is in every text afterwards."""
+    rng, letters = random.Random(f'{kind}{rare}'), [*{*'abcdefgh \n\té'} - {*rare}]
+    words = [''.join(rng.choices('abcdefgh', k=rng.randrange(2, 8))) for _ in range(300)]
+    gaps = [c for c in ' \n\t' if c not in rare] or ['.']
+    training = ''.join(word + rng.choice(gaps) for word in rng.choices(words, k=6000)) + rare * (len(rare) < 3)
+    tokenizer = pd.BPETokenizer.train([training], 330, kind)
+    alphabet = [*letters, *rare, *'  \n\t\r🙂\u0301', chr(0xE00A)]
+    batch = HARD + [training, rare, f'a{rare}b{rare}', *(''.join(rng.choices(alphabet, k=rng.randrange(60))) for _ in range(300))]
+    for text, row in zip(batch, tokenizer.encode_batch(batch), strict=True):
+        assert tokenizer.encode(text) == row.tolist()
+        assert b''.join(map(tokenizer.token_bytes, row)) == text.encode() and tokenizer.decode(row) == text
+
+
+def test_marks_stay_with_their_letters():
+    """Hindi, and letters in two characters, are as many words and about as many tokens as they look."""
+    assert pd.BPETokenizer.words.findall('हिन्दी में cafe\u0301s! e\u0301\u0302ta 1') == ['हिन्दी', ' में', ' cafe\u0301s', '!', ' e\u0301\u0302ta', ' 1']
+    words = ['élève', 'été', 'première', 'où', 'déjà', 'même', 'être', 'âgé', 'naïf', 'forêt']
+    composed = ' '.join(random.Random(1).choices(words, k=4000))
+    apart = unicodedata.normalize('NFD', composed)
+    one, two = (len(pd.BPETokenizer.train([text], 310).encode(text)) for text in (composed, apart))
+    assert two < 1.3 * one
 
 
 def test_bpe_learns_line_ends_and_labels(bpe):
