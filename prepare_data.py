@@ -18,6 +18,7 @@ becomes of it is decided by one class, Corpus, which files of config/ derive fro
 """
 import base64
 import contextlib
+import csv
 import difflib
 import errno
 import functools
@@ -30,6 +31,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -49,6 +51,7 @@ from config import CONFIG, SEAMS, Ideas, Setting, UserError, ideas_of, refuse, s
 VERSION = 1                  # of the bin format; the trainer refuses any other
 SAMPLE_BYTES = 24_000_000    # the tokenizer learns from at most this; 8 MB gives 0.2 % fewer bytes per token
 MAX_LINE = 1 << 27           # bytes of a row of .jsonl, the one thing that must fit into memory
+LONG = 40                    # characters of a line that is looked for on both sides of a split
 MIN_TRAIN_TOKENS = 256       # fewer cannot fill one block of any model worth training
 BATCH_BYTES = 4_000_000      # text encoded at once: enough to keep every thread busy, little enough to hold
 PATIENCE = 1.0               # seconds before a server is asked a second time
@@ -82,19 +85,14 @@ class Options:
 
 CONTENT = [f.name for f in fields(Options)]
 CONTENT = CONTENT[CONTENT.index('tokenizer'):CONTENT.index('tokenizer_from')]
-
-
-def spans(characters):
-    """What a [] of a regular expression holds to match these characters, given in order."""
-    codes = [*map(ord, characters)]
-    starts = [i for i, code in enumerate(codes) if i == 0 or codes[i - 1] != code - 1]
-    return ''.join(f'\\U{codes[a]:08x}-\\U{codes[b - 1]:08x}' for a, b in itertools.pairwise([*starts, len(codes)]))
+PATHS = 'tokenizer_from', 'gpt2_dir', 'data_dir'
 
 
 # A word's letters with what stands on them: marks of an é in two characters, of Hindi, Arabic, Hebrew, joiners
-MARKS = spans(c for c in map(chr, [*range(0x300, 0x1E950), *range(0xE0100, 0xE01F0)])
-              if unicodedata.category(c)[0] == 'M' or c in '\u200c\u200d')
-WORD = rf'[^\W\d_]+(?:(?![ -~\n])[{MARKS}]+[^\W\d_]*)*'
+MARKS = ''.join(f'{chr(run.start())}-{chr(run.end() - 1)}' for run in re.finditer('M+', ''.join(
+    unicodedata.category(chr(code))[0] for code in range(0x1E950)))) + '\u200c\u200d\U000e0100-\U000e01ef'
+LETTERS = rf'[^\W\d_]+(?:(?![ -~\n])[{MARKS}]+[^\W\d_]*)*'
+WORDS = re.compile(rf"{LETTERS}(?:['’]{LETTERS})*")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -183,7 +181,7 @@ class BPETokenizer(Tokenizer):
     # indent), a word with its space and 's, a number, punctuation, spaces. Bytes per token at 8,192 ids on
     # validation text in BabyLM's domains: 3.93; with labels apart 3.36, 's apart 3.80, split as sentencepiece
     # does it 3.52; unsplit 4.11, but that glues the end of a sentence to the first word of the next.
-    words = re.compile(rf'''\ ?[^\w\s]*(?:\r?\n)+(?:\S{{1,12}}:\t|-\ |\ +(?=\ ))? | \ ?{WORD}(?:['’][a-z]+)?
+    words = re.compile(rf'''\ ?[^\w\s]*(?:\r?\n)+(?:\S{{1,12}}:\t|-\ |\ +(?=\ ))? | \ ?{LETTERS}(?:['’][a-z]+)?
                            | \ ?\d{{1,4}} | \ ?(?:[^\w\s]|_)+ | \ +(?=\ ) | \s''', re.X)
 
     def __init__(self, blob):
@@ -249,19 +247,6 @@ class BPETokenizer(Tokenizer):
 TOKENIZERS = {t.kind: t for t in (BPETokenizer, ByteTokenizer, GPT2Tokenizer)}
 
 
-def load_tokenizer(folder):
-    """The tokenizer whose file lies in a folder: a prepared data set's, or a run's copy."""
-    for cls in TOKENIZERS.values():
-        path = Path(folder) / cls.filename
-        if path.is_file():
-            try:
-                return cls(path.read_bytes())
-            except (RuntimeError, ValueError, IndexError):
-                raise UserError(f'{path} is damaged: prepare the data again with --overwrite') from None
-    raise UserError(f'{folder} holds no tokenizer: copy the data\'s to it, or prepare the data again with '
-                    f'--overwrite')
-
-
 # ----------------------------------------------------------------------------------------------------
 # Source files: where they are, and which split and source each one is
 
@@ -275,34 +260,94 @@ class Part:
     kind: str = ''           # what it is written like, and what parts its documents: see layout
     way: str = ''
 
+    def __post_init__(self):
+        self.source = re.sub('[,:+]', '-', self.source)          # settings such as --weights part names by these
 
-SUFFIX = r'(?:\.(?:txt|md|jsonl|parquet|tokens|raw))?(?:\.(?:gz|xz))?'
-SPLIT_NAME = re.compile(r'(?:.*/)?(?:([^/]+?)[._-])?(train|dev|val|valid|validation|test)'
-                        r'([.-]\d+(?:-of-\d+)?)?' + SUFFIX)
+
+SUFFIX = r'(?:\.(?:txt|md|jsonl|ndjson|json|csv|tsv|parquet|tokens|raw))?(?:\.(?:gz|xz))?'
+SPLIT_NAME = re.compile(r'(?:.*/)?(?:([^/]+?)([._-]))?(train|dev|val|valid|validation|test)'
+                        r'([.-]\d+(?:-of-\d+)?)?' + SUFFIX, re.I)
+ROWS = re.compile(r'\.(jsonl|ndjson|json|csv|tsv|parquet)(?:\.gz|\.xz)?$', re.I)
+NO_TEXT = re.compile(r'\.(html?|xml|svg|pdf|docx?|odt|rtf|epub|pptx?|xlsx?|ods|ipynb|zip|tar|tgz|bz2|zst|7z|rar|arrow'
+                     r'|feather|db|sqlite3?|pkl|npy|npz|pt|safetensors|gguf|bin|png|jpe?g)(?:\.gz|\.xz)?$', re.I)
+BESIDE = re.compile(r'(?i:README|LICEN[CS]E|COPYING)(?:[.-][\w.-]*)?')   # names of what stands beside a text
+OURS = {'meta.json', 'train.bin'}, {'metrics.jsonl', 'ckpt.pt'}          # in folders that these scripts write
 
 
 def stem(name):
     return re.sub(SUFFIX + '$', '', name, count=1)
 
 
+def path_of(name):
+    """The path that a setting names; ~ is the user's home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as e:
+        raise UserError(f'{name} cannot be found ({e}): write the path without ~') from None
+
+
+@contextlib.contextmanager
+def readable():
+    """Around what reads: a file or folder that cannot be is one sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f'{e.filename} cannot be read ({e.strerror}): have its owner let you, or take it away') from None
+
+
+@readable()
+def files_below(root):
+    """{name: path} of the files of a folder, in order, or of one file. Links are followed; hidden names are passed
+    over, and folders that these scripts have written. What is there and cannot be read twice is refused by name."""
+    def stop(e):
+        raise e
+
+    refuse(not root.exists() and not root.is_symlink(), f'{root} does not exist: give the path of a text file or '
+           f'of a folder')
+    found, seen = [] if root.is_dir() else [root], set()
+    for folder, below, names in os.walk(root, onerror=stop, followlinks=True) if root.is_dir() else ():
+        again = os.path.realpath(folder) in seen                 # a link to what was read, or round in a circle
+        if again or any(ours <= {*names} for ours in OURS):
+            below.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        below[:] = sorted(name for name in below if name[0] != '.')
+        found += [Path(folder, name) for name in names if name[0] != '.']
+    for path in found:
+        what = 'no file, it can be read only once' if path.exists() else 'a link to nothing'
+        refuse(not path.is_file(), f'{path} is {what}: put a file of text in its place, or take it away')
+    return {path.relative_to(root).as_posix() if path != root else root.name: path for path in sorted(found)}
+
+
 def find_parts(root):
-    """The files below `root`, held-out ones first, and the names of those left out. Where a file is called
+    """The files below `root`, held-out ones first, and the names of those left out. Where all are called like
     `<source>.train`, names decide the splits; else the hash of each document does."""
-    if not root.exists():
-        raise UserError(f'{root} does not exist: give files:<path> the path of a text file or a folder')
-    if root.is_file():
+    files = files_below(root)
+    if not root.is_dir():
         return [Part(root, root.name, '', stem(root.name))], []
-    names = [p.relative_to(root).as_posix() for p in sorted(root.rglob('*')) if p.is_file()]
-    found = {name: SPLIT_NAME.fullmatch(name) for name in names if not re.search(r'(^|/)\.', name)}
-    if not any(m and m[2] == 'train' for m in found.values()):
+    left = [name for name, path in files.items() if BESIDE.fullmatch(path.name)]
+    found = {name: SPLIT_NAME.fullmatch(name) for name in files if name not in {*left}}
+    if not named_by_split(root, found):
         if len(found) > 1000:                    # too many to be sources: their folders are
-            return [Part(root / n, n, '', (['text'] + n.split('/'))['/' in n]) for n in found], []
-        return once(Part(root / name, name, '', stem(name)) for name in found), []
-    has_val = any(m and m[2] not in ('train', 'test') for m in found.values())
+            return [Part(root / n, n, '', (['text'] + n.split('/'))['/' in n]) for n in found], left
+        return once(Part(root / name, name, '', stem(name)) for name in found), left
+    has_val = any(m[3].lower() not in ('train', 'test') for m in found.values())
     split_of = {'train': 'train' if has_val else '', 'test': 'test'}
-    parts = once(Part(root / name, name, split_of.get(m[2], 'val'), m[1] or 'text', m[3] or '')
-                 for name, m in found.items() if m)
-    return sorted(parts, key=lambda part: part.split in ('train', '')), [n for n, m in found.items() if not m]
+    parts = once(Part(root / name, name, split_of.get(m[3].lower(), 'val'), m[1] or 'text', m[4] or '')
+                 for name, m in found.items())
+    return sorted(parts, key=lambda part: part.split in ('train', '')), left
+
+
+def named_by_split(root, found):
+    """Whether the names of a folder's files, name: match, say their splits. `.train` and a whole name do; `-train`
+    and `_train` may be words of a title, unless each file that is held out so has one for training."""
+    trained = {m[1] for m in found.values() if m and m[3].lower() == 'train'}
+    odd = [name for name, m in found.items() if not m or m[2] in ('-', '_') and m[1] not in trained]
+    sure = [name for name, m in found.items() if m and m[3].lower() == 'train' and m[2] in (None, '.')]
+    if sure and odd:
+        raise UserError(f'{root / sure[0]} has a split in its name and {root / odd[0]} has none: call it '
+                        f'<source>.train, or put one of the two elsewhere')
+    return bool(trained) and not odd
 
 
 def once(parts):
@@ -315,21 +360,28 @@ def once(parts):
     return list(seen.values())
 
 
+HEADS = {                    # what a file is that begins so
+    'UTF-16': rb'\xff\xfe|\xfe\xff', 'a web page': rb'\s*<(?:!doctype )?html', 'XML': rb'\s*<\?xml', 'PDF': rb'%pdf-',
+    'RTF': rb'\{\\rtf', 'JSON, and not called .jsonl': rb'\s*\[?\s*\{\s*"[^"\n]*"\s*:'}
+
+
 def check_text(parts):
     """Refuses the files that are no text, all at once; what else is wrong with them, read() says."""
     wrong = []
     for part in parts:
+        rows, odd = ROWS.search(part.name), NO_TEXT.search(part.name)
         try:
             with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
-                head = f.read(1 << 16) if '.parquet' not in part.name else b''
+                head = f.read(1 << 16).removeprefix(BOM) if not rows or rows[1].lower() != 'parquet' else b''
         except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile):
             continue
-        if head.startswith((b'\xff\xfe', b'\xfe\xff')):
-            wrong.append(f'{part.path} is UTF-16')
-        elif head[:512].lstrip().lower().startswith((b'<!doctype html', b'<html')):
-            wrong.append(f'{part.path} is a web page')
-        elif b'\0' in head:
-            wrong.append(f'{part.path} is no text (a zero byte at offset {head.index(0):,})')
+        except OSError as e:
+            wrong.append(f'{part.path} cannot be read ({e.strerror})')
+            continue
+        what = odd and f'no plain text (.{odd[1]})' or next(
+            (what for what, start in HEADS.items() if re.match(start, head, re.I) and not (rows and 'JSON' in what)),
+            b'\0' in head and f'no text (a zero byte at offset {head.index(0):,})')
+        wrong += [f'{part.path} is {what}'] if what else []
     if wrong:
         more = f', and {len(wrong) - 9:,} more' if len(wrong) > 9 else ''
         raise UserError(f'{", ".join(wrong[:9])}{more}: convert to plain text in UTF-8, or take away')
@@ -338,7 +390,9 @@ def check_text(parts):
 def data_name(dataset, known):
     """What a data set's folder begins with; known: the names there are, beside files:<path>."""
     if dataset.startswith('files:'):
-        slug = re.sub(r'[^a-z0-9_]+', '-', stem(Path(dataset[6:]).resolve().name).lower()).strip('-')
+        if not dataset[6:]:
+            raise UserError('files: names no text: give the path of a file or a folder, files:. for this one')
+        slug = re.sub(r'[^a-z0-9_]+', '-', stem(path_of(dataset[6:]).resolve().name).lower()).strip('-')
         return f'files-{slug or "text"}'
     if dataset not in known:
         near = difflib.get_close_matches(dataset, known, 1)
@@ -350,12 +404,12 @@ def data_name(dataset, known):
 
 
 def source_root(dataset, data_dir):
-    return Path(dataset[6:]) if dataset.startswith('files:') else Path(data_dir) / 'raw' / dataset
+    return path_of(dataset[6:]) if dataset.startswith('files:') else path_of(data_dir) / 'raw' / dataset
 
 
 def fetch(entry, raw, base_url):
     """Downloads what the folder `raw` lacks. One with files of other names is a corpus of the user's own."""
-    present = {p.name for p in raw.glob('[!.]*') if not re.match('README|LICEN[CS]E', p.name)}
+    present = {p.name for p in raw.glob('[!.]*') if not BESIDE.fullmatch(p.name)}
     for name, digest in entry.get('sha256', {}).items():
         if name in present and sha256_of(raw / name) != digest:
             raise UserError(f'{raw / name} is not the file it should be (its sha256 is another): take it '
@@ -423,8 +477,9 @@ def receive(url, part, version):
 # ----------------------------------------------------------------------------------------------------
 # Documents: from files to text, streaming
 
-SEPARATOR = b'<|endoftext|>'
-BOUNDARY = {                 # what parts the documents of a file: the first that occurs in its first MiB
+SEPARATOR, BOM = b'<|endoftext|>', b'\xef\xbb\xbf'
+BOUNDARY = {                 # what parts the documents of a file: the first that occurs in its first MiB. A separator
+                             # ends a document everywhere; it is all that does where there are two, or more, a MiB
     'separator': re.compile(re.escape(SEPARATOR)),
     'header': re.compile(rb'^(?== = = .* = = =[ \t\r]*$)', re.M),    # an empty match: it stays with its text
     'front': re.compile(rb'^(?=---[ \t\r]*\n[a-z_]+:)', re.M),          # YAML before a text in Markdown
@@ -438,6 +493,14 @@ KINDS = {                    # by a source's name, else by what most of its line
     'web': ('web|crawl|html', rb'(?!)'),
     'prose': ('', rb'')}
 ARTICLES, SENTENCES = re.compile('wiki'), re.compile('tatoeba|sentences')
+LINES = re.compile(b'\n')
+
+
+def is_list(lines, gaps):
+    """Whether the lines that are not blank, among so many gaps, are items: few words, no ends of sentences."""
+    ends = sum(line.rstrip().endswith((b'.', b',', b';', b':', b'!', b'?', b'"', b'-')) for line in lines)
+    words = sum(len(line.split()) for line in lines)
+    return len(lines) >= 20 * max(gaps, 1) and words <= 4 * len(lines) and ends <= 0.1 * len(lines)
 
 
 def layout(part, head, corpus):
@@ -448,14 +511,19 @@ def layout(part, head, corpus):
     """
     lines = [line for line in head[:1 << 16].split(b'\n') if line.strip()]
     part.kind = corpus.kind_of(part, lines)
+    marks, gaps = head.count(SEPARATOR), len(BOUNDARY['blank'].findall(head[:1 << 16]))
     part.way = 'lines' if SENTENCES.search(part.source) else next(
-        (way for way, b in BOUNDARY.items() if b.search(head)), 'whole')
+        (way for way, b in BOUNDARY.items() if b.search(head) and (way != 'separator' or 1 < marks >= len(head) >> 19)),
+        'whole')
+    if part.kind == 'prose' and part.way in ('blank', 'whole') and is_list(lines, gaps):
+        part.way = 'lines'
+        return LINES
     pieces = [p.strip() for p in BOUNDARY['blank'].split(head)] if part.way == 'blank' else []
     whole = part.kind == 'dialogue' and sum(b'\n' in p for p in pieces) > len(pieces) / 2    # not turns
     if pieces and part.kind == 'code':
         part.way = 'whole'                       # a file is a document
     elif part.way == 'lines' or pieces and not (whole or ARTICLES.search(part.source)):
-        pattern, least = BOUNDARY['blank'] if pieces else re.compile(b'\n'), corpus.s.min_doc_bytes
+        pattern, least = BOUNDARY['blank'] if pieces else LINES, corpus.s.min_doc_bytes
         part.way += ', joined'
         return SimpleNamespace(split=functools.partial(split_joined, pattern=pattern, least=least))
     return BOUNDARY[part.way]
@@ -481,7 +549,8 @@ def cut(text, limit):
 
 
 def split_documents(blocks, boundary, limit, report):
-    """The documents of one file, as bytes, at most `limit` each, without the blank lines around them."""
+    """The documents of one file, as bytes, at most `limit` each, without the blank lines around them. They end
+    where the boundary parts them, and at every separator."""
     tail, inside = b'', False                    # inside: a passage of this document is out already
 
     def passages(doc, keep):                     # returns the last `keep` bytes or less, for later
@@ -496,7 +565,8 @@ def split_documents(blocks, boundary, limit, report):
         return doc
 
     for block in blocks:
-        *ended, tail = boundary.split(tail + block)
+        *whole, rest = (tail + block).split(SEPARATOR)
+        *ended, tail = [doc for piece in whole for doc in boundary.split(piece)] + boundary.split(rest)
         for doc in ended:
             doc = yield from passages(doc.rstrip(), limit)
             if doc:
@@ -511,20 +581,24 @@ def split_documents(blocks, boundary, limit, report):
 
 
 def open_source(raw, name):
+    name = name.lower()
     return gzip.open(raw) if name.endswith('.gz') else lzma.open(raw) if name.endswith('.xz') else raw
 
 
 def bad_utf8(part):
-    number, bad = 1, Counter()
+    number, bad, good = 1, Counter(), 0          # good: letters of several bytes that are right
     with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
         text = io.TextIOWrapper(f, 'utf-8', 'surrogateescape', newline='\n')
         for piece in iter(lambda: text.readline(1 << 20), ''):       # a line may be the whole file
-            if re.search('[\udc80-\udcff]', piece):
-                bad[number] += 1
+            stray = len(re.findall('[\udc80-\udcff]', piece))
+            bad[number] += stray
+            good += 0 if piece.isascii() else len(re.findall(r'[^\0-\x7f]', piece)) - stray
             number += piece.endswith('\n')
-    first, count = min(bad), len(bad)
+    first, count = min(+bad), len(+bad)
+    mend = (f'all else in it is, so mend {"those lines" if count > 1 else "that line"}' if good > bad.total() else
+            'convert it (iconv -f latin1 -t utf-8)')
     return UserError(f'{part.path} is not UTF-8: {count:,} bad line{"s" * (count > 1)}, the first is line '
-                     f'{first:,}; convert it (iconv -f latin1 -t utf-8) or take it away')
+                     f'{first:,}; {mend}, or take it away')
 
 
 def text_column(place, names, wanted):
@@ -535,30 +609,73 @@ def text_column(place, names, wanted):
                     f'name the field with --text_field')
 
 
-def json_rows(part, f, text_field):
+def json_rows(part, f, wanted, report):
+    """The texts of lines of JSON, or of one array."""
     for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b''), 1):
+        place, line = f'{part.path} line {number:,}', line.removeprefix(BOM) if number == 1 else line
+        if line.lstrip().startswith(b'['):
+            line, place = line + f.read(MAX_LINE), f'{part.path}, an array,'
         if len(line) > MAX_LINE:
-            raise UserError(f'{part.path} line {number:,} has over {MAX_LINE >> 20} MiB: make rows of it')
+            raise UserError(f'{place} has over {MAX_LINE >> 20} MiB: make rows of it')
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode())      # decoded first: a bad byte is another mistake than bad JSON
-            yield row[text_column(f'{part.path} line {number:,}', row.keys(), text_field)].encode()
-        except (json.JSONDecodeError, UnicodeEncodeError, TypeError, AttributeError):
-            raise UserError(f'{part.path} line {number:,} is not a JSON object with text: mend it') from None
+            rows = json.loads(line.decode())     # decoded first: a bad byte is another mistake than bad JSON
+        except (json.JSONDecodeError, RecursionError):
+            raise UserError(f'{place} is not JSON, which is an object with text a line, or an array of '
+                            f'them: mend it') from None
+        for i, row in enumerate(rows, 1) if isinstance(rows, list) else [(0, rows)]:
+            where = f'{place} row {i:,}' if i else place
+            if isinstance(row, dict):
+                row = row[text_column(where, row, wanted)]
+            if row is None:
+                report['rows dropped, their text is null'] += 1
+                continue
+            if not isinstance(row, str):
+                raise UserError(f'{where} is not an object with text, but has {json.dumps(row)[:40]}: mend it')
+            if half := re.search('[\ud800-\udfff]', row):
+                raise UserError(f'{where} holds {half[0]!a}, half of a pair that is one character: mend it')
+            yield row.encode()
 
 
-def parquet_rows(part, f, text_field):
+def csv_rows(part, f, wanted, report):
+    """The texts of a table whose first line names its columns, apart by commas, in .tsv by tabs."""
+    lines = (line.decode() for line in itertools.chain([f.readline().removeprefix(BOM)], f))
+    csv.field_size_limit(MAX_LINE)
+    rows = csv.reader(lines, delimiter='\t' if ROWS.search(part.name)[1].lower() == 'tsv' else ',')
+    try:
+        names = next(rows, [])
+        column = names.index(text_column(part.path, names, wanted))
+        for row in rows:
+            if row and len(row) != len(names):
+                raise UserError(f'{part.path} line {rows.line_num:,} has {len(row)} fields, the first line '
+                                f'names {len(names)}: mend it')
+            yield row[column].encode() if row else b''
+    except csv.Error as e:
+        raise UserError(f'{part.path} line {rows.line_num:,} is no row of a table ({e}): mend it') from None
+
+
+def parquet_rows(part, f, wanted, report):
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(f'{part.path} is Parquet, which takes pyarrow to read: pip install pyarrow') from None
     table = ParquetFile(f)
-    column = text_column(part.path, table.schema_arrow.names, text_field)
-    if 'string' not in str(table.schema_arrow.field(column).type):
-        raise UserError(f'{part.path} has no text in its field {column}: name another with --text_field')
+    column = text_column(part.path, table.schema_arrow.names, wanted)
+    if not re.fullmatch('(large_)?string(_view)?|dictionary<values=(large_)?string.*',
+                        kind := str(table.schema_arrow.field(column).type)):
+        raise UserError(f'{part.path} has no text in its field {column}, but {kind}: name another with '
+                        f'--text_field')
     for batch in table.iter_batches(batch_size=1024, columns=[column]):
-        yield from ((text or '').encode() for text in batch.column(0).to_pylist())
+        texts = batch.column(0).to_pylist()
+        for text in texts:
+            if text is None:
+                report['rows dropped, their text is null'] += 1
+            else:
+                yield text.encode()
+
+
+READERS = dict(parquet=parquet_rows, csv=csv_rows, tsv=csv_rows)         # of rows; all others are JSON
 
 
 def read(part, corpus, report, bar):
@@ -566,14 +683,14 @@ def read(part, corpus, report, bar):
     at, split = 0, functools.partial(split_documents, limit=corpus.s.max_doc_bytes, report=report)
     try:
         with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
-            if kind := re.search(r'\.(jsonl|parquet)(\.gz|\.xz)?$', part.name):
-                layout(part, SEPARATOR, corpus)
-                rows = (json_rows if kind[1] == 'jsonl' else parquet_rows)(part, f, corpus.text_field)
+            if kind := ROWS.search(part.name):
+                part.kind, part.way = corpus.kind_of(part, []), 'separator'
+                rows = READERS.get(kind[1].lower(), json_rows)(part, f, corpus.text_field, report)
                 pieces = ((row[i:i + (1 << 18)] for i in range(0, len(row), 1 << 18)) for row in rows)
                 docs = (doc for row in pieces for doc in split(
                     itertools.chain(corpus.blocks(row, report), [SEPARATOR]), BOUNDARY['separator']))
             else:
-                head = f.read(1 << 20)
+                head = f.read(1 << 20).removeprefix(BOM)
                 boundary = layout(part, head, corpus)
                 blocks = itertools.chain([head], iter(lambda: f.read(1 << 18), b''))
                 docs = split(corpus.blocks(blocks, report), boundary)
@@ -592,7 +709,9 @@ def read(part, corpus, report, bar):
 def texts_of(path, s):
     """The documents of one file as they stand, paragraphs where nothing else parts them."""
     plain = Corpus(SimpleNamespace(**vars(s) | dict(dataset=f'files:{path}', min_doc_bytes=0)))
-    return [text for _, text in plain.documents(Part(Path(path), str(path), '', ''), Counter(), NO_BAR)]
+    name = plain.root.name.replace('.tsv', '')   # tagged words are no table of texts
+    return [text for path in files_below(plain.root).values()
+            for _, text in plain.documents(Part(path, name, '', ''), Counter(), NO_BAR)]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -610,7 +729,8 @@ class Corpus:
                              # the repository on Hugging Face}, sha256={name: digest of what must not differ})
 
     def __init__(self, s):
-        self.s, self.pieces, self.text_field = s, {}, s.text_field
+        paths = {name: path_of(path) for name in PATHS if (path := getattr(s, name))}
+        self.s, self.pieces, self.text_field = SimpleNamespace(**vars(s) | paths), {}, s.text_field
         self.name = data_name(s.dataset, self.known())
         self.entry = self.known().get(s.dataset, {})
         self.root = source_root(s.dataset, s.data_dir)
@@ -626,7 +746,7 @@ class Corpus:
         return Path(self.s.data_dir) / f'{self.name}-{tokenizer}{vocab_size if tokenizer == "bpe" else ""}'
 
     def changes(self):
-        """{setting: value} of ideas that change the text: data prepared otherwise is not opened for them."""
+        """{setting: value} of ideas that change the text: data prepared otherwise is not opened."""
         return {}
 
     def content(self):
@@ -643,22 +763,38 @@ class Corpus:
         """What the command line does."""
         self.inspect() if self.s.inspect else self.build()
 
+    @readable()
     def open(self):
         """The prepared Data, built first where it is missing."""
         if not (self.folder / 'meta.json').exists():
             print(f'{self.folder} is missing: building it', flush=True)
             self.build()
+        return self.opened()
+
+    def opened(self):
+        """The prepared Data, refused where it was made otherwise than is asked for now."""
         data = open_data(self.folder, self.s.dataset)
-        theirs = data.meta.get('settings', {})
-        if wrong := [f'{name} {theirs.get(name)!r}, not {value!r}' for name, value in self.changes().items()
+        theirs, changes = data.meta.get('settings', {}), self.changes()
+        ours = {name: value for name, value in self.content().items() if name in theirs or name in changes}
+        if self.s.tokenizer != 'bpe':
+            ours.pop('vocab_size', None)
+        for name, value in data.meta.get('made_from', {}).get('changes', {}).items():
+            ours.setdefault(name, type(value)())                 # of an idea that is not named now
+        if wrong := [f'{name} {theirs.get(name)!r}, not {value!r}' for name, value in ours.items()
                      if theirs.get(name, type(value)()) != value]:
-            raise UserError(f'{self.folder} was prepared with {", ".join(wrong)}: prepare it anew with '
+            also = ' '.join(path for path in data.meta.get('configs', ()) if path not in self.configs())
+            raise UserError(f'{self.folder} was prepared with {", ".join(wrong)}: say the same{also and f" ({also})"}, '
+                            f'prepare it anew with --overwrite, or keep both with another --data_dir')
+        given = self.s.tokenizer_from
+        if given and given.exists() and load_tokenizer(given).blob != data.tokenizer.blob:
+            raise UserError(f'{given} has another vocabulary than {self.folder}: use its data, or prepare it anew with '
                             f'--overwrite, or keep both with another --data_dir')
         return data
 
     def build(self, quiet=False):
         """Prepares the data set and returns its folder, which appears complete or not at all."""
         if self.folder.exists() and not self.s.overwrite:
+            self.opened()
             raise UserError(f'{self.folder} exists already: use it, or prepare it anew with --overwrite')
         if self.s.tokenizer_from:
             given = load_tokenizer(self.s.tokenizer_from)
@@ -765,7 +901,10 @@ class Corpus:
             by = f' ({", ".join(by)})' * (len(meta['sources']) > 1 and bool(by))
             lines.append(f'{count:,} {what}{by}')
         if meta['ignored']:
-            lines.append(f'left out, no split stands in their names: {", ".join(meta["ignored"])}')
+            lines.append(f'left out: {", ".join(meta["ignored"])}')
+        if (n := meta.get('in_training')) and n['held_out_bytes']:
+            lines.append(f'{n["shared"] / n["held_out_bytes"]:.1%} of the held-out text is in training too, by lines of '
+                         f'{LONG} characters or more')
         words, seconds = sum(s['words'] for s in meta['splits'].values()), max(meta['seconds'], 0.1)
         lines.append(f'licence: {meta["licence"]}')
         lines.append(f'{meta["vocab_size"]:,} ids ({meta["tokenizer"]}); {words:,} words in {seconds:.1f} s, '
@@ -799,21 +938,35 @@ class Corpus:
 # ----------------------------------------------------------------------------------------------------
 # Build: pass 1 checks everything, learns what validation holds and samples text; pass 2 encodes
 
+def even(text):
+    """A text with one kind of line ends, in one Unicode form: copies that differ in nothing else are the same."""
+    if text.isascii() and '\r' not in text:
+        return text
+    return unicodedata.normalize('NFC', text.replace('\r\n', '\n').replace('\r', '\n'))
+
+
 def key_of(doc):
     """Two numbers in [0, 2^64) from the content, for the split and for the tokenizer's sample."""
+    doc = doc if doc.isascii() and b'\r' not in doc else even(doc.decode()).encode()
     return np.frombuffer(hashlib.blake2b(doc, digest_size=16).digest(), '<u8').tolist()
+
+
+def lines_of(text):
+    """Hashes of its lines that are long enough not to be alike by chance, and their bytes."""
+    return [(hash(line), len(line.encode())) for line in map(str.strip, even(text).split('\n')) if len(line) >= LONG]
 
 
 class Found:
     """What pass 1 learns. held: keys of validation and test; sample: key -> (rank, text) of training; below:
     where hashes decide, validation has the lower keys, which are in hashed; drop: a byte a document, why it
-    goes, a number of `reasons`, 0 if it stays."""
+    goes, a number of `reasons`, 0 if it stays; lines: hash -> bytes, of held-out text; shared: those of them that
+    training has too."""
 
     def __init__(self, val_fraction):
         self.held, self.hashed, self.sample, self.bytes, self.documents = set(), set(), {}, 0, 0
         self.reasons, self.drop = {'': 0}, bytearray()
         self.below, self.lowest = int(val_fraction * 2**64), 2**64
-        self.ceiling, self.size = 2**64, 0
+        self.ceiling, self.size, self.lines, self.shared = 2**64, 0, {}, set()
 
     def number(self, reason):
         return self.reasons.setdefault(reason, len(self.reasons))
@@ -822,14 +975,21 @@ class Found:
         """Drops the documents of these numbers; those that are dropped already keep their reason."""
         self.drop[numbers[self.drop[numbers] == 0]] = self.number(reason)
 
-    def assign(self, split, key):
+    def hold(self, text):
+        """Notes the lines of a held-out document, up to a million."""
+        self.lines.update(lines_of(text) if len(self.lines) < 1_000_000 else ())
+
+    def assign(self, split, key, text):
         """Notes on which side of the split a document is."""
         if split in ('val', 'test'):
             self.held.add(key)
+            self.hold(text)
         elif split == '' and key not in self.held:
-            self.lowest = min(self.lowest, key)
+            if key < self.lowest:
+                self.lowest, self.low = key, text
             if key < self.below:
                 self.hashed.add(key)
+                self.hold(text)
 
     def offer(self, key, rank, text, size):
         """The lowest ranks of training documents: an even sample in one pass, whatever the length."""
@@ -858,13 +1018,14 @@ def scan(corpus, parts, bar):
             found.drop.append(found.number(reason))
             if not reason:
                 corpus.meet(text, held)
-                found.assign(part.split, key)
+                found.assign(part.split, key, text)
                 found.offer(key, rank, text, len(doc))
         if part.split and found.documents == before:
             raise UserError(f'{part.path} holds no text: fill it or take it away')
     if found.below <= found.lowest < 2**64:      # a small corpus: the lowest hash alone is validation
         found.below = found.lowest + 1
         found.hashed.add(found.lowest)
+        found.hold(found.low)
         found.sample.pop(found.lowest, None)
     found.drop = np.frombuffer(found.drop, np.uint8)
     corpus.decide(found, np.flatnonzero(found.drop == 0))
@@ -921,6 +1082,8 @@ def encode(corpus, parts, found, tokenizer, folder, names, bar):
         source, report = names.index(part.source), reports[part.source]
         for doc, text in corpus.documents(part, report, bar):
             key, number = key_of(doc)[0], number + 1
+            if number == len(found.drop):
+                raise grown(corpus.root)
             if (key in found.held and part.split in ('', 'train')
                     or key in found.hashed and part.split == 'train'):
                 corpus.note(report, 'training documents dropped, identical to held-out ones', text)
@@ -929,6 +1092,8 @@ def encode(corpus, parts, found, tokenizer, folder, names, bar):
             if split == 'train' and found.drop[number]:
                 corpus.note(report, [*found.reasons][found.drop[number]], text)
                 continue
+            if split == 'train':
+                found.shared.update(line for line, _ in lines_of(text) if line in found.lines)
             digest.update(f'{split} {source} {len(doc)} '.encode() + doc)
             if split not in writers:
                 writers[split] = SplitWriter(folder, split, tokenizer, len(names))
@@ -994,7 +1159,7 @@ def fill(corpus, temp):
     from tqdm import tqdm
     t0, dropped, s = time.time(), Counter(), corpus.s
     parts, ignored = gather(corpus, temp, dropped)
-    files = stamp(find_parts(corpus.root)[0]) if corpus.root.exists() else []
+    made_from = trace(corpus.root)
     names = sorted({part.source for part in parts})
     progress = functools.partial(tqdm, total=sum(part.path.stat().st_size for part in parts), unit='B',
                                  unit_scale=True, disable=None)
@@ -1009,6 +1174,8 @@ def fill(corpus, temp):
     (temp / tokenizer.filename).write_bytes(tokenizer.blob)
     with progress(desc='encoding') as bar:
         writers, reports, digest = encode(corpus, parts, found, tokenizer, temp, names, bar)
+    if made_from != trace(corpus.root):
+        raise grown(corpus.root)
     meta = dict(
         version=VERSION, dataset=s.dataset, tokenizer=s.tokenizer, vocab_size=tokenizer.vocab_size,
         bos=tokenizer.bos, dtype=writers['train'].dtype, sources=names,
@@ -1016,12 +1183,14 @@ def fill(corpus, temp):
         report=dict(sorted((sum(reports.values(), Counter()) + dropped).items())), ignored=ignored,
         cleaning=dict(layouts={part.name: f'{part.kind}, {part.way}' for part in parts},
                       examples=corpus.pieces, by_source=reports),
-        files=files, tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
+        files=[row[:2] for row in made_from['files']], tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
         settings=corpus.content())
     corpus.record(meta)
     content = meta | dict(dataset=corpus.name)   # a path says nothing about the content
     meta['fingerprint'] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     meta['configs'] = corpus.configs()
+    meta['made_from'] = made_from | dict(sha256=digests(corpus.root), changes=corpus.changes())
+    meta['in_training'] = dict(held_out_bytes=sum(found.lines.values()), shared=sum(map(found.lines.get, found.shared)))
     meta['created'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     meta['seconds'] = round(time.time() - t0, 1)
     shutil.rmtree(temp / 'raw', ignore_errors=True)              # text that was generated
@@ -1029,12 +1198,43 @@ def fill(corpus, temp):
     corpus.finish(open_data(temp))
 
 
-def stamp(parts):
-    return sorted([part.name, part.path.stat().st_size] for part in parts)
+def corpus_files(root):
+    """[(name, path)] of the files that a data set is made from, by name."""
+    rows = files_below(root).items() if root.exists() else ()
+    return sorted((name, path) for name, path in rows if path == root or not BESIDE.fullmatch(path.name))
+
+
+def trace(root):
+    """What a data set is made from: where its files lie, and the name, bytes and time of each."""
+    rows = [(name, path.stat()) for name, path in corpus_files(root)]
+    return dict(root=str(root.resolve()), files=[[name, stat.st_size, stat.st_mtime_ns] for name, stat in rows])
+
+
+def digests(root):
+    return [sha256_of(path) for _, path in corpus_files(root)]
+
+
+def grown(root):
+    return UserError(f'the files in {root} changed while they were read: prepare them when nothing writes to them')
 
 
 # ----------------------------------------------------------------------------------------------------
 # Open what was built
+
+@readable()
+def load_tokenizer(folder):
+    """The tokenizer whose file lies in a folder: a prepared data set's, or a run's copy."""
+    folder = Path(folder)
+    for cls in TOKENIZERS.values():
+        path = (folder.parent if folder.is_file() else folder) / cls.filename        # a checkpoint lies beside it
+        if path.is_file():
+            try:
+                return cls(path.read_bytes())
+            except (RuntimeError, ValueError, IndexError):
+                raise UserError(f'{path} is damaged: prepare the data again with --overwrite') from None
+    raise UserError(f'{folder} holds no tokenizer: copy the data\'s to it, or prepare the data again with '
+                    f'--overwrite')
+
 
 @dataclass
 class Data:
@@ -1058,6 +1258,7 @@ class Data:
             yield self.tokenizer.decode(tokens[bounds[i] + 1:bounds[i + 1]].tolist())
 
 
+@readable()
 def open_data(folder, dataset=None):
     """Checks a prepared folder and maps it into memory; refuses what the trainer could not trust."""
     folder = Path(folder)
@@ -1066,18 +1267,17 @@ def open_data(folder, dataset=None):
         broken = meta['version'] == VERSION and (
             META - meta.keys() or meta['tokenizer'] not in TOKENIZERS
             or any({*COUNTS, 'head_sha256'} - split.keys() for split in meta['splits'].values()))
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         meta, broken = {}, True
-    named = [*meta.get('configs', ()), f'--dataset={dataset or meta.get("dataset", "<dataset>")}']
-    named += [f'--{key}={meta[key]}' for key in ('tokenizer', 'vocab_size') if key in meta]
-    again = f'run python prepare_data.py {" ".join(named)} --data_dir={folder.parent} --overwrite'
+    again = f'run python prepare_data.py {build_options(folder, meta, dataset)} --overwrite'
     if broken:
         raise UserError(f'{folder} is not a prepared data set (meta.json is missing or damaged): {again}')
     if meta['version'] != VERSION:
         raise UserError(f'{folder} has format {meta["version"]}, this program reads {VERSION}: {again}')
-    root = source_root(dataset, folder.parent) if dataset else Path()
-    if dataset and meta['files'] and root.exists() and stamp(find_parts(root)[0]) != meta['files']:
-        raise UserError(f'the files in {root} changed since {folder} was prepared: {again}')
+    if dataset and meta['files']:
+        check_source(folder, meta, dataset, again)
     path = folder / TOKENIZERS[meta['tokenizer']].filename
     if not path.is_file() or sha256_of(path) != meta['tokenizer_sha256']:
         raise UserError(f'{path} is missing or not the tokenizer of these bins: {again}')
@@ -1088,11 +1288,42 @@ def open_data(folder, dataset=None):
     return data
 
 
+def build_options(folder, meta, dataset):
+    """The command line that prepares a folder as it was."""
+    plain = {f.name: f.default for f in fields(Options)}
+    given = {name: value for name, value in meta.get('settings', {}).items()
+             if name in CONTENT and value != plain[name] or name in meta.get('made_from', {}).get('changes', {})}
+    given |= dict(tokenizer=meta.get('tokenizer'), vocab_size=meta.get('vocab_size'))
+    given = {name: value for name, value in given.items() if value is not None}
+    named = [f'--dataset={dataset or meta.get("dataset", "<dataset>")}', *(f'--{k}={v}' for k, v in given.items())]
+    return ' '.join(map(shlex.quote, [*meta.get('configs', ()), *named, f'--data_dir={folder.parent}']))
+
+
+def check_source(folder, meta, dataset, again):
+    """Refuses data that was made from another text than the one it is opened for; that need not be kept. Where times
+    or places differ, what is in the files decides; data of older versions knows their names and sizes alone."""
+    root, made = source_root(dataset, folder.parent), meta.get('made_from', {})
+    at = made.get('root', str(root.resolve()))
+    if not root.exists() and at != str(root.resolve()) and dataset != meta['dataset']:
+        raise UserError(f'{root} does not exist, and {folder} was prepared from {at}: name that, or where the text '
+                        f'is now')
+    now = trace(root)
+    same = not root.exists() or [row[:2] for row in now['files']] == meta['files']
+    if same and root.exists() and made and now != dict(root=at, files=made['files']):
+        same = digests(root) == made['sha256']
+    if not same:
+        raise UserError(f'the files in {root} changed since {folder} was prepared: {again}' if at == now['root'] else
+                        f'{folder} was prepared from {at}, {root} holds another text: keep both with another '
+                        f'--data_dir, or {again}')
+
+
 def open_split(data, split, counts):
     """Maps one split. Returns what is wrong with it, or None."""
     path, dtype = data.folder / f'{split}.bin', np.dtype(data.meta['dtype'])
     try:
         tokens, docs = np.memmap(path, dtype, 'r'), np.load(data.folder / f'{split}.docs.npy')
+    except PermissionError:
+        raise
     except (OSError, ValueError, EOFError):
         return 'or its docs.npy is missing or damaged'
     if path.stat().st_size != counts['tokens'] * dtype.itemsize:
@@ -1168,7 +1399,7 @@ def page(corpus, data):
     print(*corpus.summary(data), '\ntokens a document, training', *histogram(np.diff(bounds)),
           *corpus.examples(data, sample), sep='\n')
     text = ' '.join(data.texts('train', sample)).lower()
-    words = Counter(re.findall(rf"{WORD}(?:['’]{WORD})*", text))
+    words = Counter(WORDS.findall(text))
     print('\nmost frequent words, per thousand')
     print(*(f'{word} {1000 * n / words.total():.0f}' for word, n in words.most_common(24)), sep=', ')
     print(*corpus.repeats(data), sep='\n')
