@@ -87,8 +87,7 @@ CONTENT = [f.name for f in fields(Options)]
 CONTENT = CONTENT[CONTENT.index('tokenizer'):CONTENT.index('tokenizer_from')]
 PATHS = 'tokenizer_from', 'gpt2_dir', 'data_dir'
 
-
-# A word's letters with what stands on them: marks of an é in two characters, of Hindi, Arabic, Hebrew, joiners
+# A word's letters and what stands on them: marks of an é in two characters, of Hindi, of Arabic; joiners
 MARKS = ''.join(f'{chr(run.start())}-{chr(run.end() - 1)}' for run in re.finditer('M+', ''.join(
     unicodedata.category(chr(code))[0] for code in range(0x1E950)))) + '\u200c\u200d\U000e0100-\U000e01ef'
 LETTERS = rf'[^\W\d_]+(?:(?![ -~\n])[{MARKS}]+[^\W\d_]*)*'
@@ -171,8 +170,8 @@ class BPETokenizer(Tokenizer):
     """sentencepiece BPE with bytes for what it does not know.
 
     sentencepiece spells a space U+2581 and drops tabs from training. So tabs and newlines travel as private
-    characters. Where a text holds one of the marks itself, or what was too rare in training for its mark to have
-    become a piece, bytes are put in by hand.
+    characters. Where a text holds one of the marks itself, or what was so rare in training that it has no
+    piece, bytes are put in by hand.
     """
     kind, filename, bos = 'bpe', 'tokenizer.model', 0
     unk, first_byte = 1, 2       # sentencepiece insists on an unk; with byte fallback none is ever produced
@@ -181,8 +180,9 @@ class BPETokenizer(Tokenizer):
     # indent), a word with its space and 's, a number, punctuation, spaces. Bytes per token at 8,192 ids on
     # validation text in BabyLM's domains: 3.93; with labels apart 3.36, 's apart 3.80, split as sentencepiece
     # does it 3.52; unsplit 4.11, but that glues the end of a sentence to the first word of the next.
-    words = re.compile(rf'''\ ?[^\w\s]*(?:\r?\n)+(?:\S{{1,12}}:\t|-\ |\ +(?=\ ))? | \ ?{LETTERS}(?:['’][a-z]+)?
-                           | \ ?\d{{1,4}} | \ ?(?:[^\w\s]|_)+ | \ +(?=\ ) | \s''', re.X)
+    words = re.compile(rf'''\ ?[^\w\s]*(?:\r?\n)+(?:\S{{1,12}}:\t|-\ |\ +(?=\ ))?
+                         | \ ?{LETTERS}(?:['’][a-z]+)? | \ ?\d{{1,4}} | \ ?(?:[^\w\s]|_)+ | \ +(?=\ ) | \s
+                         ''', re.X)
 
     def __init__(self, blob):
         import sentencepiece
@@ -261,15 +261,15 @@ class Part:
     way: str = ''
 
     def __post_init__(self):
-        self.source = re.sub('[,:+]', '-', self.source)          # settings such as --weights part names by these
+        self.source = re.sub('[,:+]', '-', self.source)          # settings part names by these
 
 
 SUFFIX = r'(?:\.(?:txt|md|jsonl|ndjson|json|csv|tsv|parquet|tokens|raw))?(?:\.(?:gz|xz))?'
 SPLIT_NAME = re.compile(r'(?:.*/)?(?:([^/]+?)([._-]))?(train|dev|val|valid|validation|test)'
                         r'([.-]\d+(?:-of-\d+)?)?' + SUFFIX, re.I)
 ROWS = re.compile(r'\.(jsonl|ndjson|json|csv|tsv|parquet)(?:\.gz|\.xz)?$', re.I)
-NO_TEXT = re.compile(r'\.(html?|xml|svg|pdf|docx?|odt|rtf|epub|pptx?|xlsx?|ods|ipynb|zip|tar|tgz|bz2|zst|7z|rar|arrow'
-                     r'|feather|db|sqlite3?|pkl|npy|npz|pt|safetensors|gguf|bin|png|jpe?g)(?:\.gz|\.xz)?$', re.I)
+NO_TEXT = re.compile(r'\.(html?|xml|svg|pdf|docx?|odt|rtf|epub|pptx?|xlsx?|ods|ipynb|zip|tar|tgz|bz2|zst|7z'
+                     r'|rar|arrow|feather|db|sqlite3?|pkl|np[yz]|pt|bin|png|jpe?g)(?:\.gz|\.xz)?$', re.I)
 BESIDE = re.compile(r'(?i:README|LICEN[CS]E|COPYING)(?:[.-][\w.-]*)?')   # names of what stands beside a text
 OURS = {'meta.json', 'train.bin'}, {'metrics.jsonl', 'ckpt.pt'}          # in folders that these scripts write
 
@@ -292,21 +292,21 @@ def readable():
     try:
         yield
     except OSError as e:
-        raise UserError(f'{e.filename} cannot be read ({e.strerror}): have its owner let you, or take it away') from None
+        raise UserError(f'{e.filename} cannot be read ({e.strerror}): have its owner let you, or take it '
+                        f'away') from None
 
 
 @readable()
 def files_below(root):
-    """{name: path} of the files of a folder, in order, or of one file. Links are followed; hidden names are passed
-    over, and folders that these scripts have written. What is there and cannot be read twice is refused by name."""
+    """{name: path} of the files of a folder, in order, or of one file. Links are followed; hidden names are
+    passed over, and folders that these scripts wrote; what cannot be read, or but once, is refused."""
     def stop(e):
         raise e
 
-    refuse(not root.exists() and not root.is_symlink(), f'{root} does not exist: give the path of a text file or '
-           f'of a folder')
+    refuse(not os.path.lexists(root), f'{root} does not exist: give the path of a text file or of a folder')
     found, seen = [] if root.is_dir() else [root], set()
     for folder, below, names in os.walk(root, onerror=stop, followlinks=True) if root.is_dir() else ():
-        again = os.path.realpath(folder) in seen                 # a link to what was read, or round in a circle
+        again = os.path.realpath(folder) in seen                 # a link to what was read, or in a circle
         if again or any(ours <= {*names} for ours in OURS):
             below.clear()
             continue
@@ -339,15 +339,15 @@ def find_parts(root):
 
 
 def named_by_split(root, found):
-    """Whether the names of a folder's files, name: match, say their splits. `.train` and a whole name do; `-train`
-    and `_train` may be words of a title, unless each file that is held out so has one for training."""
-    trained = {m[1] for m in found.values() if m and m[3].lower() == 'train'}
-    odd = [name for name, m in found.items() if not m or m[2] in ('-', '_') and m[1] not in trained]
-    sure = [name for name, m in found.items() if m and m[3].lower() == 'train' and m[2] in (None, '.')]
-    if sure and odd:
+    """Whether the names of a folder's files, name: match, say their splits. `.train` and a whole name do;
+    `-train` may be of a title; it does where all are named so and what is held out has its training file."""
+    train = {name: m for name, m in found.items() if m and m[3].lower() == 'train'}
+    odd = [name for name, m in found.items()
+           if not m or m[2] in ('-', '_') and m[1] not in [t[1] for t in train.values()]]
+    if odd and (sure := [name for name, m in train.items() if m[2] in (None, '.')]):
         raise UserError(f'{root / sure[0]} has a split in its name and {root / odd[0]} has none: call it '
                         f'<source>.train, or put one of the two elsewhere')
-    return bool(trained) and not odd
+    return bool(train) and not odd
 
 
 def once(parts):
@@ -361,8 +361,8 @@ def once(parts):
 
 
 HEADS = {                    # what a file is that begins so
-    'UTF-16': rb'\xff\xfe|\xfe\xff', 'a web page': rb'\s*<(?:!doctype )?html', 'XML': rb'\s*<\?xml', 'PDF': rb'%pdf-',
-    'RTF': rb'\{\\rtf', 'JSON, and not called .jsonl': rb'\s*\[?\s*\{\s*"[^"\n]*"\s*:'}
+    'UTF-16': rb'\xff\xfe|\xfe\xff', 'a web page': rb'\s*<(?:!doctype )?html', 'XML': rb'\s*<\?xml',
+    'PDF': rb'%pdf-', 'JSON': rb'\s*\[?\s*\{\s*"[^"\n]*"\s*:'}
 
 
 def check_text(parts):
@@ -378,13 +378,17 @@ def check_text(parts):
         except OSError as e:
             wrong.append(f'{part.path} cannot be read ({e.strerror})')
             continue
-        what = odd and f'no plain text (.{odd[1]})' or next(
-            (what for what, start in HEADS.items() if re.match(start, head, re.I) and not (rows and 'JSON' in what)),
-            b'\0' in head and f'no text (a zero byte at offset {head.index(0):,})')
-        wrong += [f'{part.path} is {what}'] if what else []
+        heads = [what for what, start in HEADS.items() if re.match(start, head, re.I)]
+        if odd:
+            wrong.append(f'{part.path} is no plain text (.{odd[1]})')
+        elif heads and not (rows and heads == ['JSON']):
+            wrong.append(f'{part.path} is {heads[0]}')
+        elif b'\0' in head:
+            wrong.append(f'{part.path} is no text (a zero byte at offset {head.index(0):,})')
     if wrong:
         more = f', and {len(wrong) - 9:,} more' if len(wrong) > 9 else ''
-        raise UserError(f'{", ".join(wrong[:9])}{more}: convert to plain text in UTF-8, or take away')
+        raise UserError(f'{", ".join(wrong[:9])}{more}: convert to plain text in UTF-8, or take away; '
+                        f'JSON is read from .jsonl')
 
 
 def data_name(dataset, known):
@@ -478,8 +482,8 @@ def receive(url, part, version):
 # Documents: from files to text, streaming
 
 SEPARATOR, BOM = b'<|endoftext|>', b'\xef\xbb\xbf'
-BOUNDARY = {                 # what parts the documents of a file: the first that occurs in its first MiB. A separator
-                             # ends a document everywhere; it is all that does where there are two, or more, a MiB
+BOUNDARY = {                 # what parts the documents of a file: the first that occurs in its first MiB. A
+                             # separator always does, and nothing else where there are two in that MiB
     'separator': re.compile(re.escape(SEPARATOR)),
     'header': re.compile(rb'^(?== = = .* = = =[ \t\r]*$)', re.M),    # an empty match: it stays with its text
     'front': re.compile(rb'^(?=---[ \t\r]*\n[a-z_]+:)', re.M),          # YAML before a text in Markdown
@@ -497,7 +501,7 @@ LINES = re.compile(b'\n')
 
 
 def is_list(lines, gaps):
-    """Whether the lines that are not blank, among so many gaps, are items: few words, no ends of sentences."""
+    """Whether lines, with so many blank ones between, are items: few words, seldom a sentence's end."""
     ends = sum(line.rstrip().endswith((b'.', b',', b';', b':', b'!', b'?', b'"', b'-')) for line in lines)
     words = sum(len(line.split()) for line in lines)
     return len(lines) >= 20 * max(gaps, 1) and words <= 4 * len(lines) and ends <= 0.1 * len(lines)
@@ -511,10 +515,9 @@ def layout(part, head, corpus):
     """
     lines = [line for line in head[:1 << 16].split(b'\n') if line.strip()]
     part.kind = corpus.kind_of(part, lines)
-    marks, gaps = head.count(SEPARATOR), len(BOUNDARY['blank'].findall(head[:1 << 16]))
+    gaps, marks = len(BOUNDARY['blank'].findall(head[:1 << 16])), head.count(SEPARATOR)
     part.way = 'lines' if SENTENCES.search(part.source) else next(
-        (way for way, b in BOUNDARY.items() if b.search(head) and (way != 'separator' or 1 < marks >= len(head) >> 19)),
-        'whole')
+        (way for way, b in BOUNDARY.items() if b.search(head) and (way != 'separator' or marks > 1)), 'whole')
     if part.kind == 'prose' and part.way in ('blank', 'whole') and is_list(lines, gaps):
         part.way = 'lines'
         return LINES
@@ -549,8 +552,8 @@ def cut(text, limit):
 
 
 def split_documents(blocks, boundary, limit, report):
-    """The documents of one file, as bytes, at most `limit` each, without the blank lines around them. They end
-    where the boundary parts them, and at every separator."""
+    """The documents of one file, which a boundary parts, and every separator, as bytes, at most `limit` each,
+    without the blank lines around them."""
     tail, inside = b'', False                    # inside: a passage of this document is out already
 
     def passages(doc, keep):                     # returns the last `keep` bytes or less, for later
@@ -586,19 +589,55 @@ def open_source(raw, name):
 
 
 def bad_utf8(part):
-    number, bad, good = 1, Counter(), 0          # good: letters of several bytes that are right
+    number, bad, strays, good = 1, set(), 0, 0   # good: characters of several bytes that are right
     with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
         text = io.TextIOWrapper(f, 'utf-8', 'surrogateescape', newline='\n')
         for piece in iter(lambda: text.readline(1 << 20), ''):       # a line may be the whole file
-            stray = len(re.findall('[\udc80-\udcff]', piece))
-            bad[number] += stray
-            good += 0 if piece.isascii() else len(re.findall(r'[^\0-\x7f]', piece)) - stray
+            if stray := len(re.findall('[\udc80-\udcff]', piece)):
+                bad.add(number)
+            strays, good = strays + stray, good + len(re.findall(r'[^\0-\x7f]', piece)) - stray
             number += piece.endswith('\n')
-    first, count = min(+bad), len(+bad)
-    mend = (f'all else in it is, so mend {"those lines" if count > 1 else "that line"}' if good > bad.total() else
-            'convert it (iconv -f latin1 -t utf-8)')
-    return UserError(f'{part.path} is not UTF-8: {count:,} bad line{"s" * (count > 1)}, the first is line '
-                     f'{first:,}; {mend}, or take it away')
+    mend = 'all else in it is, so mend that' if good > strays else 'convert it (iconv -f latin1 -t utf-8)'
+    return UserError(f'{part.path} is not UTF-8: {len(bad):,} bad line{"s" * (len(bad) > 1)}, the first is '
+                     f'line {min(bad):,}; {mend} or take it away')
+
+
+def json_rows(part, f):
+    """(where, row) of lines of JSON, or of one array."""
+    for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b''), 1):
+        place, line = f'{part.path} line {number:,}', line.removeprefix(BOM) if number == 1 else line
+        if line.lstrip().startswith(b'['):
+            place, line = f'{part.path}, an array,', line + f.read(MAX_LINE)
+        refuse(len(line) > MAX_LINE, f'{place} has over {MAX_LINE >> 20} MiB: make rows of it')
+        try:
+            rows = json.loads(line.decode()) if line.strip() else []
+        except (json.JSONDecodeError, RecursionError):           # a bad byte is another mistake
+            raise UserError(f'{place} is not JSON, which is an object with text a line, or an array of '
+                            f'them: mend it') from None
+        yield from ((f'{place} row {i:,}', row) for i, row in enumerate(rows, 1)) \
+            if isinstance(rows, list) else [(place, rows)]
+
+
+def csv_rows(part, f):
+    """(where, row) of a table whose first line names its columns, apart by commas, in .tsv by tabs."""
+    lines = (line.decode() for line in itertools.chain([f.readline().removeprefix(BOM)], f))
+    csv.field_size_limit(MAX_LINE)
+    rows = csv.DictReader(lines, delimiter='\t' if ROWS.search(part.name)[1].lower() == 'tsv' else ',')
+    for row in rows:
+        where = f'{part.path} line {rows.line_num:,}'
+        refuse(None in row, f'{where} has more fields than the first line, {len(rows.fieldnames)}: mend it')
+        yield where, row
+
+
+def parquet_rows(part, f, wanted):
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f'{part.path} is Parquet, which takes pyarrow to read: pip install pyarrow') from None
+    table = ParquetFile(f)
+    column = text_column(part.path, table.schema_arrow.names, wanted)
+    for batch in table.iter_batches(batch_size=1024, columns=[column]):
+        yield from ((f'{part.path}, in {column},', text) for text in batch.column(0).to_pylist())
 
 
 def text_column(place, names, wanted):
@@ -609,73 +648,21 @@ def text_column(place, names, wanted):
                     f'name the field with --text_field')
 
 
-def json_rows(part, f, wanted, report):
-    """The texts of lines of JSON, or of one array."""
-    for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b''), 1):
-        place, line = f'{part.path} line {number:,}', line.removeprefix(BOM) if number == 1 else line
-        if line.lstrip().startswith(b'['):
-            line, place = line + f.read(MAX_LINE), f'{part.path}, an array,'
-        if len(line) > MAX_LINE:
-            raise UserError(f'{place} has over {MAX_LINE >> 20} MiB: make rows of it')
-        if not line.strip():
+def row_texts(rows, wanted, report):
+    """The texts of rows, as bytes."""
+    for where, row in rows:
+        text = row[text_column(where, row, wanted)] if isinstance(row, dict) else row
+        if text is None:
+            report['rows dropped, their text is null'] += 1
             continue
         try:
-            rows = json.loads(line.decode())     # decoded first: a bad byte is another mistake than bad JSON
-        except (json.JSONDecodeError, RecursionError):
-            raise UserError(f'{place} is not JSON, which is an object with text a line, or an array of '
-                            f'them: mend it') from None
-        for i, row in enumerate(rows, 1) if isinstance(rows, list) else [(0, rows)]:
-            where = f'{place} row {i:,}' if i else place
-            if isinstance(row, dict):
-                row = row[text_column(where, row, wanted)]
-            if row is None:
-                report['rows dropped, their text is null'] += 1
-                continue
-            if not isinstance(row, str):
-                raise UserError(f'{where} is not an object with text, but has {json.dumps(row)[:40]}: mend it')
-            if half := re.search('[\ud800-\udfff]', row):
-                raise UserError(f'{where} holds {half[0]!a}, half of a pair that is one character: mend it')
-            yield row.encode()
-
-
-def csv_rows(part, f, wanted, report):
-    """The texts of a table whose first line names its columns, apart by commas, in .tsv by tabs."""
-    lines = (line.decode() for line in itertools.chain([f.readline().removeprefix(BOM)], f))
-    csv.field_size_limit(MAX_LINE)
-    rows = csv.reader(lines, delimiter='\t' if ROWS.search(part.name)[1].lower() == 'tsv' else ',')
-    try:
-        names = next(rows, [])
-        column = names.index(text_column(part.path, names, wanted))
-        for row in rows:
-            if row and len(row) != len(names):
-                raise UserError(f'{part.path} line {rows.line_num:,} has {len(row)} fields, the first line '
-                                f'names {len(names)}: mend it')
-            yield row[column].encode() if row else b''
-    except csv.Error as e:
-        raise UserError(f'{part.path} line {rows.line_num:,} is no row of a table ({e}): mend it') from None
-
-
-def parquet_rows(part, f, wanted, report):
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f'{part.path} is Parquet, which takes pyarrow to read: pip install pyarrow') from None
-    table = ParquetFile(f)
-    column = text_column(part.path, table.schema_arrow.names, wanted)
-    if not re.fullmatch('(large_)?string(_view)?|dictionary<values=(large_)?string.*',
-                        kind := str(table.schema_arrow.field(column).type)):
-        raise UserError(f'{part.path} has no text in its field {column}, but {kind}: name another with '
-                        f'--text_field')
-    for batch in table.iter_batches(batch_size=1024, columns=[column]):
-        texts = batch.column(0).to_pylist()
-        for text in texts:
-            if text is None:
-                report['rows dropped, their text is null'] += 1
-            else:
-                yield text.encode()
-
-
-READERS = dict(parquet=parquet_rows, csv=csv_rows, tsv=csv_rows)         # of rows; all others are JSON
+            yield text.encode()
+        except AttributeError:
+            raise UserError(f'{where} has {str(text)[:40]} for text: mend it, or name another field with '
+                            f'--text_field') from None
+        except UnicodeEncodeError as e:
+            raise UserError(f'{where} holds {text[e.start]!a}, half of a pair that is one character: mend '
+                            f'it') from None
 
 
 def read(part, corpus, report, bar):
@@ -685,7 +672,9 @@ def read(part, corpus, report, bar):
         with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
             if kind := ROWS.search(part.name):
                 part.kind, part.way = corpus.kind_of(part, []), 'separator'
-                rows = READERS.get(kind[1].lower(), json_rows)(part, f, corpus.text_field, report)
+                rows = (parquet_rows(part, f, corpus.text_field) if kind[1].lower() == 'parquet' else
+                        csv_rows(part, f) if kind[1].lower() in ('csv', 'tsv') else json_rows(part, f))
+                rows = row_texts(rows, corpus.text_field, report)
                 pieces = ((row[i:i + (1 << 18)] for i in range(0, len(row), 1 << 18)) for row in rows)
                 docs = (doc for row in pieces for doc in split(
                     itertools.chain(corpus.blocks(row, report), [SEPARATOR]), BOUNDARY['separator']))
@@ -700,7 +689,7 @@ def read(part, corpus, report, bar):
                 yield doc, doc.decode()
     except UnicodeDecodeError:
         raise bad_utf8(part) from None
-    except (EOFError, lzma.LZMAError, zlib.error, OSError, ValueError) as e:    # pyarrow's are the last two
+    except (EOFError, lzma.LZMAError, zlib.error, csv.Error, OSError, ValueError) as e:  # pyarrow's: last two
         if getattr(e, 'errno', None):
             raise
         raise UserError(f'{part.path} is damaged ({e}): fetch it again') from None
@@ -783,12 +772,13 @@ class Corpus:
         if wrong := [f'{name} {theirs.get(name)!r}, not {value!r}' for name, value in ours.items()
                      if theirs.get(name, type(value)()) != value]:
             also = ' '.join(path for path in data.meta.get('configs', ()) if path not in self.configs())
-            raise UserError(f'{self.folder} was prepared with {", ".join(wrong)}: say the same{also and f" ({also})"}, '
-                            f'prepare it anew with --overwrite, or keep both with another --data_dir')
+            raise UserError(f'{self.folder} was prepared with {", ".join(wrong)}: say the same'
+                            f'{also and f" ({also})"}, prepare it anew with --overwrite, or keep both with '
+                            f'another --data_dir')
         given = self.s.tokenizer_from
         if given and given.exists() and load_tokenizer(given).blob != data.tokenizer.blob:
-            raise UserError(f'{given} has another vocabulary than {self.folder}: use its data, or prepare it anew with '
-                            f'--overwrite, or keep both with another --data_dir')
+            raise UserError(f'{given} has another vocabulary than {self.folder}: use its data, prepare it '
+                            f'anew with --overwrite, or keep both with another --data_dir')
         return data
 
     def build(self, quiet=False):
@@ -903,8 +893,8 @@ class Corpus:
         if meta['ignored']:
             lines.append(f'left out: {", ".join(meta["ignored"])}')
         if (n := meta.get('in_training')) and n['held_out_bytes']:
-            lines.append(f'{n["shared"] / n["held_out_bytes"]:.1%} of the held-out text is in training too, by lines of '
-                         f'{LONG} characters or more')
+            share = n['shared'] / n['held_out_bytes']
+            lines.append(f'{share:.1%} of the held-out text is in training too, by lines of {LONG} letters')
         words, seconds = sum(s['words'] for s in meta['splits'].values()), max(meta['seconds'], 0.1)
         lines.append(f'licence: {meta["licence"]}')
         lines.append(f'{meta["vocab_size"]:,} ids ({meta["tokenizer"]}); {words:,} words in {seconds:.1f} s, '
@@ -939,7 +929,7 @@ class Corpus:
 # Build: pass 1 checks everything, learns what validation holds and samples text; pass 2 encodes
 
 def even(text):
-    """A text with one kind of line ends, in one Unicode form: copies that differ in nothing else are the same."""
+    """A text with one kind of line ends, in one Unicode form: copies that differ in no more are equal."""
     if text.isascii() and '\r' not in text:
         return text
     return unicodedata.normalize('NFC', text.replace('\r\n', '\n').replace('\r', '\n'))
@@ -953,14 +943,15 @@ def key_of(doc):
 
 def lines_of(text):
     """Hashes of its lines that are long enough not to be alike by chance, and their bytes."""
-    return [(hash(line), len(line.encode())) for line in map(str.strip, even(text).split('\n')) if len(line) >= LONG]
+    lines = map(str.strip, even(text).split('\n'))
+    return [(hash(line), len(line.encode())) for line in lines if len(line) >= LONG]
 
 
 class Found:
     """What pass 1 learns. held: keys of validation and test; sample: key -> (rank, text) of training; below:
     where hashes decide, validation has the lower keys, which are in hashed; drop: a byte a document, why it
-    goes, a number of `reasons`, 0 if it stays; lines: hash -> bytes, of held-out text; shared: those of them that
-    training has too."""
+    goes, a number of `reasons`, 0 if it stays; lines: hash -> bytes, of held-out text; shared: those of them
+    that training has too."""
 
     def __init__(self, val_fraction):
         self.held, self.hashed, self.sample, self.bytes, self.documents = set(), set(), {}, 0, 0
@@ -985,8 +976,7 @@ class Found:
             self.held.add(key)
             self.hold(text)
         elif split == '' and key not in self.held:
-            if key < self.lowest:
-                self.lowest, self.low = key, text
+            self.lowest = min(self.lowest, key)
             if key < self.below:
                 self.hashed.add(key)
                 self.hold(text)
@@ -1025,7 +1015,6 @@ def scan(corpus, parts, bar):
     if found.below <= found.lowest < 2**64:      # a small corpus: the lowest hash alone is validation
         found.below = found.lowest + 1
         found.hashed.add(found.lowest)
-        found.hold(found.low)
         found.sample.pop(found.lowest, None)
     found.drop = np.frombuffer(found.drop, np.uint8)
     corpus.decide(found, np.flatnonzero(found.drop == 0))
@@ -1183,14 +1172,16 @@ def fill(corpus, temp):
         report=dict(sorted((sum(reports.values(), Counter()) + dropped).items())), ignored=ignored,
         cleaning=dict(layouts={part.name: f'{part.kind}, {part.way}' for part in parts},
                       examples=corpus.pieces, by_source=reports),
-        files=[row[:2] for row in made_from['files']], tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
+        files=[row[:2] for row in made_from['files']],
+        tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
         settings=corpus.content())
     corpus.record(meta)
     content = meta | dict(dataset=corpus.name)   # a path says nothing about the content
     meta['fingerprint'] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     meta['configs'] = corpus.configs()
-    meta['made_from'] = made_from | dict(sha256=digests(corpus.root), changes=corpus.changes())
-    meta['in_training'] = dict(held_out_bytes=sum(found.lines.values()), shared=sum(map(found.lines.get, found.shared)))
+    meta['made_from'] = trace(corpus.root, digest=True) | dict(changes=corpus.changes())
+    meta['in_training'] = dict(held_out_bytes=sum(found.lines.values()),
+                               shared=sum(found.lines[line] for line in found.shared))
     meta['created'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     meta['seconds'] = round(time.time() - t0, 1)
     shutil.rmtree(temp / 'raw', ignore_errors=True)              # text that was generated
@@ -1198,24 +1189,18 @@ def fill(corpus, temp):
     corpus.finish(open_data(temp))
 
 
-def corpus_files(root):
-    """[(name, path)] of the files that a data set is made from, by name."""
-    rows = files_below(root).items() if root.exists() else ()
-    return sorted((name, path) for name, path in rows if path == root or not BESIDE.fullmatch(path.name))
-
-
-def trace(root):
-    """What a data set is made from: where its files lie, and the name, bytes and time of each."""
-    rows = [(name, path.stat()) for name, path in corpus_files(root)]
-    return dict(root=str(root.resolve()), files=[[name, stat.st_size, stat.st_mtime_ns] for name, stat in rows])
-
-
-def digests(root):
-    return [sha256_of(path) for _, path in corpus_files(root)]
+def trace(root, digest=False):
+    """What a data set is made from: where its files lie, and the name, bytes, time and digest of each."""
+    paths = {name: path for name, path in (files_below(root) if root.exists() else {}).items()
+             if path == root or not BESIDE.fullmatch(path.name)}
+    return dict(root=str(root.resolve()), files=sorted(
+        [name, path.stat().st_size, path.stat().st_mtime_ns, *([sha256_of(path)] if digest else ())]
+        for name, path in paths.items()))
 
 
 def grown(root):
-    return UserError(f'the files in {root} changed while they were read: prepare them when nothing writes to them')
+    return UserError(f'the files in {root} changed while they were read: prepare them when nothing writes '
+                     f'there')
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1226,7 +1211,7 @@ def load_tokenizer(folder):
     """The tokenizer whose file lies in a folder: a prepared data set's, or a run's copy."""
     folder = Path(folder)
     for cls in TOKENIZERS.values():
-        path = (folder.parent if folder.is_file() else folder) / cls.filename        # a checkpoint lies beside it
+        path = (folder.parent if folder.is_file() else folder) / cls.filename    # a checkpoint lies beside it
         if path.is_file():
             try:
                 return cls(path.read_bytes())
@@ -1267,9 +1252,7 @@ def open_data(folder, dataset=None):
         broken = meta['version'] == VERSION and (
             META - meta.keys() or meta['tokenizer'] not in TOKENIZERS
             or any({*COUNTS, 'head_sha256'} - split.keys() for split in meta['splits'].values()))
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         meta, broken = {}, True
     again = f'run python prepare_data.py {build_options(folder, meta, dataset)} --overwrite'
     if broken:
@@ -1291,30 +1274,30 @@ def open_data(folder, dataset=None):
 def build_options(folder, meta, dataset):
     """The command line that prepares a folder as it was."""
     plain = {f.name: f.default for f in fields(Options)}
-    given = {name: value for name, value in meta.get('settings', {}).items()
-             if name in CONTENT and value != plain[name] or name in meta.get('made_from', {}).get('changes', {})}
-    given |= dict(tokenizer=meta.get('tokenizer'), vocab_size=meta.get('vocab_size'))
-    given = {name: value for name, value in given.items() if value is not None}
-    named = [f'--dataset={dataset or meta.get("dataset", "<dataset>")}', *(f'--{k}={v}' for k, v in given.items())]
-    return ' '.join(map(shlex.quote, [*meta.get('configs', ()), *named, f'--data_dir={folder.parent}']))
+    mine, settings = meta.get('made_from', {}).get('changes', {}), meta.get('settings', {})
+    given = {name: value for name, value in settings.items()
+             if name in mine or name in CONTENT and value != plain[name]}
+    given |= {name: meta[name] for name in ('tokenizer', 'vocab_size') if name in meta}
+    given = dict(dataset=dataset or meta.get('dataset', '<dataset>')) | given | dict(data_dir=folder.parent)
+    return shlex.join([*meta.get('configs', ()), *(f'--{name}={value}' for name, value in given.items())])
 
 
 def check_source(folder, meta, dataset, again):
-    """Refuses data that was made from another text than the one it is opened for; that need not be kept. Where times
-    or places differ, what is in the files decides; data of older versions knows their names and sizes alone."""
+    """Refuses data that was made from another text than that which it is opened for, if this was kept. Where
+    times or places differ, what is in the files decides; older versions noted names and sizes alone."""
     root, made = source_root(dataset, folder.parent), meta.get('made_from', {})
-    at = made.get('root', str(root.resolve()))
-    if not root.exists() and at != str(root.resolve()) and dataset != meta['dataset']:
-        raise UserError(f'{root} does not exist, and {folder} was prepared from {at}: name that, or where the text '
-                        f'is now')
     now = trace(root)
-    same = not root.exists() or [row[:2] for row in now['files']] == meta['files']
-    if same and root.exists() and made and now != dict(root=at, files=made['files']):
-        same = digests(root) == made['sha256']
-    if not same:
-        raise UserError(f'the files in {root} changed since {folder} was prepared: {again}' if at == now['root'] else
-                        f'{folder} was prepared from {at}, {root} holds another text: keep both with another '
-                        f'--data_dir, or {again}')
+    at = made.get('root', now['root'])
+    if not root.exists():
+        other = at != now['root'] and dataset != meta['dataset']
+        return refuse(other, f'{root} does not exist, {folder} was prepared from {at}: name that, or '
+                      f'where the text is now')
+    same = [row[:2] for row in now['files']] == meta['files']
+    if same and made and (at != now['root'] or now['files'] != [row[:3] for row in made['files']]):
+        same = [row[3] for row in trace(root, digest=True)['files']] == [row[3] for row in made['files']]
+    what = f'the files in {root} changed since {folder} was prepared: ' if at == now['root'] else (
+        f'{folder} was prepared from {at}, {root} holds another text: keep both with another --data_dir, or ')
+    refuse(not same, what + again)
 
 
 def open_split(data, split, counts):
@@ -1322,9 +1305,7 @@ def open_split(data, split, counts):
     path, dtype = data.folder / f'{split}.bin', np.dtype(data.meta['dtype'])
     try:
         tokens, docs = np.memmap(path, dtype, 'r'), np.load(data.folder / f'{split}.docs.npy')
-    except PermissionError:
-        raise
-    except (OSError, ValueError, EOFError):
+    except (FileNotFoundError, ValueError, EOFError):
         return 'or its docs.npy is missing or damaged'
     if path.stat().st_size != counts['tokens'] * dtype.itemsize:
         return f'holds {len(tokens):,} tokens where meta.json says {counts["tokens"]:,}'

@@ -396,12 +396,12 @@ def test_rows_are_read_whatever_their_file_is_called(tmp_path, name, text):
 
 @pytest.mark.parametrize('name, text, said', [
     ('x.jsonl', '{"text": "a"}\n{"text": "\\ud83d"}', r"line 2 holds '\\ud83d', half of a pair that is one character"),
-    ('x.jsonl', '{"text": ["a"]}', r'line 1 is not an object with text, but has \["a"\]'), ('x.jsonl', '7', 'line 1 .* but has 7'),
+    ('x.jsonl', '{"text": ["a"]}', r"line 1 has \['a'\] for text"), ('x.jsonl', '7', 'line 1 has 7 for text'),
     ('x.json', '[{"text": "a"}, {"txt": "b"}]', 'an array, row 2 has no field text or story, only txt'),
     ('x.json', '{\n "text": "a"\n}', 'line 1 is not JSON, which is an object with text a line'), ('x.jsonl', '[' * 99999, 'is not JSON'),
-    ('x.csv', 'id,body\n1,a\n', 'has no field text or story, only id, body'), ('x.csv', 'text,n\na,b,c\n', 'line 2 has 3 fields, the first line names 2'),
+    ('x.csv', 'id,body\n1,a\n', 'line 2 has no field text or story, only id, body'), ('x.csv', 'text,n\na,b,c\n', 'line 2 has more fields than the first line, 2'),
     ('x.html', '<p>a</p>', r'no plain text \(.html\)'), ('x.txt.zip', 'PK', r'\(.zip\)'), ('x.txt', '<?xml version="1.0"?>', 'is XML'),
-    ('x.txt', '{"text": "a"}', 'is JSON, and not called .jsonl'), ('x', '[{"text": "a"}]', 'is JSON'), ('x.txt', '%PDF-1.7', 'is PDF')])
+    ('x.txt', '{"text": "a"}', 'is JSON: .*JSON is read from .jsonl'), ('x', '[{"text": "a"}]', 'is JSON'), ('x.txt', '%PDF-1.7', 'is PDF')])
 def test_what_is_no_text_is_refused_for_what_it_is(tmp_path, name, text, said):
     refuses(said, prepare, write(tmp_path / name, text), tmp_path / 'data')
 
@@ -412,7 +412,7 @@ def test_rows_without_text_are_counted(tmp_path):
     assert data.meta['report'] == {'rows dropped, their text is null': 1}
 
 
-@pytest.mark.parametrize('rows, said', [([['a'], ['b']], 'no text in its field text, but list<'), ([1, 2], 'but int64')])
+@pytest.mark.parametrize('rows, said', [([['a'], ['b']], r"in text, has \['a'\] for text"), ([1, 2], 'in text, has 1 for text')])
 def test_parquet_without_text(tmp_path, rows, said):
     pa = pytest.importorskip('pyarrow')
     from pyarrow.parquet import write_table
@@ -424,7 +424,7 @@ def test_parquet_without_text(tmp_path, rows, said):
 
 def test_one_stray_byte_is_told_from_another_encoding(tmp_path):
     swedish = '\n\n'.join('Räksmörgås på ön.' for _ in range(50)).encode()
-    said = refuses('1 bad line, the first is line 101; all else in it is, so mend that line', prepare,
+    said = refuses('1 bad line, the first is line 101; all else in it is, so mend that or', prepare,
                    write(tmp_path / 'x.txt', swedish + b'\n\nna\xefve'), tmp_path / 'data')
     assert 'iconv' not in said
     refuses('iconv -f latin1', prepare, write(tmp_path / 'y.txt', swedish.decode().encode('latin1')), tmp_path / 'data')
@@ -451,8 +451,6 @@ def test_the_share_of_held_out_text_that_training_has_is_said(tmp_path):
     assert (shared, of) == (sum(len(p) for p in said[:5]), sum(map(len, said)))
     line = f'{shared / of:.1%} of the held-out text is in training too'
     assert any(line in row for row in stack(dataset=f'files:{tmp_path}/s', data_dir=tmp_path).summary(data))
-    small = prepare(write(tmp_path / 'x.txt', '\n\n'.join(prose(10))), tmp_path, val_fraction=1e-9)
-    assert small.meta['in_training'] == dict(held_out_bytes=len(texts(small, 'val')[0]), shared=0)
 
 
 # Layouts
@@ -713,7 +711,7 @@ def test_two_texts_of_one_name_are_two_data_sets(tmp_path):
         said = refuses('en/bok.txt, .*sv/bok.txt holds another text: keep both with another --data_dir', ask)
         assert f'--dataset=files:{tmp_path}/sv/bok.txt' in said and '--overwrite' in said
     assert 'dogs' not in sets(**other | dict(data_dir=tmp_path / 'other')).open().meta['sources']
-    refuses('se/bok.txt does not exist.*was prepared from .*en/bok.txt', sets(
+    refuses('se/bok.txt does not exist, .*was prepared from .*en/bok.txt', sets(
         dataset=f'files:{tmp_path}/se/bok.txt', data_dir=tmp_path / 'data').open)
     write(tmp_path / 'copy/bok.txt', (tmp_path / 'en/bok.txt').read_text())      # the same text elsewhere is the same
     sets(dataset=f'files:{tmp_path}/copy/bok.txt', data_dir=tmp_path / 'data').open()

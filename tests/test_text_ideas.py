@@ -477,6 +477,9 @@ def test_documents_below_the_threshold_are_dropped_from_training_alone(tmp_path,
     assert data.meta['quality'] == dict(documents=160, held_out=40, accuracy=1.0)
     assert (difficulty.measure(data, 'train', 'quality') > 0.5).all()
     assert (difficulty.measure(data, 'val', 'quality') < 0.5).all()
+    same = dict(dataset=f'files:{tmp_path}/in', data_dir=tmp_path / 'out', tokenizer='bytes', min_doc_bytes=0)
+    stack('quality', **same | given).open()
+    refuses('prepared with other examples', stack('quality', **same | given | dict(good=paths[1])).open)
     corpus = stack('quality', dataset=f'files:{tmp_path}/in', **given)
     assert any('right about 100.0% of 40 others' in line for line in corpus.summary(data))
     assert data.meta['inputs'] == [pd.sha256_of(path) for path in paths]
