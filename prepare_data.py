@@ -1,7 +1,7 @@
 """Turns text into what the trainer reads: documents, a tokenizer, memory-mapped bins.
 
     python prepare_data.py config/quickstart.py          the data set of that file
-    python prepare_data.py files:texts --tokenizer=gpt2  your own .txt, .md, .jsonl, .parquet; .gz and .xz too
+    python prepare_data.py files:texts --tokenizer=gpt2  your own .txt, .md, .jsonl, .csv, .parquet; .gz too
     python prepare_data.py config/quickstart.py --inspect    a page about what was prepared
     python prepare_data.py --help                        all settings, and the files that bring text
 
@@ -10,7 +10,7 @@ It writes a folder such as data/files-texts-bpe8192:
     train.bin val.bin test.bin     token ids back to back; each document is BOS and its tokens
     <split>.docs.npy               a row a document: first token, raw bytes, source, difficulty or 0
     tokenizer.*                    all that is needed to read the ids again
-    meta.json                      counts, licences, what was dropped and why, the fingerprint
+    meta.json                      counts, licences, what was dropped and why, what it was made from
 
 The text is read twice: once to check it, to find what validation holds and to sample text for the tokenizer,
 once to encode. Both passes stream, so memory does not grow with the corpus. Where text comes from and what
@@ -1072,7 +1072,7 @@ def encode(corpus, parts, found, tokenizer, folder, names, bar):
         for doc, text in corpus.documents(part, report, bar):
             key, number = key_of(doc)[0], number + 1
             if number == len(found.drop):
-                raise grown(corpus.root)
+                raise unsteady(corpus.root)
             if (key in found.held and part.split in ('', 'train')
                     or key in found.hashed and part.split == 'train'):
                 corpus.note(report, 'training documents dropped, identical to held-out ones', text)
@@ -1164,7 +1164,7 @@ def fill(corpus, temp):
     with progress(desc='encoding') as bar:
         writers, reports, digest = encode(corpus, parts, found, tokenizer, temp, names, bar)
     if made_from != trace(corpus.root):
-        raise grown(corpus.root)
+        raise unsteady(corpus.root)
     meta = dict(
         version=VERSION, dataset=s.dataset, tokenizer=s.tokenizer, vocab_size=tokenizer.vocab_size,
         bos=tokenizer.bos, dtype=writers['train'].dtype, sources=names,
@@ -1198,7 +1198,7 @@ def trace(root, digest=False):
         for name, path in paths.items()))
 
 
-def grown(root):
+def unsteady(root):
     return UserError(f'the files in {root} changed while they were read: prepare them when nothing writes '
                      f'there')
 
@@ -1277,7 +1277,8 @@ def build_options(folder, meta, dataset):
     mine, settings = meta.get('made_from', {}).get('changes', {}), meta.get('settings', {})
     given = {name: value for name, value in settings.items()
              if name in mine or name in CONTENT and value != plain[name]}
-    given |= {name: meta[name] for name in ('tokenizer', 'vocab_size') if name in meta}
+    names = 'tokenizer', *['vocab_size'] * (meta.get('tokenizer') == 'bpe')
+    given |= {name: meta[name] for name in names if name in meta}
     given = dict(dataset=dataset or meta.get('dataset', '<dataset>')) | given | dict(data_dir=folder.parent)
     return shlex.join([*meta.get('configs', ()), *(f'--{name}={value}' for name, value in given.items())])
 
