@@ -11,25 +11,28 @@
     python bench_mfu.py --leaderboard out                           a table and a page of all finished runs
     python bench_mfu.py --sweep "n_embd=128,192,256;learning_rate=1e-2,2e-2,4e-2" config/babylm.py     laws
 
-Configs and overrides are train.py's, and so is the step that is measured, half way through a run. All contestants
-run in one process and take turns, so that a machine that drifts drifts for all. --beside=a.py,b.py+c.py brings
-further ones, each stacked on the configs; an override may be part of a stack, b.py+--dtype=float32.
+Configs and overrides are train.py's, and so is the step that is measured, half way through a run. All
+contestants run in one process and take turns, so that a machine that drifts drifts for all.
+--beside=a.py,b.py+c.py brings further ones, each stacked on the configs; an override may be part of a stack,
+b.py+--dtype=float32.
 
-MFU is the share of the card's data-sheet peak that model FLOPs make up: with the positions really attended to, and,
-as `mfu palm`, as Chowdhery 2022 (2204.02311) counts them, all T for every token. A card that is not in train.py's
-table gets none. `of gemm` is the share of matrix products measured here, of this model's shapes.
+MFU is the share of the card's data-sheet peak that model FLOPs make up: with the positions really attended
+to, and, as `mfu palm`, as Chowdhery 2022 (2204.02311) counts them, all T for every token. A card that is not
+in train.py's table gets none. `of gemm` is the share of matrix products measured here, of this model's
+shapes.
 
---compare starts train.py for the base, the first config, and for each other config stacked on it, in turn, at the
-same budget on the same data: --seeds=3 of the base, --idea_seeds=1 of each idea. a.py+b.py is one stack, --key=value
-is for all, --compare_dir (out/compare/<base>) keeps runs and table. The same command again skips what is finished,
-goes on with what was stopped and tries again what failed.
+--compare starts train.py for the base, the first config, and for each other config stacked on it, in turn, at
+the same budget on the same data: --seeds=3 of the base, --idea_seeds=1 of each idea. a.py+b.py is one stack,
+--key=value is for all, --compare_dir (out/compare/<base>) keeps runs and table. The same command again skips
+what is finished, goes on with what was stopped and tries again what failed.
 
---leaderboard reads every result.json under a folder (out), and leaves leaderboard.md and leaderboard.html in it:
+--leaderboard reads every result.json under a folder (out), and leaves leaderboard.md and leaderboard.html in
+it:
 --sort=total_params, or what else a result.json names, a - before it for high to low;
 --where "n_layer == 4 and total_params < 12e6".
 
---sweep makes every point of a grid in the same way, --seeds=3 times each, into out/sweep/<configs>, and fits: bits
-per byte against parameters and tokens, the best size for a budget, the best learning rate at a width.
+--sweep makes every point of a grid in the same way, --seeds=3 times each, into out/sweep/<configs>, and fits:
+bits per byte against parameters and tokens, the best size for a budget, the best learning rate at a width.
 """
 import ast
 import difflib
@@ -61,8 +64,7 @@ import model as m
 import prepare_data
 import sample
 import train
-from config import literal
-from prepare_data import UserError, refuse
+from config import UserError, literal, print_without_fail, refuse
 
 sys.modules.setdefault('bench_mfu', sys.modules[__name__])
 
@@ -196,7 +198,8 @@ def using(kernels):
 
 
 def measured(ideas):
-    """The class of a run of these ideas that is measured: its step is train.py's, and it leaves nothing behind."""
+    """The class of a run of these ideas that is measured: its step is train.py's, and it leaves nothing
+    behind."""
 
     class Measured(ideas.seam(train.Run)):
         def __init__(self, s, kernels=None, vocab_size=0, micro=0, **changes):
@@ -252,8 +255,8 @@ def contestants(run, argv):
 
 
 def compare(runs, rounds, peak):
-    """A row for each run: step time, speed, MFU, memory, data wait. All take turns in every round, and so do matrix
-    products; also {dtype: their FLOP/s}, and {name: why} of those that fail."""
+    """A row for each run: step time, speed, MFU, memory, data wait. All take turns in every round, and so do
+    matrix products; also {dtype: their FLOP/s}, and {name: why} of those that fail."""
     first = runs['ours, Muon']
     first.step()                                        # what fails in it should be seen whole
     gemm = {run.dtype: products(first.config, first.micro * first.config.block_size, first.device, run.dtype)
@@ -312,8 +315,8 @@ def where_time_goes(trainer, device, steps=3):
 # ---- every kernel beside its rivals ------------------------------------------------------------------------
 
 class Operations:
-    """One layer's operations, a method each: (name, FLOPs, bytes, {rival: function of the inputs}, inputs). FLOPs and
-    bytes are those of a forward pass that touches memory once for each input and output."""
+    """One layer's operations, a method each: (name, FLOPs, bytes, {rival: function of the inputs}, inputs).
+    FLOPs and bytes are those of a forward pass that touches memory once for each input and output."""
 
     def __init__(self, config, idx, first, dtype, compile):
         self.config, self.idx, self.first, self.dtype = config, idx, first, dtype
@@ -360,7 +363,7 @@ class Operations:
 
         def by_ours(qkv):
             if 'attention' in m.IN_USE:
-                return m.attend(layer, qkv, for_kernels)
+                return m.attend_with_kernels(layer, qkv, for_kernels)
             return layer.attend(*layer.heads(qkv, context), first).transpose(1, 2)
 
         def by_flex(qkv):
@@ -457,8 +460,8 @@ class Operations:
 
 
 def kernel_cases(modules, config, dtype, rows):
-    """The operations that ideas have kernels for: a function of this name in an idea's file yields them as Operations
-    does, 'ours' among the rivals, with inputs on the CPU. compile-only builds them, too."""
+    """The operations that ideas have kernels for: a function of this name in an idea's file yields them as
+    Operations does, 'ours' among the rivals, with inputs on the CPU. compile-only builds them, too."""
     for cases in dict.fromkeys(module.kernel_cases for module in modules if hasattr(module, 'kernel_cases')):
         yield from cases(config, dtype, rows)
 
@@ -522,7 +525,8 @@ def every_kernel(config, dtype, modules=()):
 
 
 def family(s, ideas):
-    """(config, dtype) of the models whose kernels are built: that of the settings, and what else is common."""
+    """(config, dtype) of the models whose kernels are built: that of the settings, and what else is
+    common."""
     kind, shape = m.configured(ideas), [*train.SHAPE, 'vocab_size']
     declared = {name: getattr(s, name) for name in ideas.declared}
     for options in ({name: getattr(s, name) for name in shape}, *FAMILY):
@@ -638,7 +642,8 @@ def checked(stacks, root, seeds, idea_seeds, same):
 
 
 def look(run):
-    """Find what there is of a run: its result, or that it has begun; refuses one of other settings or ideas."""
+    """Find what there is of a run: its result, or that it has begun; refuses one of other settings or
+    ideas."""
     result = run.folder / 'result.json'
     run.result = json.loads(result.read_text()) if result.exists() else None
     run.begun = any((run.folder / name).exists() for name in ('ckpt.pt', 'ckpt.prev.pt'))
@@ -720,7 +725,7 @@ def as_table(rows, runs, columns, *notes):
 def write_table(path, text, found):
     """path.md and path.json."""
     sample.write_beside(path.with_suffix('.md'), lambda f: f.write(text.encode() + b'\n'))
-    sample.write_beside(path.with_suffix('.json'), lambda f: f.write(json.dumps(found, indent=1).encode()))
+    sample.write_beside(path.with_suffix('.json'), lambda f: f.write(sample.as_json(found, indent=1).encode()))
 
 
 def keep_table(runs, root):
@@ -1134,7 +1139,8 @@ def label(key):
 
 
 def text_table(columns, rows):
-    """Lines of Markdown; columns {key: decimals, a format, or None: as it is}; the last is as wide as it needs."""
+    """Lines of Markdown; columns {key: decimals, a format, or None: as it is}; the last is as wide as it
+    needs."""
     def cell(value, form):
         if not isinstance(value, (int, float)):
             return '-' if value is None else str(value)
@@ -1304,7 +1310,7 @@ def main(argv):
     building = s.kernels == 'compile-only'
     result = dict(builds=compile_only(words)) if building else measure_all(s, ideas, words)
     if s.json:
-        sample.write_beside(s.json, lambda f: f.write(json.dumps(result, indent=1).encode()))
+        sample.write_beside(s.json, lambda f: f.write(sample.as_json(result, indent=1).encode()))
     if building:
         over, n = [r for r in result['builds'] if r['over']], len(result['builds'])
         refuse(over, f'{len(over)} of {n} builds are over the limits')
@@ -1312,6 +1318,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    print_without_fail()
     try:
         main(sys.argv[1:])
     except (UserError, train.Stopped) as e:

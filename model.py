@@ -2,14 +2,16 @@
 
     part 1   the model        GPTConfig, Attention, MLP, Block, GPT, the cache, sampling
     part 2   the operations   rms_norm, rotary, attention, linear_cross_entropy: the reference in PyTorch,
-                              what a CPU runs, and choose_kernels, which says what runs instead on a GPU
-    part 3   the kernels      the same operations in Triton, fused, forward and backward
+                              and what a CPU runs
+    part 3   the kernels      choose_kernels, which says what runs instead on a GPU; the same operations in
+                              Triton, fused, forward and backward
 
 GPT, Block, Attention and MLP are seams: an idea's class of such a name, derived from it, takes its place in a
 run (README, "write your own idea"). They find each other through the config: config.Attention(config, layer).
+Where `IN_USE` or `context.last` is asked, a kernel of part 3 may take over: a first reader skips that branch.
 
-Letters in shape comments: B batch, T time, C = n_embd, H = n_head, G = n_head / n_kv_head, D = head_dim,
-V vocabulary.
+Letters in shape comments: B batch, T time, C = n_embd, H = n_head, H_kv = n_kv_head, D = head_dim,
+R = rotary_dim, V vocabulary, S keys, a cache's included, N = B T.
 
     python -c "import model; print(model.GPT(model.GPTConfig()).describe())"
 """
@@ -31,12 +33,15 @@ try:
 except ImportError:                     # then PyTorch does everything
     triton, jit, constexpr = None, lambda function: function, float
 
+IN_USE = set()                          # names of KERNELS (part 3) that run here; empty on a CPU
+
 # ---- part 1: the model -------------------------------------------------------------------------------------
 
 @dataclass
 class GPTConfig:
-    """What decides the shape and the arithmetic of a model; a field with a default value is a setting of train.py."""
-    vocab_size: int = field(default=8192)   # V; these two are no settings, the data set decides them
+    """What decides the shape and the arithmetic of a model. Fields written `name: type = value` are settings
+    of train.py; the first two come from the data set."""
+    vocab_size: int = field(default=8192)   # V
     bos: int = field(default=0)             # the id that begins every document, and so ends the one before
     block_size: int = 512       # 1..: T, the most tokens a query can look back over
     n_layer: int = 10           # 1..: layers
@@ -60,7 +65,7 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.rotary_dim = self.rotary_dim or self.head_dim
-        self.mlp_hidden = self.mlp_hidden or self.MLP.width(self)
+        self.mlp_hidden = self.mlp_hidden or self.MLP.width(self)      # the class stands in GPTConfig.MLP
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}')
         if self.head_dim % 2:
@@ -69,13 +74,6 @@ class GPTConfig:
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(f'rotary_dim is {self.rotary_dim}, it must be even and at most '
                              f'head_dim {self.head_dim}')
-
-
-def configured(ideas):
-    """GPTConfig with what ideas (prepare_data.Ideas) declare as further fields, and their classes."""
-    fields = [(name, setting.kind, setting.default) for name, setting in ideas.declared.items()]
-    classes = {base.__name__: ideas.seam(base) for base in (GPT, Block, Attention, MLP)}
-    return dataclasses.make_dataclass('GPTConfig', fields, bases=(GPTConfig,), namespace=classes)
 
 
 class Context(NamedTuple):
@@ -113,7 +111,8 @@ class Attention(nn.Module):
         self.qk_norm, self.bos = config.qk_norm, config.bos
         slow = slow_channels(self.head_dim, config.rotary_dim) if config.token_shift else None
         self.register_buffer('from_before', slow, persistent=False)
-        # scores of up to 15: unit heads alone reach sqrt D, too flat a softmax to pick out one token
+        # with QK-norm |q k| is at most D; 1 / sqrt D would keep scores under sqrt D, too flat a softmax to
+        # pick out one token
         self.scale = 15 / self.head_dim if config.qk_norm else self.head_dim ** -0.5
         self.q = Linear(config.n_embd, self.n_head * self.head_dim)
         self.k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
@@ -124,14 +123,15 @@ class Attention(nn.Module):
     def forward(self, x, context):
         qkv = self.packed(x, context)                                              # (B, T, H + 2 H_kv, D)
         if context.last is not None:
-            return self.output(attend(self, qkv, context), context)
+            return self.output(attend_with_kernels(self, qkv, context), context)
         q, k, v = self.heads(qkv, context)
         if context.cache is not None:
             k, v = context.cache.append(self, k, v)
         return self.output(self.attend(q, k, v, context.first).transpose(1, 2), context)
 
     def packed(self, x, context):
-        """Queries, keys and values of all heads side by side, (B, T, H + 2 H_kv, D): one product, not three."""
+        """Queries, keys and values of all heads side by side, (B, T, H + 2 H_kv, D): one product, not
+        three."""
         weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])
         return F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
 
@@ -156,8 +156,8 @@ class Attention(nn.Module):
         C = self.q.in_features
         for linear in (self.q, self.v):
             linear.weight.normal_(std=C ** -0.5)
-        heads = self.q.weight.view(self.n_kv_head, -1, self.head_dim, C)   # those of a key head side by side
-        self.k.weight.copy_(heads[:, 0].flatten(0, 1))
+        heads = self.q.weight.view(self.n_kv_head, -1, self.head_dim, C)   # (H_kv, H / H_kv, D, C)
+        self.k.weight.copy_(heads[:, 0].flatten(0, 1))                     # a copy of its first query head
         values = self.v.weight.view(self.n_kv_head, 1, self.head_dim, C).expand_as(heads)
         self.proj.weight.copy_(0.3 * values.reshape(-1, C).t())
 
@@ -180,7 +180,8 @@ class MLP(nn.Module):
         return self.through(x, self.up.weight, self.down.weight)
 
     def through(self, x, up, down):
-        """x (..., C) through the matrices up (hidden, C), for swiglu the gate's above it, and down (C, hidden)."""
+        """x (..., C) through matrices: up (hidden, C), or for swiglu (2 hidden, C), the gate's rows first;
+        down (C, hidden)."""
         if 'mlp' in IN_USE:
             up, down = up.to(x.dtype), down.to(x.dtype)
             return mlp_forward(x.flatten(0, -2), up, down, self.gated)[0].view_as(x)
@@ -224,7 +225,7 @@ class GPT(nn.Module):
         | token embedding, untied   | N(1)          | normalised at once, so only its angle matters          |
         | the head, a tied table    | N(0.5 / C)    | logits begin near 0: loss begins at log V at any width |
         | q, v, MLP up              | N(1 / sqrt C) | unit outputs from unit inputs at any width             |
-        | k                         | as q          | a token looks for its like (Trockman 2023, 2305.09828) |
+        | k                         | a copy of q's | a token looks for its like (Trockman 2023, 2305.09828) |
         | attention out             | 0.3 v^T       | and copies what it finds there (RESULTS.md)            |
         | MLP down                  | 0             | MLPs begin as the identity (Zhang 2019, 1901.09321)    |
         | mix of a block            | 1, 0          | a plain residual stream                                |
@@ -245,6 +246,7 @@ class GPT(nn.Module):
     def build(self, config):
         """Makes the parts; an idea adds its own after these."""
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        # how much of the token before comes in, a channel
         self.shift = nn.Parameter(torch.empty(config.n_embd)) if config.token_shift else None
         self.blocks = nn.ModuleList(config.Block(config, layer) for layer in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
@@ -284,7 +286,8 @@ class GPT(nn.Module):
         return first, None
 
     def first_visible(self, idx, past=0, cache=None):
-        """(B, T): the first position each token attends to: its document's BOS."""
+        """(B, T): the first position each token attends to: its document's BOS. A cache is told where the
+        document that it is in began."""
         position = torch.arange(past, past + idx.shape[1], device=idx.device)
         start = position * (idx == self.config.bos) if self.config.doc_mask else torch.zeros_like(idx)
         if cache is not None:
@@ -313,12 +316,12 @@ class GPT(nn.Module):
         return rms_norm(x)
 
     def loss(self, x, targets, reduction, **extras):
-        """That of hidden states x (B, T, C), as forward has it."""
+        """The loss of hidden states x (B, T, C), reduced as in forward."""
         loss = self.cross_entropy(x.flatten(0, 1), targets.flatten(), reduction, **extras)
         return loss.view_as(targets) if reduction == 'none' else loss
 
     def cross_entropy(self, x, targets, reduction, **extras):
-        """That of targets (N,) under the logits of x (N, C)."""
+        """Cross-entropy of targets (N,) under the logits of x (N, C)."""
         return linear_cross_entropy(x, self.lm_head.weight, targets, reduction)
 
     def logits(self, x):
@@ -345,7 +348,8 @@ class GPT(nn.Module):
     # what it is, in numbers
 
     def params(self):
-        """Parameter counts: dict of total, embedding (token tables and an untied head), non_embedding, active."""
+        """Parameter counts: dict of total, embedding (token tables and an untied head), non_embedding, and
+        active: those that one token meets, here all."""
         tables = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)} | {self.lm_head.weight}
         total, embedding = (sum(p.numel() for p in some) for some in (self.parameters(), tables))
         return dict(total=total, embedding=embedding, non_embedding=total - embedding, active=total)
@@ -360,11 +364,12 @@ class GPT(nn.Module):
         return (position - self.first_visible(idx) + 1).double().mean().item()
 
     def flops_per_token(self, attended=None):
-        """Model FLOPs of one training token, forward and backward: 6 a weight, 12 D a head and attended pair.
+        """Model FLOPs of one training token, forward and backward: 6 a weight, 12 D a head, layer and
+        position.
 
-        attended: mean number of positions a token attends to, itself included; by default that of one long
-        document, (T + 1) / 2; T is the convention of Chowdhery 2022 (2204.02311). Norms,
-        softmax, lookups and the optimizer are not counted.
+        attended: mean number of positions a token attends to, itself included; by default (T + 1) / 2, that
+        of one long document. (The MFU of PaLM, Chowdhery 2022, 2204.02311, takes T.) Norms, softmax, lookups
+        and the optimizer are not counted.
         """
         c = self.config
         attended = (c.block_size + 1) / 2 if attended is None else attended
@@ -382,6 +387,13 @@ class GPT(nn.Module):
 GPTConfig.GPT, GPTConfig.Block, GPTConfig.Attention, GPTConfig.MLP = GPT, Block, Attention, MLP
 
 
+def configured(ideas):
+    """GPTConfig with what ideas (prepare_data.Ideas) declare as further fields, and their classes."""
+    fields = [(name, setting.kind, setting.default) for name, setting in ideas.declared.items()]
+    classes = {base.__name__: ideas.seam(base) for base in (GPT, Block, Attention, MLP)}
+    return dataclasses.make_dataclass('GPTConfig', fields, bases=(GPTConfig,), namespace=classes)
+
+
 def blueprint(config):
     """A model without weights, to be counted."""
     with torch.device('meta'):
@@ -389,8 +401,8 @@ def blueprint(config):
 
 
 class KVCache:
-    """Keys and values of every layer, (B, heads, block_size, width) each, filled up to `length`; and what `shift`
-    needs of the last position. A layer's `cached` says what it keeps."""
+    """Keys and values of every layer, (B, heads, block_size, width) each, filled up to `length`; and what
+    `shift` needs of the last position. A layer's `cached` says what it keeps."""
 
     def __init__(self, model, batch_size):
         weight, size = model.wte.weight, model.config.block_size
@@ -399,7 +411,7 @@ class KVCache:
             n, heads, width = layer.cached
             shape = n, batch_size, heads, size, width
             self.store[layer] = torch.empty(shape, dtype=model.compute_dtype, device=weight.device)
-        self.length, self.last = 0, {}
+        self.length, self.before = 0, {}
         self.doc_start = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         self.follows = torch.zeros(batch_size, size, dtype=torch.bool, device=weight.device)
 
@@ -417,6 +429,8 @@ class KVCache:
 
 def sample_token(logits, temperature, top_k, top_p, generator=None):
     """One id (B,) from logits (B, V): scaled, cut to the top_k likeliest, then the fewest of mass top_p."""
+    if not logits.amax(-1).isfinite().all():          # a GPU would not survive to draw from it
+        raise FloatingPointError('the model gives no finite numbers')
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, order = (logits / temperature).sort(dim=-1, descending=True)
@@ -444,20 +458,19 @@ def add_norm(x, branch):
 
 
 def shift(x, follows, owner, cache=None):
-    """x (..., T, D), each position's from the one before; 0 where `follows` says that nothing goes before.
+    """x (..., T, D) moved on by one position; 0 where `follows` (bool, broadcast over x) is False: at a BOS.
 
-    What goes before the first position is 0, or what `owner` left in the cache the last time.
+    Before the first position stands 0, or the last one that the cache was given by `owner`, a module.
     """
-    first = cache.last.get(owner) if cache is not None else None
+    before = torch.zeros_like(x[..., :1, :])
     if cache is not None:
-        cache.last[owner] = x[..., -1:, :]
-    first = torch.zeros_like(x[..., :1, :]) if first is None else first
-    return torch.cat([first, x[..., :-1, :]], dim=-2) * follows
+        before, cache.before[owner] = cache.before.get(owner, before), x[..., -1:, :]
+    return torch.cat([before, x[..., :-1, :]], dim=-2) * follows
 
 
-def rotary_table(length, head_dim, base):
-    """cos, sin (length, head_dim / 2) of position / base^(2i / head_dim)."""
-    angle = torch.arange(length)[:, None] * base ** (-torch.arange(0, head_dim, 2) / head_dim)
+def rotary_table(length, R, base):
+    """cos, sin (length, R / 2) of position / base^(2i / R)."""
+    angle = torch.arange(length)[:, None] * base ** (-torch.arange(0, R, 2) / R)
     return angle.cos(), angle.sin()
 
 
@@ -470,13 +483,13 @@ def rotary(x, cos, sin):
 
 
 def slow_channels(D, R):
-    """(D,): the half of a head's channels that rotary embedding turns least, or not at all (R <= D turn)."""
+    """(D,) bool: the slower half of the R channels that rotary embedding turns, and all that it does not."""
     channel = torch.arange(D)
     return (channel >= R) | (channel % (R // 2) >= (R + 3) // 4)
 
 
 def last_visible_to(first):
-    """(B, T): the last position that each token is attended to from; `first` (B, T) never falls in a row."""
+    """(B, T): the last position that each token is attended to from; `first` (B, T) does not fall along T."""
     position = torch.arange(first.shape[1], device=first.device).expand_as(first).contiguous()
     return torch.searchsorted(first, position, right=True) - 1
 
@@ -484,7 +497,7 @@ def last_visible_to(first):
 def attention(q, k, v, first, scale, rows=128):
     """Causal attention: softmax(scale q k^T) v over first[i] <= j <= i.
 
-    q (B, H, T, D) are the last T positions of k, v (B, H_kv, S, D); first (B, T) counts in S. Returns
+    q (B, H, T, D) are the last T positions of k, v (B, H_kv, S, D); first (B, T) is an index into S. Returns
     (B, H, T, D). Blocks of `rows` queries read only the keys up to their last one: on a CPU this takes half
     the time of F.scaled_dot_product_attention with a mask, in bf16 a third (RESULTS.md).
     """
@@ -512,10 +525,11 @@ def attention(q, k, v, first, scale, rows=128):
 class BlockwiseLoss(torch.autograd.Function):
     """The mean loss of logits x weight^T, `rows` tokens at a time, its gradient made in the forward pass.
 
-    The (tokens, V) logits, the largest tensor of a small model, never exist: each block of rows is multiplied,
-    turned by block(z, at) into the sum of its losses and the gradient of their part in the mean, and multiplied
-    back while it is still in cache. z (rows, V) fp32 are the tokens of the slice `at`, to be written over.
-    Differentiable in x (N, C) and weight (V, C); n () is what the sum of all losses is divided by.
+    The (tokens, V) logits, the largest tensor of a small model, never exist: each block of rows is
+    multiplied, turned into its own gradient, and multiplied back while it is still in cache. block(z, at) is
+    given the fp32 logits z (rows, V) of the tokens in the slice `at` and may overwrite them; it returns the
+    sum of their losses, and d mean / dz, divided by n. Differentiable in x (N, C) and weight (V, C); n () is
+    the number of targets.
     """
 
     @staticmethod
@@ -539,7 +553,8 @@ class BlockwiseLoss(torch.autograd.Function):
 
 
 def rows_at_once(x, weight):
-    """A block of logits that stays in cache: 64 MB of a GPU's, a CPU's much less."""
+    """How many tokens' logits are made at once, so that they stay in cache: on a GPU 64 MB, a CPU has
+    less."""
     return max(2048, 2 ** 25 // len(weight)) if x.is_cuda else 512
 
 
@@ -547,7 +562,7 @@ def linear_cross_entropy(x, weight, targets, reduction='mean', rows=None):
     """Cross-entropy in nats of targets (N,) under the softmax of x weight^T, x (N, C), weight (V, C).
 
     reduction 'mean' (differentiable) or 'none', (N,) fp32. Targets < 0 are left out; with 'none' they give 0.
-    d mean / d logits = (softmax - targets) / n.
+    d mean / d logits = (softmax - one_hot(target)) / n.
     """
     rows, mean = rows or rows_at_once(x, weight), reduction == 'mean'
     if 'cross_entropy' in IN_USE:
@@ -571,6 +586,14 @@ def linear_cross_entropy(x, weight, targets, reduction='mean', rows=None):
     return BlockwiseLoss.apply(x, weight, n, rows, block)
 
 
+# ---- part 3: the kernels -----------------------------------------------------------------------------------
+#
+# A Triton kernel is one program, started on a grid of indices: it loads tiles through pointers, computes on
+# them in registers and stores tiles. All of these keep to a few rules: statistics in fp32; scalars as
+# constexpr, part of the program (a Python float could arrive as fp64); row offsets in int64; nothing atomic,
+# so that two runs give the same bits; tiles by width, dtype and shared memory, never by the name of a card.
+
+
 # ---- which code runs each operation
 
 KERNELS = {'attention': 'attention, causal, within documents and windows',
@@ -578,7 +601,6 @@ KERNELS = {'attention': 'attention, causal, within documents and windows',
            'rms_norm': 'residual add and RMSNorm in one pass',
            'cross_entropy': 'the loss and its gradient in one pass over a block of logits',
            'mlp': 'activation at the end of a matrix product'}
-IN_USE = set()              # names of KERNELS; empty on a CPU
 
 
 def kernels_named(names):
@@ -669,12 +691,7 @@ class Probe:
             IN_USE.update(before)
 
 
-# ---- part 3: the kernels -----------------------------------------------------------------------------------
-#
-# A Triton kernel is one program, started on a grid of indices: it loads tiles through pointers, computes on
-# them in registers and stores tiles. All of these keep to a few rules: statistics in fp32; scalars as
-# constexpr, part of the program (a Python float could arrive as fp64); row offsets in int64; nothing atomic,
-# so that two runs give the same bits; tiles by width, dtype and shared memory, never by the name of a card.
+# ---- what all kernels share
 
 def launch(kernel, grid, *args, **options):
     """Start a kernel, but not for torch.compile's fake tensors, which only ask for shapes.
@@ -1136,7 +1153,7 @@ def precision(x):
     return 'ieee' if x.dtype == torch.float32 else 'tf32'
 
 
-def attend(layer, qkv, context):
+def attend_with_kernels(layer, qkv, context):
     """o (B, T, H, D) of an Attention layer's packed qkv: all between its two products."""
     idx, cos, sin, first, last, *_ = context
     flags = layer.qk_norm, layer.from_before is not None

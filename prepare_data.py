@@ -46,7 +46,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from config import CONFIG, SEAMS, Ideas, Setting, UserError, ideas_of, refuse, shown     # for all scripts
+from config import CONFIG, SEAMS, Ideas, Setting, UserError, ideas_of, print_without_fail, refuse, shown
 
 VERSION = 1                  # of the bin format; the trainer refuses any other
 SAMPLE_BYTES = 24_000_000    # the tokenizer learns from at most this; 8 MB gives 0.2 % fewer bytes per token
@@ -1418,9 +1418,6 @@ def main(argv):
     except UserError as e:
         print(f'prepare_data.py: {e}', file=sys.stderr)
         return 2
-    except BrokenPipeError:                      # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
     except KeyboardInterrupt:
         print('prepare_data.py: interrupted; nothing was left behind', file=sys.stderr)
         return 130
@@ -1428,4 +1425,5 @@ def main(argv):
 
 if __name__ == '__main__':
     sys.modules['prepare_data'] = sys.modules['__main__']     # ideas import the one that runs
+    print_without_fail()
     sys.exit(main(sys.argv[1:]))

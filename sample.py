@@ -42,9 +42,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+try:
+    import fcntl
+except ImportError:                             # Windows
+    fcntl = None
+
 import prepare_data
+from config import UserError, print_without_fail
 from model import IN_USE, KVCache, configured
-from prepare_data import UserError
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
 
@@ -77,6 +82,11 @@ def read_checkpoint(run):
         raise UserError(what) from e
 
 
+def as_json(data, **layout):
+    """JSON, with null where a number is not finite."""
+    return json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None), **layout)
+
+
 def write_beside(path, write):
     """Make a file complete or not at all: write(file) beside its place, flush, move."""
     path = Path(path)
@@ -99,6 +109,31 @@ def save_checkpoint(out_dir, state):
     if path.exists():
         os.replace(path, path.with_name('ckpt.prev.pt'))
     os.replace(path.with_name('ckpt.new.pt'), path)
+
+
+OWNED = {}       # folder: its lock, which this process holds until it ends, in whatever way
+
+
+def own(folder, make=True):
+    """Takes a folder that is written for this process; UserError where another one has it. Unless the lock is to be
+    made, only one that is there is taken."""
+    folder = Path(folder).resolve()
+    if fcntl is None or folder in OWNED or not make and not (folder / '.lock').exists():
+        return
+    lock = open(folder / '.lock', 'a+')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        lock.seek(0)
+        raise UserError(f'{folder} is being written by another run, {lock.read() or "just begun"}: wait for its end, or '
+                        f'choose another --out_dir') from e
+    except OSError:                             # a file system without locks
+        return
+    OWNED[folder] = lock
+    if make:
+        with contextlib.suppress(OSError):      # a full disk
+            lock.truncate(0)
+            print(f'process {os.getpid()} on {platform.node()}', end='', file=lock, flush=True)
 
 
 def read_rows(path):
@@ -154,9 +189,7 @@ def load(run, device='cpu', argv=()):
 
 def write_page(path, title, **data):
     """One HTML page that needs nothing else: web/page.html, which says what it draws, with its data in it."""
-    text = json.dumps(dict(title=title, **data))
-    text = json.dumps(json.loads(text, parse_constant=lambda _: None))      # NaN and infinities are no JSON
-    text = text.replace('<', '\\u003c')                     # without one, a sample with </script> stays text
+    text = as_json(dict(title=title, **data)).replace('<', '\\u003c')       # a sample with </script> stays text
     page = (Path(__file__).parent / 'web' / 'page.html').read_text('utf-8')
     write_beside(path, lambda f: f.write(page.replace('{}</script>', f'{text}</script>', 1).encode()))
 
@@ -289,8 +322,8 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
 
     Returns bpb, two standard errors: `error`, how far it may be from that of the whole split (which has 0),
     and `text_error`, the split's documents being a sample of such text; loss, share of bytes, tokens, and per
-    source index bpb and text_error (where there are documents for one); `asked`, the share of `slices` that were
-    read, where stop() ended it.
+    source index bpb and text_error (where there are documents for one); `asked`, the share of `slices` that
+    were read, where stop() ended it.
     """
     group, asked = -(-slices // 16) if stop else slices, 1.0
     part, n_sources = deal(docs), int(docs['source'].max()) + 1
@@ -655,7 +688,7 @@ class Measure:
                     yield name, self.judge(model, name, n, stop=stop)
                 elif result := self.other(name, model, n, stop):
                     yield name, result
-            except UserError as e:
+            except (UserError, FloatingPointError) as e:
                 self.say(f'left out: {e}')         # what else is measured is worth more
 
     def other(self, name, model, n=0, stop=None):
@@ -974,7 +1007,7 @@ def evaluate(run, args):
         results[name] = result
     if args.json:
         try:
-            Path(args.json).write_text(json.dumps(results, indent=1), encoding='utf-8')
+            Path(args.json).write_text(as_json(results, indent=1), encoding='utf-8')
         except OSError as e:
             raise UserError(f'{args.json} cannot be written ({e.strerror}): name another file') from e
 
@@ -1079,9 +1112,11 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    measuring = any(arg.startswith('--eval') for arg in sys.argv)
+    print_without_fail(() if measuring else BrokenPipeError)     # nobody reads on: what is measured is kept
     try:
         main(sys.argv[1:])
-    except UserError as e:
+    except (UserError, FloatingPointError) as e:
         print(f'sample.py: {e}', file=sys.stderr)
         sys.exit(2)
     except (EOFError, KeyboardInterrupt, BrokenPipeError):

@@ -7,9 +7,10 @@
     python train.py config/babylm.py --dry_run               check everything, say what the budget buys, stop
 
 Settings come from the list below (with GPTConfig in model.py and Options in prepare_data.py), then each
-config named, left to right, then --key=value. A config with classes is an idea: they take the places of this file's
-Stream and Run, and of the other scripts' seams. Exit codes: 0 finished, 2 something to mend, 3 the training
-diverged, 75 stopped and saved (go on with --init_from=resume).
+config named, left to right, then --key=value. A config with classes is an idea: they take the places of this
+file's Stream and Run, and of the other scripts' seams. Exit codes: 0 finished, 2 something to mend, 3 the
+training diverged, 75 stopped and saved (go on with --init_from=resume), 130 stopped before there was anything to
+save. torchrun makes 1 of every code but 0, and ends with the sentence.
 """
 import os
 import sys
@@ -56,9 +57,9 @@ import torch.distributed as dist
 import model as models
 import prepare_data
 import sample
+from config import UserError, print_without_fail, refuse
 from model import GPTConfig, Linear, choose_kernels, kernels_named
-from prepare_data import UserError, refuse
-from sample import (git_commit, hardware, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
+from sample import (as_json, git_commit, hardware, own, peak_flops, peak_memory_gb, proc, read_rows, save_checkpoint,
                     write_beside, write_report)
 
 
@@ -153,10 +154,12 @@ class Stream:
         dice = self.dice(number)
         order = dice.permutation(len(self.starts))
         if self.weights is not None:
-            of = [order[self.sources[order] == source] for source in range(len(self.weights))]
-            part = [math.ceil(round(w % 1 * len(mine), 6)) for mine, w in zip(of, self.weights)]
-            times = [[mine] * int(w) + [mine[:n]] for mine, w, n in zip(of, self.weights, part)]
-            order = dice.permutation(np.concatenate(sum(times, [])))
+            drawn = []
+            for source, weight in enumerate(self.weights):
+                mine = order[self.sources[order] == source]
+                more = math.ceil(round(weight % 1 * len(mine), 6))      # rounded: 0.1 * 30 is a hair above 3
+                drawn += [mine] * int(weight) + [mine[:more]]
+            order = dice.permutation(np.concatenate(drawn))
         return self.starts[order], np.concatenate([[0], np.cumsum(self.lengths[order])])
 
     def epoch_tokens(self):
@@ -228,7 +231,7 @@ class Prefetcher:
     def __init__(self, stream, row, B, T, rank, world, device, depth):
         self.stream, self.B, self.T, self.device = stream, B, T, device
         self.first, self.stride = row + rank * B, world * B
-        self.queue, self.stopping = queue.Queue(max(3, depth)), False
+        self.queue, self.stopping = queue.Queue(depth), False
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
@@ -279,7 +282,8 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: an update has all its singular values near 1 (Jordan 2024; 2502.16982).
+    """Momentum, orthogonalised: an update has all its singular values near 1 (Jordan 2024; Liu 2025,
+    2502.16982).
 
     A gradient's few large directions would otherwise drown the rest, and the spectral norm of an update
     decides how much a layer's output moves; so the learning rate carries over from one width to another. Only
@@ -287,11 +291,11 @@ class Muon(torch.optim.Optimizer):
     All matrices of one shape are one group, their momentum one stacked tensor, orthogonalised in one batch.
     """
 
-    def __init__(self, params, momentum, dtype):
+    def __init__(self, params, momentum, dtype, **options):
         shapes = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
-        groups = [dict(params=ps) for ps in shapes.values()]
+        groups = [dict(params=ps, **options) for ps in shapes.values()]
         super().__init__(groups, dict(lr=0.0, weight_decay=0.0, momentum=momentum))
         self.dtype = dtype
 
@@ -342,7 +346,8 @@ class Clock:
             self.progress += (1 - self.progress) * min(1.0, seconds / max(left_before, 1e-9))
 
     def fits(self, step, seconds):
-        """Whether to train on, if the least step takes `seconds`: in time on average, never 5 s late."""
+        """Whether another step of at least `seconds` fits: half of one must, so that ends are late as often
+        as early, and never by 5 s."""
         return (not self.max_steps or step < self.max_steps) and self.left() > max(0.5 * seconds, seconds - 5)
 
 
@@ -362,50 +367,40 @@ def adapt(s, device, world, most):
                 else bool(re.search('avx512_bf16|amx_bf16', proc('cpuinfo'))))
         dtype = 'bfloat16' if fast else 'float32'
     rows, rest = divmod(s.tokens_per_step, s.block_size * world)
-    refuse(rest,
-           f'tokens_per_step is {s.tokens_per_step}, it must be a multiple of block_size {s.block_size} '
+    refuse(rest, f'tokens_per_step is {s.tokens_per_step}, it must be a multiple of block_size {s.block_size} '
            f'times {world} rank{"s" * (world > 1)}: try {(rows + 1) * s.block_size * world}')
     limit = s.micro_batch_size if device == 'cuda' else min(s.micro_batch_size, max(1, 8192 // s.block_size))
     micro = max(b for b in range(1, min(limit, rows, most) + 1) if rows % b == 0)
     if micro != s.micro_batch_size:
-        why = 'a CPU is fastest on some 8,192 tokens at a time'
-        why = f'a rank reads {rows} sequences a step' if limit >= rows else why
-        why = 'a step shares its sequences out among so many kinds of text' if most < limit else why
+        why = ('a step is made of smaller parts' if most < min(limit, rows) else
+               f'a rank reads {rows} sequences a step' if limit >= rows else
+               'a CPU is fastest on some 8,192 tokens at a time')
         said.append(f'micro_batch_size {micro} instead of {s.micro_batch_size}: {why}')
-    compile = s.compile == 'on' and not s.dry_run
-    if s.dry_run and s.compile != 'off':
-        said.append('dry_run measures without torch.compile, which takes too long for a look: '
-                    'the run itself may be faster')
-    elif s.compile == 'auto':
-        compile = device == 'cuda' or s.budget_minutes >= 5 and not s.max_steps
-        if compile and device == 'cpu' and not (shutil.which('g++') or shutil.which('clang++')):
-            compile = False
-            said.append('torch.compile is off: no C++ compiler (g++) is installed')
-        elif not compile:
-            said.append('torch.compile is off: it takes half a minute of a CPU, '
-                        'more than so short a run gets back')
-    return dtype, compile, micro, said
+    why, unasked = '', s.compile == 'auto' and device == 'cpu'
+    if s.dry_run:
+        why = 'it takes too long for a look, and the run itself may be faster'
+    elif unasked and (s.budget_minutes < 5 or s.max_steps):
+        why = 'it takes half a minute of a CPU, more than so short a run gets back'
+    elif unasked and not (shutil.which('g++') or shutil.which('clang++')):
+        why = 'no C++ compiler (g++) is installed'
+    said += [f'torch.compile is off: {why}'] if why and s.compile != 'off' else []
+    return dtype, s.compile != 'off' and not why, micro, said
 
 
 def check_room(s, config, micro, device, out_dir):
     """Refuse what cannot end well: a model or a checkpoint that memory or disk has no room for."""
     total = models.blueprint(config).params()['total']
-    # fp32 weights, gradients and two moments; activations, about 18 C a layer and token; a block of logits
-    activations = micro * config.block_size * config.n_embd * (36 * config.n_layer + 8)
-    need = 16 * total + activations + 512 * config.vocab_size * 16
-    if device == 'cuda':
-        have = torch.cuda.mem_get_info()[0]
-    else:
-        available = re.search(r'MemAvailable:\s+(\d+)', proc('meminfo'))
-        have = 1024 * int(available[1]) if available else math.inf
-    refuse(need > have,
-           f'the model needs about {need / 2**30:.1f} GiB and {have / 2**30:.1f} are free: lower '
-           f'micro_batch_size (now {micro}), n_layer or n_embd')
+    # bytes: fp32 weights, gradients, two moments; about 18 bf16 activations a layer, channel and token; logits
+    need = (16 * total + micro * config.block_size * config.n_embd * (36 * config.n_layer + 8)
+            + 512 * config.vocab_size * 16)
+    free = re.search(r'MemAvailable:\s+(\d+)', proc('meminfo'))
+    have = torch.cuda.mem_get_info()[0] if device == 'cuda' else 1024 * int(free[1]) if free else math.inf
+    refuse(need > have, f'the model needs about {need / 2**30:.1f} GiB and {have / 2**30:.1f} are '
+           f'free: lower micro_batch_size (now {micro}), n_layer or n_embd')
     place = next(p for p in [out_dir.absolute(), *out_dir.absolute().parents] if p.exists())
-    free, checkpoint = shutil.disk_usage(place).free, 16 * total
-    refuse(free < 3 * checkpoint + 2 ** 20,
-           f'{place} has {free / 2**20:,.0f} MiB free, three checkpoints need '
-           f'{3 * checkpoint / 2**20:,.0f}: make room or choose another --out_dir')
+    room, checkpoints = shutil.disk_usage(place).free, 3 * 16 * total
+    refuse(room < checkpoints + 2 ** 20, f'{place} has {room / 2**20:,.0f} MiB free, three checkpoints need '
+           f'{checkpoints / 2**20:,.0f}: make room or choose another --out_dir')
 
 
 def seconds_of(work, times):
@@ -423,32 +418,52 @@ def seconds_of(work, times):
 # ---- the run -----------------------------------------------------------------------------------------------
 
 LEAVING = 0.8       # seconds from the last line printed to the prompt back, the report's page included
-UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', 'data', 'sample',   # told below
-             'warnings', 'energy', 'ideas')
+UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', 'data', 'sample',
+             'warnings', 'energy', 'ideas')      # told in another form, or too long
+HANGUP = getattr(signal, 'SIGHUP', None)        # not on Windows
+PATIENCE = 600      # seconds that ranks wait for each other to begin
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 COLUMNS = '    step  progress      loss        lr   grad_norm     tok/s       mfu  wait_ms  mem_gb  elapsed_s'
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT arrived; everything is saved."""
+    """SIGTERM, SIGINT or SIGHUP arrived; everything is saved."""
 
 
 class Diverged(Exception):
     """Steps were not finite again and again, after going back to a checkpoint too."""
 
 
+def ranks():
+    """This process's rank and their number, as torchrun and others set them; alone where nothing does."""
+    told = {name: os.environ.get(name, '') for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
+    rank, world = told['RANK'] or '0', told['WORLD_SIZE'] or '1'
+    alone = (rank, world) == ('0', '1')
+    refuse(not alone and not (all(told.values()) and (rank + world).isdecimal() and int(rank) < int(world)),
+           f'the environment has {" ".join(f"{k}={v}" for k, v in told.items())}, which is no rank of a run: '
+           f'unset RANK and WORLD_SIZE to run alone, or start with torchrun')
+    return int(rank), int(world)
+
+
+def listen(handler):
+    """Who hears the signals that end a run; not a hangup that nohup keeps from it."""
+    for number in (signal.SIGTERM, signal.SIGINT, HANGUP):
+        if number and not (number == HANGUP and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, handler)
+
+
 class Run:
     """One run, from its settings to its report; its methods stand in the order in which a run lives.
 
-    An idea overrides a method, does its part and calls super(). What a step computes: loss, groups, optimizers,
-    rate, decay, micro_steps. What goes with it into a checkpoint and comes back: state, load.
+    An idea overrides a method, does its part and calls super(). What a step computes: loss, groups,
+    optimizers, rate, decay, micro_steps. What goes with it into a checkpoint and comes back: state, load.
     """
 
     # -- open: the machine, the checkpoint, the data
 
     def __init__(self, s, ideas):
         self.s, self.ideas, self.out_dir = s, ideas, Path(s.out_dir)
-        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.rank, self.world = ranks()
         self.device, self.master = choose_device(s), self.rank == 0
         self.signals, self.told = [], []         # told: what a reader of the report should know
         self.steps, self.rows_read, self.skipped, self.tokens, self.flops = 0, 0, 0, 0, 0.0
@@ -460,20 +475,37 @@ class Run:
 
     def open(self):
         """Takes the machine and opens all that the run reads; refuses what it could not end with."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.heed)
         self.checkpoint = self.find_checkpoint()
         if self.world > 1:
             if self.device == 'cuda':
-                torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-            dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo',
-                                    timeout=datetime.timedelta(hours=1))
+                torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+            self.meet()
+        listen(signal.default_int_handler)
         share = 1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         self.energy = sample.Energy(self.device, STARTED, share=share)
         self.earlier = np.zeros_like(self.energy.joules)         # of all ranks, in processes before this one
         self.data = self.in_turn(self.corpus().open)
+        listen(self.heed)
         self.check_data()
         self.open_evaluations()
+
+    def meet(self):
+        """Joins the other ranks; says whom it waits for when that takes long."""
+        listen(signal.SIG_DFL)                   # ends at once: Python hears nothing while torch waits
+        where = f'{self.world} ranks at {os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+        line = f'rank {self.rank} waits for {where}, {PATIENCE} s at most; Ctrl-C ends it'
+        teller = threading.Timer(min(10, PATIENCE / 2), print, [line], dict(flush=True))
+        teller.daemon = True
+        teller.start()
+        try:
+            store, *_ = next(dist.rendezvous('env://', timeout=datetime.timedelta(seconds=PATIENCE)))
+            dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo', store=store, rank=self.rank,
+                                    world_size=self.world, timeout=datetime.timedelta(hours=1))
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f'rank {self.rank} did not meet {where} ({type(e).__name__}): start all of them, '
+                            f'with torchrun, or unset RANK and WORLD_SIZE to run alone') from e
+        finally:
+            teller.cancel()
 
     def in_turn(self, work):
         """What work returns: rank 0 builds or fetches what is missing, then the others find it there."""
@@ -483,8 +515,14 @@ class Run:
         return made if self.master else work()
 
     def heed(self, number, frame):
+        """Told once, a run ends with its step; three times (by Ctrl-C and torchrun is two), at once. A terminal that
+        goes away may tell it more than once."""
+        if not self.signals and self.master:
+            with contextlib.suppress(OSError):   # not print, which it may have interrupted
+                os.write(2, b'told to stop: the run saves after this step, or what else it is at; compiling may take '
+                            b'a minute\n')
         self.signals.append(number)
-        if len(self.signals) > 2:                # told three times (by Ctrl-C and torchrun is two): at once
+        if number != HANGUP and len(self.signals) - self.signals.count(HANGUP) > 2:
             os._exit(128 + number)
 
     def say(self, line):
@@ -512,8 +550,10 @@ class Run:
     def find_checkpoint(self):
         """The checkpoint to go on from, or None; refuses to write over an earlier run."""
         s, out = self.s, self.out_dir
+        if self.master and not s.dry_run:
+            own(out, make=False)
         blocked = next((p for p in [out, *out.parents] if p.exists() and not p.is_dir()), None)
-        refuse(blocked, f'{blocked} is a file, and the run would be written to the folder {out}: choose another '
+        refuse(blocked, f'{blocked} is a file, the run would be written to the folder {out}: choose another '
                f'--out_dir')
         finished = (out / 'result.json').exists()
         saved = (out / 'ckpt.pt').exists() or (out / 'ckpt.prev.pt').exists()   # killed between two moves
@@ -530,21 +570,20 @@ class Run:
                    f'--out_dir, or say --overwrite')
 
     def take_settings(self, checkpoint):
-        """On resuming: what the command line leaves open is as it was, and what it says must be."""
-        s, theirs = self.s, checkpoint['settings']
-        before, now = ([(name, digest) for name, digest, named in ideas if named]
+        """On resuming: a setting that the command line does not give is as the run had it; one that it gives
+        must be the same, unless it is free."""
+        s, theirs, free = self.s, checkpoint['settings'], self.free()
+        before, now = ({name: digest for name, digest, named in ideas if named}
                        for ideas in (checkpoint['ideas'], self.ideas.sources()))
-        refuse(sorted(n for n, _ in before) != sorted(n for n, _ in now), f'{self.out_dir} was begun with '
-               + (', '.join(f'{name}.py' for name, _ in before) or 'no idea') + ', and the command line names '
-               + (', '.join(f'{name}.py' for name, _ in now) or 'none') + ': name the same')
-        for name in [name for name, digest in now if (name, digest) not in before]:
+        names = [', '.join(f'{name}.py' for name in ideas) or 'no idea' for ideas in (before, now)]
+        refuse(before.keys() != now.keys(),
+               f'{self.out_dir} was begun with {names[0]}, the command line names {names[1]}: name the same')
+        for name in [name for name in now if before[name] != now[name]]:
             self.say(f'warning: {name}.py is not what it was as this run began')
-        adopted, free = self.shape_names() if checkpoint['origin'] != 'scratch' else (), self.free()
-        for name in [k for k in theirs if k in vars(s) and k not in free]:
-            if name not in self.ideas.set_at or name in adopted:
-                setattr(s, name, theirs[name])
-        differ = [f'{k} (was {theirs[k]!r}, now {v!r})' for k, v in vars(s).items()
-                  if k not in free and k in theirs and theirs[k] != v]
+        shape = self.shape_names() if checkpoint['origin'] != 'scratch' else ()     # was that of another run's weights
+        bound = [k for k in theirs if k in vars(s) and k not in free]
+        vars(s).update({k: theirs[k] for k in bound if k not in self.ideas.set_at or k in shape})
+        differ = [f'{k} (was {theirs[k]!r}, now {getattr(s, k)!r})' for k in bound if theirs[k] != getattr(s, k)]
         refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
 
     def free(self):
@@ -559,8 +598,8 @@ class Run:
                f'sixteenth of a step of {s.tokens_per_step:,}: bring more text or lower them')
 
     def corpus(self):
-        """Where the text comes from. Weights go with the vocabulary that they learned: what is prepared for those of
-        another run has that run's."""
+        """Where the text comes from. With weights of another run it is tokenized with that run's
+        vocabulary."""
         s = self.s
         other = s.init_from if s.init_from not in ('scratch', 'resume') else ''
         return self.ideas.seam(prepare_data.Corpus)(SimpleNamespace(**vars(s) | dict(
@@ -593,10 +632,10 @@ class Run:
         self.clock, self.origin = Clock(s), s.init_from
         if self.resuming:
             self.load(self.checkpoint)
-        # before a thread reads the stream
+        # now: a stream is no two threads'
         rows = self.stream.first_rows(min(64, s.tokens_per_step // s.block_size), s.block_size)
         self.early, self.first_batch = torch.from_numpy(rows), self.stream.batch(0, self.micro, s.block_size)
-        self.checkpoint = None                   # its memory
+        self.checkpoint = None                   # frees its memory
 
     def shape(self):
         """The model's config: that of a run which goes on, else of the settings."""
@@ -639,7 +678,7 @@ class Run:
         return self.config
 
     def rows_limit(self):
-        """Sequences of a micro-batch, at most, for a reason of the stream's."""
+        """Sequences of a micro-batch, at most, where a step must be made of smaller parts."""
         return self.s.micro_batch_size
 
     def new_model(self, config):
@@ -673,16 +712,12 @@ class Run:
                     matrices=dict(params=matrices, base_lr=lr, base_decay=decay))
 
     def make_optimizers(self, model):
-        s, made = self.s, []
+        s, muon = self.s, []
         groups = {name: dict(base_decay=0.0) | g for name, g in self.groups(model).items() if g['params']}
         if s.optimizer == 'muon':
-            matrices = groups.pop('matrices')
-            made.append(Muon(matrices.pop('params'), s.momentum, self.dtype))
-            for group in made[0].param_groups:
-                group.update(matrices)
-        made.append(torch.optim.AdamW([*groups.values()], lr=0.0, betas=(s.beta1, s.beta2), eps=1e-10,
-                                      weight_decay=0.0, fused=True))
-        return made
+            muon = [Muon(momentum=s.momentum, dtype=self.dtype, **groups.pop('matrices'))]
+        return muon + [torch.optim.AdamW([*groups.values()], lr=0.0, betas=(s.beta1, s.beta2), eps=1e-10,
+                                         weight_decay=0.0, fused=True)]
 
     # -- what a checkpoint keeps
 
@@ -749,7 +784,9 @@ class Run:
         """The run's folder: what another run left there is gone, what the resumed one logged stays."""
         out, tokenizer = self.out_dir, self.data.tokenizer
         out.mkdir(parents=True, exist_ok=True)
+        own(out)
         if not self.resuming:
+            self.find_checkpoint()               # another run may have been here since
             for pattern in ('ckpt*.pt*', 'tokenizer.*', '*.json*', 'report.html'):
                 for old in out.glob(pattern):
                     old.unlink()
@@ -765,9 +802,8 @@ class Run:
     def record(self, **row):
         """Adds a row to metrics.jsonl."""
         if self.metrics:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             try:
-                self.metrics.write(json.dumps(finite) + '\n')
+                self.metrics.write(as_json(row) + '\n')
             except OSError as e:                # a full disk: the run is worth more than its log
                 self.say(f'warning: metrics.jsonl could not be written ({e.strerror})')
 
@@ -801,32 +837,48 @@ class Run:
         batch = {k: t.to(self.device) for k, t in batch.items()}
         self.progress = self.clock.progress
         self.make_noise()
-        self.batch_loss(**batch).backward()
+        try:
+            self.batch_loss(**batch).backward()
+        except Exception as e:                   # whatever a compiler meets; what is wrong with the model comes again
+            if not self.compiling:
+                raise
+            self.do_without_compiler(e)
+            self.batch_loss(**batch).backward()
         seconds = seconds_of(lambda: self.batch_loss(**batch).backward(), 1)
         self.step_seconds = self.accum * self.agreed(seconds)
         self.model.zero_grad()
 
     def compiled(self, model):
-        """The model as it is trained: on a GPU one program; on a CPU one for a block, which all blocks share: a third
-        of the wait, and as fast (RESULTS.md)."""
-        torch._dynamo.config.recompile_limit = 64        # programs of one function, where blocks or models differ
+        """The model as it is trained: on a GPU one program; on a CPU one for a block, which all blocks share:
+        a third of the wait, and as fast (RESULTS.md)."""
+        torch._dynamo.config.recompile_limit = 64        # programs of one function: blocks, models may differ
         if self.device == 'cuda':
             return torch.compile(model, dynamic=False)
         for block in model.blocks:
             block.compile(dynamic=False)
         return model
 
+    def do_without_compiler(self, error):
+        self.compiling = False
+        torch.compiler.set_stance('force_eager')
+        why = ' '.join(str(error).split())[:200] or type(error).__name__
+        self.say(f'warning: torch.compile does not work here ({why}): the run goes on without it, slower')
+
     def dearer(self):
-        """How many times as dear as now the closing evaluation will be, by the model that it will be of."""
+        """How many times longer than now the closing evaluation will take: more than once, if the model
+        grows."""
         return 1.0
 
     def measure_evaluation(self):
-        """What the closing evaluation may have: shares of the validation text and of every evaluation set."""
+        """Tries each part of the closing evaluation on a little, and plans how much of it fits: a tenth of
+        the budget for bits per byte, a twentieth for evaluation sets, an 80th for all else. slices: of
+        validation text; counts: {set: items} at the end, curve: on the way; others: {name: (items,
+        seconds)}."""
         s, clock, measure = self.s, self.clock, self.measure
         tenth, val_tokens = 0.1 * clock.budget, len(self.data.tokens['val'])
         self.slices, most = sample.SLICES, tenth if clock.counts_all else math.inf
         probe = min(self.slices, -(-self.slices * 8192 // val_tokens))
-        self.bits(probe, keep=False)             # sets things up
+        self.bits(probe, keep=False)             # the first call sets things up
         self.slice_seconds = self.dearer() * self.agreed(
             min(self.bits(probe, keep=False)['seconds_per_slice'] for _ in range(2)))
         if self.slice_seconds * self.slices > most:
@@ -841,18 +893,19 @@ class Run:
             self.judge_seconds = token_cost * measure.tokens_of(self.counts)
         start = torch.full((1, 1), self.config.bos, device=self.device)
         with self.evaluating():
-            self.token_seconds = self.dearer() * seconds_of(lambda: list(self.model.generate(start, 12)), 2) / 12
-        self.others = measure.plan(tenth / 8, self.token_seconds)       # {name: (items, seconds)}
+            seconds = seconds_of(lambda: list(self.model.generate(start, 12)), 2)
+        self.token_seconds = self.dearer() * seconds / 12
+        self.others = measure.plan(tenth / 8, self.token_seconds)
 
     def closing_seconds(self):
-        """What follows the last step will take: a tenth of the budget for bits per byte at most; what proves too
-        slow is cut short there, and the report says so."""
+        """Seconds from the last step to the prompt back: a tenth of the budget for bits per byte at most,
+        which are cut if they take longer."""
         most = 0.1 * self.clock.budget if self.clock.counts_all else math.inf
-        least = self.slice_seconds * -(-self.slices // 16)       # what it does not stop within
+        least = self.slice_seconds * -(-self.slices // 16)       # it stops at 16ths only
         return max(least, min(self.slice_seconds * self.slices, most)) + self.save_seconds + self.afterwards()
 
     def afterwards(self):
-        """Seconds that follow bits per byte."""
+        """Seconds of what comes after bits per byte."""
         return (self.judge_seconds + sum(seconds for _, seconds in self.others.values())
                 + self.token_seconds * self.s.sample_tokens + LEAVING)
 
@@ -879,8 +932,8 @@ class Run:
         self.energy.turn('train')
 
     def time_left(self):
-        """Whether to make another step. Rank 0's clock decides: ranks that stopped at different steps would wait
-        for ever."""
+        """Whether to make another step, and what it goes by, progress, left, step_seconds: rank 0's on every
+        rank, or they would stop at different steps and wait for ever."""
         clock = self.clock
         clock.reserve = self.closing_seconds()
         fits = clock.fits(self.steps, self.step_seconds / self.accum)
@@ -904,11 +957,12 @@ class Run:
         return self.accum
 
     def batch_loss(self, **batch):
-        """That of a micro-batch, whose mean a step makes smaller; an idea may ask kinds of rows one by one."""
+        """The loss of a micro-batch; an idea that treats some of its rows otherwise asks `loss` for each
+        kind."""
         return self.loss(**batch)
 
     def loss(self, idx, targets, **extras):
-        """That of rows of one kind; extras go to the model by keyword."""
+        """The mean loss of rows; extras go to the model by keyword."""
         return self.step_model(idx, targets, **extras)
 
     def make_noise(self):
@@ -942,8 +996,8 @@ class Run:
         self.log(loss, norm, rate, finite)
 
     def gradients(self, n_micro):
-        """Gradients of the mean loss of so many micro-batches: that loss, and seconds waited for data; None for
-        the loss if a lone rank must stop before the last of them."""
+        """Gradients of the mean loss of so many micro-batches: that loss, and seconds waited for data; None
+        for the loss if a lone rank must stop before the last of them."""
         total, waited = torch.zeros((), device=self.device), 0.0
         for _ in range(n_micro):
             batch, wait = self.batches.next()
@@ -974,7 +1028,8 @@ class Run:
         return loss, norm, rate
 
     def average_over_ranks(self, loss, flag):
-        """Averages gradients and loss over ranks, in place, in one message; True if any rank raised its flag."""
+        """Averages gradients and loss over ranks, in place, in one message; True if any rank raised its
+        flag."""
         if self.world == 1:
             return flag
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -1009,27 +1064,27 @@ class Run:
 
     def peak(self):
         """FLOPs a second that all ranks could do at most, where that is known."""
-        name = hardware(self.device)
-        known = peak_flops(name) if self.device == 'cuda' and self.dtype == torch.bfloat16 else None
-        return known and known * self.world
+        known = self.device == 'cuda' and self.dtype == torch.bfloat16 and peak_flops(hardware(self.device))
+        return known * self.world if known else None
 
-    def roll_back(self):
+    def diverged(self, what):
+        return Diverged(f'{what} after step {self.steps}: lower learning_rate (now {self.s.learning_rate:g}), or '
+                        f'dtype=float32')
+
+    def roll_back_if_due(self):
         """Not finite, again and again: back, once, to the last checkpoint that cannot be the cause itself."""
         if self.bad_steps < BAD_STEPS:
             return
-        lower = f'lower learning_rate (now {self.s.learning_rate:g})'
         if self.rolled_back or self.steps == self.bad_steps or not (self.out_dir / 'ckpt.pt').exists():
             again = ', again after going back' if self.rolled_back else ''
-            raise Diverged(f'{self.bad_steps} steps in a row were not finite{again}: {lower}, or '
-                           f'dtype=float32')
+            raise self.diverged(f'{self.bad_steps} steps in a row were not finite{again}')
         if self.world > 1:
             dist.barrier()
         good = sample.read_checkpoint(self.out_dir)
         if good['steps'] == self.steps - self.bad_steps and (self.out_dir / 'ckpt.prev.pt').exists():
             good = sample.read_checkpoint(self.out_dir / 'ckpt.prev.pt')
         if good['config'] != dataclasses.asdict(self.config):
-            raise Diverged(f'{self.bad_steps} steps in a row were not finite since the model has another '
-                           f'shape: {lower}')
+            raise self.diverged(f'{self.bad_steps} steps in a row were not finite since the model has another shape')
         self.model.load_state_dict(good['model'])
         for optimizer, state in zip(self.optimizers, good['optimizers']):
             optimizer.load_state_dict(state)
@@ -1047,8 +1102,11 @@ class Run:
             self.last_save = self.clock.elapsed()
 
     def save(self):
-        """The state, moved into place whole; the last one is kept. Returns an error, which costs no run."""
+        """Writes the state whole or not at all, and keeps the one before. Returns the error of it, or None: a
+        full disk must not end a run."""
         with self.busy('save'):
+            if not all(p.isfinite().all() for p in self.model.parameters()):
+                return self.diverged('the weights are not finite')
             try:
                 if self.master:
                     save_checkpoint(self.out_dir, self.state())
@@ -1070,8 +1128,8 @@ class Run:
 
     @contextlib.contextmanager
     def evaluating(self):
-        """The model as it is measured, of any shape of text and so not compiled; an idea may put other weights there.
-        Other ranks wait for the first."""
+        """The model as it is measured, of any shape of text and so not compiled; an idea may put other
+        weights there. Other ranks wait for the first."""
         with self.busy('eval'), torch.compiler.set_stance('force_eager'):
             self.model.eval()
             try:
@@ -1105,12 +1163,15 @@ class Run:
         pieces = []
         with self.evaluating():
             dice = torch.Generator(device=self.device).manual_seed(self.s.seed)
-            for piece in (sample.stream(self.model, self.data.tokenizer, self.s.sample_prompt, length, 0.8, generator=dice)
-                          if self.master and length else ()):
-                pieces.append(piece)
-                if self.clock.elapsed() > deadline:
-                    self.say_cut('the sample', len(pieces) / length)
-                    break
+            coming = sample.stream(self.model, self.data.tokenizer, self.s.sample_prompt, length, 0.8, generator=dice)
+            try:
+                for piece in coming if self.master and length else ():
+                    pieces.append(piece)
+                    if self.clock.elapsed() > deadline:
+                        self.say_cut('the sample', len(pieces) / length)
+                        break
+            except FloatingPointError as e:
+                self.say(f'warning: the sample ends early: {e}')
         return ''.join(pieces) if self.master and length else None
 
     def say_cut(self, name, share):
@@ -1128,7 +1189,10 @@ class Run:
         s, progress = self.s, self.progress
         if not (self.next_eval and self.next_eval <= progress < 0.95):
             return
+        self.next_eval = s.eval_interval * (progress // s.eval_interval + 1)
         result = self.bits(max(1, self.slices // 8))
+        if not math.isfinite(result['bpb']):
+            return self.say('         validation: not finite')
         self.slice_seconds = self.dearer() * self.agreed(result['seconds_per_slice'])
         self.say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, '
                  f'standard error {result["error"]:.4f}')
@@ -1136,7 +1200,6 @@ class Run:
             self.record_abilities(abilities)
             self.say('         ' + ', '.join(f'{name} {e["accuracy"]:.4f} +- {e["error"]:.4f}'
                                              for name, e in abilities.items()))
-        self.next_eval = s.eval_interval * (progress // s.eval_interval + 1)
         if text := self.continuation(min(60, s.sample_tokens)):
             self.record(step=self.steps, progress=progress, sample=text, elapsed_s=self.clock.elapsed())
 
@@ -1152,27 +1215,30 @@ class Run:
         found = self.closing_evaluation()
         if self.all_reduce(np.array([float(bool(self.signals))]))[0]:
             raise unsaved or Stopped(f'stopped by a signal during the closing evaluation; {saved}')
-        report = self.results(*found)
+        report, unwritten = self.results(*found), unsaved
+        if self.master and not unsaved:
+            try:
+                self.keep_report(report)         # on disk before a word of it
+            except UserError as e:
+                unwritten = e
         self.say_report(report)
-        if unsaved:
-            raise unsaved
-        if self.master:
-            self.keep_report(report)
+        if unwritten:
+            raise unwritten
 
-    def deadline(self, kept=0.0):
-        """When a part of the closing must end, on the clock, so that `kept` seconds remain for what follows."""
+    def deadline(self, kept):
+        """When a part of the closing must end, on the clock, so that `kept` seconds remain for what
+        follows."""
         grace = min(0.01 * self.clock.budget, 5.0)
         return self.clock.budget + grace - kept if self.clock.counts_all else math.inf
 
     def until(self, deadline):
-        """A stop(), to be asked before the next part of what must end by then: a part takes what the last one took."""
-        last = self.clock.elapsed()
+        """A stop(), to be asked before the next part of what must end by then: a part takes what the last one
+        took."""
+        asked = [self.clock.elapsed()]
 
         def stop():
-            nonlocal last
-            now = self.clock.elapsed()
-            ahead, last = now - last, now
-            return now + ahead > deadline or bool(self.signals)
+            asked.append(self.clock.elapsed())
+            return 2 * asked[-1] - asked[-2] > deadline or bool(self.signals)
         return stop
 
     def closing_evaluation(self):
@@ -1184,6 +1250,8 @@ class Run:
             return bool(self.all_reduce(np.array([late() * self.master, bool(self.signals)], float)).any())
 
         result = self.bits(self.slices, stop=out_of_time)
+        if not math.isfinite(result['bpb']):
+            raise self.diverged(f'bits per byte are {result["bpb"]}')
         slow = min(4.0, max(1.0, result['seconds_per_slice'] / self.slice_seconds))     # as the machine is now
         spoken = self.token_seconds * self.s.sample_tokens
         kept += (slow - 1) * spoken
@@ -1192,13 +1260,13 @@ class Run:
             kept -= self.judge_seconds * tokens / self.measure.tokens_of(self.counts)
             stop = self.until(self.deadline(kept))
             at_once = min(self.at_once, 1 + int(tokens / 16)) if slow > 1.5 else self.at_once     # to be cut in time
-            evals |= self.judge({} if self.master and stop() else {name: n}, stop, at_once)
+            evals |= self.judge({} if stop() else {name: n}, stop, at_once)
         for name, (n, seconds) in self.others.items():
             kept -= seconds
             stop = self.until(self.deadline(kept))
             with self.evaluating():
-                found = self.measure.other(name, self.model, n, stop) if self.master and not stop() else None
-                evals |= {name: found} if found else {}
+                ask = self.measure.ask(self.model, {name: n}, stop) if self.master else ()
+                evals |= dict(ask)
         text = self.continuation(0 if self.signals else self.s.sample_tokens, self.deadline(kept - slow * spoken))
         for name in [*self.counts, *self.others] if self.master and not self.signals else ():
             self.say_cut(name, evals[name].get('share', 1) if name in evals else 0)
@@ -1240,8 +1308,9 @@ class Run:
         return sample.energy_report(joules, self.energy.how, self.s.country)
 
     def keep_report(self, report):
-        self.metrics.close()
-        write_beside(self.out_dir / 'result.json', lambda f: f.write(json.dumps(report, indent=1).encode()))
+        with contextlib.suppress(OSError):      # of a log that has said already that it could not be written
+            self.metrics.close()
+        write_beside(self.out_dir / 'result.json', lambda f: f.write(as_json(report, indent=1).encode()))
         try:
             write_report(self.out_dir, self.page_blocks())
         except UserError as e:                  # result.json is safe
@@ -1260,7 +1329,7 @@ class Run:
             if isinstance(value, dict):
                 value = ', '.join(f'{k} {v:.4f}' for k, v in value.items())
             elif isinstance(value, float):
-                value = f'{value:.6g}'
+                value = f'{value:.6g}' if math.isfinite(value) else 'not finite'
             self.say(f'{key}: {"not measured" if value is None else value}')
         for name, e in report['evals'].items():
             self.say(self.measure.line(name, e))
@@ -1279,7 +1348,7 @@ class Run:
 
 
 def begin(argv):
-    """The run that a command line asks for; None where it asks only what that would be."""
+    """The Run that a command line asks for; None after --show."""
     s, ideas = read_settings(argv)
     if s.show:
         return print(prepare_data.shown(ideas))
@@ -1299,7 +1368,7 @@ def live(run):
         run.step()
         if run.stopping:
             break
-        run.roll_back()
+        run.roll_back_if_due()
         run.save_if_due()
         run.evaluate_if_due()
     run.finish()
@@ -1310,18 +1379,32 @@ def main(argv):
         live(run)
 
 
+def tell(run, error):
+    """Says why a run ends, and returns the exit code of that. What is so on every rank the first one says. torchrun,
+    which makes 1 of every code, ends with what it finds in a file."""
+    code = {Stopped: 75, Diverged: 3, FloatingPointError: 3, KeyboardInterrupt: 130}.get(type(error), 2)
+    rank, file = os.environ.get('RANK', '0'), os.environ.get('TORCHELASTIC_ERROR_FILE')
+    said = 'interrupted before the first step, nothing was left behind' if code == 130 else error
+    if rank == '0' or code == 2 and (run or not file):
+        print(f'train.py{f", rank {rank}" * (rank != "0")}: {said}', file=sys.stderr)
+    if file:
+        told = dict(py_callstack=f'{said} (exit code {code})', timestamp=str(int(time.time())))
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps(dict(message=dict(message=str(said), extraInfo=told))))
+    return code
+
+
 if __name__ == '__main__':
     code, run = 0, None
+    print_without_fail()
     try:
         if {'-h', '--help'} & set(sys.argv):
             print(__doc__)
         elif run := begin(sys.argv[1:]):
             live(run)
-    except (UserError, Diverged, Stopped) as e:
-        code = 75 if isinstance(e, Stopped) else 3 if isinstance(e, Diverged) else 2
-        if os.environ.get('RANK', '0') == '0':
-            print(f'train.py: {e}', file=sys.stderr)
-    sys.stdout.flush()
+    except (UserError, Diverged, FloatingPointError, Stopped, KeyboardInterrupt) as e:
+        code = tell(run, e)
     if run:
         run.close(code)
-    sys.exit(code)
+    sys.stdout.flush()
+    os._exit(code)                              # all is closed; taking torch down takes seconds of a busy machine

@@ -1,8 +1,9 @@
 """How configs and ideas are read; the ideas themselves are the other files of this folder.
 
 A config is a file of settings; an idea is one that holds code too, classes that derive from the seams of the
-scripts and take their places in a run. Settings are read, never executed: `name = value` sets one that exists,
-`name: type = value` declares one, and the comment behind it says which values are legal, and what it is.
+scripts and take their places in a run. Settings are read, never executed: `name = value` sets one that
+exists, `name: type = value` declares one, and the comment behind it says which values are legal, and what it
+is.
 """
 import ast
 import difflib
@@ -12,9 +13,11 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import io
 import itertools
 import math
 import operator
+import os
 import re
 import sys
 import textwrap
@@ -41,6 +44,44 @@ def refuse(wrong, why):
     """End with a sentence to the user where something is wrong."""
     if wrong:
         raise UserError(why)
+
+
+class Heedless(io.RawIOBase):
+    """What a stream writes to. What cannot be written there is lost: nobody reads on, or a disk is full."""
+
+    def __init__(self, raw, heeds):
+        self.raw, self.heeds = raw, heeds
+
+    def writable(self):
+        return True
+
+    def isatty(self):
+        return self.raw.isatty()
+
+    def fileno(self):
+        return self.raw.fileno()
+
+    def write(self, data):
+        try:
+            written = self.raw.write(data)       # None: a pipe that is full and does not wait
+        except OSError as e:
+            if isinstance(e, self.heeds):
+                self.heeds = ()
+                raise
+            written = None
+        return len(data) if written is None else written
+
+
+def print_without_fail(heeds=()):
+    """From here on nothing that is printed raises: no character that the terminal lacks, no reader that left, no
+    full disk. heeds: errors of which the first is raised all the same."""
+    for name in ('stdout', 'stderr'):
+        if (stream := getattr(sys, name)) is None:               # closed as the program began
+            setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
+            continue
+        raw = getattr(stream.buffer, 'raw', stream.buffer)
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(Heedless(raw, heeds)), stream.encoding,
+                                            'backslashreplace', line_buffering=True))
 
 
 def literal(node, names):

@@ -178,7 +178,7 @@ class Run(train.Run):
         return report | dict(dynamics_share=share)
 
     def keep_report(self, report):
-        text = json.dumps(self.learned).encode()
+        text = sample.as_json(self.learned).encode()
         sample.write_beside(self.out_dir / 'dynamics.json', lambda f: f.write(text))
         super().keep_report(report)
 

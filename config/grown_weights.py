@@ -1,15 +1,15 @@
-"""The weights of a model that has grown, and what its optimizers know: what config/growth.py is made of. No idea of
-its own, and no settings.
+"""The weights of a model that has grown, and what its optimizers know: what config/growth.py is made of. No
+idea of its own, and no settings.
 
-Width by HyperCloning (Samragh 2024, 2409.12903): every activation becomes copies of the old one, so a matrix is
-repeated, and divided by how often its input is. Noise, + on one of a pair of input copies and - on the other,
-cancels as long as the copies are equal, and lets them learn different things. Depth by layers that do nothing
-at first, spread between the old ones, or by a stack of the old (Du 2024, 2405.15319), which learns from the
-start but computes something else.
+Width by HyperCloning (Samragh 2024, 2409.12903): every activation becomes copies of the old one, so a matrix
+is repeated, and divided by how often its input is. Noise, + on one of a pair of input copies and - on the
+other, cancels as long as the copies are equal, and lets them learn different things. Depth by layers that do
+nothing at first, spread between the old ones, or by a stack of the old (Du 2024, 2405.15319), which learns
+from the start but computes something else.
 
-A module that grows in a way of its own has `grow_from(old, dice)`: it takes over the weights of the old module in
-its place and returns {its parameter: (old parameter, copies that share its gradient, how: see `spread`)}, or None to
-grow as any other.
+A module that grows in a way of its own has `grow_from(old, dice)`: it takes over the weights of the old
+module in its place and returns {its parameter: (old parameter, copies that share its gradient, how: see
+`spread`)}, or None to grow as any other.
 """
 import dataclasses
 
@@ -118,7 +118,8 @@ def grow(old, config, snr_db=10.0, stack=False, seed=0):
 
 
 def widen(p, q, divided, how, noise):
-    """Fills p with copies of q, divided by how often its input is; noise: its snr_db and dice. Where it came from."""
+    """Fills p with copies of q, divided by how often its input is; noise: its snr_db and dice. Where it came
+    from."""
     p.copy_(spread(q, p.shape, how))
     copies = 1 if p.shape == q.shape else p.shape[-1] // q.shape[-1]
     if divided:
@@ -156,8 +157,8 @@ def give_states(optimizer, states):
 
 
 def carried(optimizers, came_from):
-    """{parameter: what its optimizer goes on from}, by what those of the old model knew: gradients are shared out
-    among the copies. came_from as of `grow`."""
+    """{parameter: what its optimizer goes on from}, by what those of the old model knew: gradients are shared
+    out among the copies. came_from as of `grow`."""
     known, state = {}, {}
     for optimizer in optimizers:
         known |= states_of(optimizer)

@@ -3,15 +3,15 @@
     torchrun train.py config/babylm.py config/growth.py --growth="[(0.3, dict(n_embd=640))]"
     python train.py config/babylm.py config/growth.py --init_from=out/small --n_embd=512      a finished run grows
 
-Width by HyperCloning (Samragh 2024, 2409.12903), depth by layers that do nothing at first, or by a stack of the
-old (Du 2024, 2405.15319): config/grown_weights.py says how. The optimizer's averages carry over, rates follow
-n_embd, and the time that it takes is on the clock. In a stack the config that grows comes last: those before it
-compute their sizes from the final ones. What it did stands in config/hypercloning.py and config/raise.py, which
-set how it grows.
+Width by HyperCloning (Samragh 2024, 2409.12903), depth by layers that do nothing at first, or by a stack of
+the old (Du 2024, 2405.15319): config/grown_weights.py says how. The optimizer's averages carry over, rates
+follow n_embd, and the time that it takes is on the clock. In a stack the config that grows comes last: those
+before it compute their sizes from the final ones. What it did stands in config/hypercloning.py and
+config/raise.py, which set how it grows.
 
 An idea that grows otherwise says so in Run.grown_config where a size says it (config/tokenformer_grow.py), in
-Run.plan where none does, and its modules say how (`grow_from` in config/grown_weights.py). Run.change_model goes
-on with a grown model and the mapping that says where its parameters came from.
+Run.plan where none does, and its modules say how (`grow_from` in config/grown_weights.py). Run.change_model
+goes on with a grown model and the mapping that says where its parameters came from.
 """
 import dataclasses
 import functools
@@ -132,8 +132,8 @@ class Run(train.Run):
         self.energy.turn('train')
 
     def change_model(self, new, came_from):
-        """Goes on with a grown model, and optimizers that know what the old ones knew. came_from: {parameter: (old
-        parameter, copies that share its gradient, how it was spread)}."""
+        """Goes on with a grown model, and optimizers that know what the old ones knew. came_from: {parameter:
+        (old parameter, copies that share its gradient, how it was spread)}."""
         state = carried(self.optimizers, came_from)
         self.take_model(new)
         for optimizer in self.optimizers:

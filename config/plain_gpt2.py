@@ -1,8 +1,8 @@
 """The rival: GPT-2 as nanoGPT trains it. Not an idea to keep, but what the baseline is measured beside.
 
-LayerNorm, GELU, biases, learned positions, attention over whole rows whatever documents they hold, all logits at
-once, AdamW on a cosine, random windows of the token stream; bf16 is autocast's (Radford 2019; Karpathy's nanoGPT).
-Tied embeddings and the initialisation of the paper.
+LayerNorm, GELU, biases, learned positions, attention over whole rows whatever documents they hold, all logits
+at once, AdamW on a cosine, random windows of the token stream; bf16 is autocast's (Radford 2019; Karpathy's
+nanoGPT). Tied embeddings and the initialisation of the paper.
 
     python train.py config/babylm.py config/plain_gpt2.py --budget_counts=training
     python bench_mfu.py config/babylm.py --beside=config/plain_gpt2.py --only=steps

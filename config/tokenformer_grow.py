@@ -26,7 +26,8 @@ TOKENS = ('attn_tokens', 'mlp_tokens')
 
 
 def with_tokens(config, changes, random):
-    """The config with tokens appended, their scores scaled as before; if random as if they had all been there."""
+    """The config with tokens appended, their scores scaled as before; if random as if they had all been
+    there."""
     sizes = {}
     for name in TOKENS:
         old, new = getattr(config, name), changes.get(name, getattr(config, name))

@@ -104,7 +104,7 @@ def finished(corpus, tmp_path_factory):
 @pytest.fixture
 def handlers():
     """Signals are handled as before when a run in this process has ended."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

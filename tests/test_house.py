@@ -1,6 +1,7 @@
 """The house: how configs and ideas are read and stacked, that the scripts name none, and what a run is made of."""
 import dataclasses
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -529,3 +530,26 @@ def test_nothing_is_imported_back():
         found = {m for m in re.findall(r'^\s*(?:import|from) (\w+)', text, re.M)} & {*order}
         assert found <= {*may}, (name, found)
         assert not re.search(r'^\s*(import|from) config\.|import_module', text, re.M), f'{name} imports an idea by name'
+
+
+@pytest.mark.parametrize('heeds', [(), BrokenPipeError])
+@pytest.mark.parametrize('full', [True, False])
+def test_nothing_that_prints_raises(monkeypatch, full, heeds):
+    """A full disk, a reader that left, characters that an encoding lacks, a stream that was closed from the start."""
+    left, right = os.pipe()
+    os.close(left)
+    with open('/dev/full' if full else right, 'w', encoding='ascii') as stream:
+        monkeypatch.setattr(sys, 'stdout', stream)
+        monkeypatch.setattr(sys, 'stderr', None)
+        loader.print_without_fail(heeds)
+        try:
+            print('Zoë', flush=True)
+            assert full or not heeds
+        except BrokenPipeError:
+            assert heeds and not full           # once; what ends because of it can still speak
+        print('🙂' * 100_000, flush=True)
+        print('no matter', file=sys.stderr)
+        assert not sys.stdout.isatty()
+        sys.stdout.close()
+    if full:
+        os.close(right)

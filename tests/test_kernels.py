@@ -92,7 +92,7 @@ def check_attention(case, dtype, in_use=None):
 
     def ours(qkv):
         guards = (guarded(t) for t in (idx, cos, sin, first.int(), last.int()))
-        return m.attend(layer, qkv, Context(*guards, None, {}))
+        return m.attend_with_kernels(layer, qkv, Context(*guards, None, {}))
 
     def plain(qkv):
         q, k, v = layer.heads(qkv, Context(idx, cos, sin, first, None, None, {}))
@@ -132,7 +132,7 @@ def attend_rows(rows, config, layer, gpt, qkv):
             at += length
     first = gpt.first_visible(idx)
     cos, sin = gpt.cos.to(DEVICE), gpt.sin.to(DEVICE)
-    return m.attend(layer, qkv, Context(idx, cos, sin, first.int(), m.last_visible_to(first).int(), None, {}))
+    return m.attend_with_kernels(layer, qkv, Context(idx, cos, sin, first.int(), m.last_visible_to(first).int(), None, {}))
 
 
 def packed(rows, source):

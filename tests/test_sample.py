@@ -272,6 +272,22 @@ def test_continuations_end_with_the_document_or_when_done():
     assert sample.continuations(Writes('abc'), BYTES, [[256]], 9, 0, None, done=lambda text: 'b' in text) == ([[*b'ab']], [False])
 
 
+def test_a_model_without_finite_numbers_writes_nothing():
+    model = small_model()
+    model.lm_head.weight.data.fill_(math.nan)
+    for temperature in (0, 1):
+        with pytest.raises(FloatingPointError, match='no finite numbers'):
+            sample.continuations(model, BYTES, [[256]], 9, temperature, None)
+    said, made = [], measure()
+    made.say, made.known = said.append, lambda: dict(x=lambda *_: sample.continuations(model, BYTES, [[256]], 9, 1, None))
+    assert dict(made.ask(model, dict(x=1))) == {} and 'left out: the model gives no finite numbers' in said
+
+
+def test_what_is_not_finite_is_null():
+    found = dict(a=math.nan, b=[1.5, dict(c=-math.inf)], d='NaN', e=0.1)
+    assert json.loads(sample.as_json(found)) == dict(a=None, b=[1.5, dict(c=None)], d='NaN', e=0.1)
+
+
 def test_continuations_that_are_stopped():
     """What is not through by then is None, the batches before are whole; longer prompts come first."""
     asked = []

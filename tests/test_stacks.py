@@ -81,7 +81,10 @@ def folder(tmp_path_factory):
 def together(folder, stacks):
     """attempt of all, two at a time, each in a process that has imported torch already."""
     with contextlib.chdir(folder), multiprocessing.get_context('fork').Pool(2, maxtasksperchild=40) as pool:
-        return list(pool.imap_unordered(attempt, stacks, chunksize=4))
+        found = list(pool.imap_unordered(attempt, stacks, chunksize=4))
+        pool.close()                             # leaving would send SIGTERM, which a run has learned to heed
+        pool.join()
+    return found
 
 
 def wrong(found):

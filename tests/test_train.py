@@ -1,5 +1,6 @@
 """train.py: settings, data order, optimizer, clock, and whole runs as a user makes them."""
 import errno
+import fcntl
 import json
 import math
 import os
@@ -647,6 +648,172 @@ def test_one_process_has_no_group(main, monkeypatch):
     assert not dist.is_initialized()
 
 
+# ---- a terminal that prints little, or goes away
+
+SHORT = ['--max_steps=2', '--out_dir=run', '--sample_prompt=Zoë 🙂']
+
+
+def test_what_the_terminal_lacks_is_spelt(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONIOENCODING', 'ascii')
+    code, out, err = script('train.py', *corpus.args, *SHORT, cwd=tmp_path)
+    assert code == 0 and not err and r'Zo\xeb \U0001f642' in out and (tmp_path / 'run' / 'report.html').exists()
+
+
+def test_a_reader_that_leaves_costs_no_run(corpus, tmp_path):
+    process = start('train.py', *corpus.args, *SHORT, cwd=tmp_path)
+    assert process.stdout.readline().startswith('halfhour:')
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(60) == 0 and (tmp_path / 'run' / 'report.html').exists()
+
+
+def kill_at_step(monkeypatch, number, step=2):
+    save = train.Run.save_if_due
+    monkeypatch.setattr(train.Run, 'save_if_due', lambda self: (
+        os.kill(os.getpid(), number) if self.steps == step else None, save(self))[1])
+
+
+def test_a_terminal_that_goes_away_saves(main, tmp_path, monkeypatch, capfd):
+    kill_at_step(monkeypatch, signal.SIGHUP)
+    with pytest.raises(train.Stopped):
+        main('--max_steps=9', '--save_minutes=100')
+    assert weights(tmp_path / 'run')['steps'] == 2 and 'told to stop' in capfd.readouterr().err
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)            # as nohup starts it
+    assert '---' in main('--max_steps=9', '--init_from=resume')
+
+
+def test_hangups_do_not_end_a_run_at_once(monkeypatch):
+    run, ended = run_of(), []
+    monkeypatch.setattr(os, '_exit', ended.append)
+    for number in [signal.SIGHUP] * 5 + [signal.SIGTERM] * 2:
+        run.heed(number, None)
+    assert not ended
+    run.heed(signal.SIGTERM, None)
+    assert ended == [128 + signal.SIGTERM]
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_data_is_there_ends_at_once(corpus, main, tmp_path, monkeypatch, number):
+    def built(*args):
+        assert list((tmp_path / 'data').iterdir())
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    monkeypatch.setattr(prepare_data, 'scan', built)
+    with pytest.raises(KeyboardInterrupt):
+        main(f'--data_dir={tmp_path / "data"}')
+    assert not list((tmp_path / 'data').iterdir()) and not (tmp_path / 'run').exists()
+
+
+# ---- one owner
+
+def test_a_folder_has_one_owner(main, tmp_path):
+    main()
+    (tmp_path / 'run' / 'result.json').unlink()
+    sample.OWNED.clear()                                    # as if that process had ended
+    for ways in (['--overwrite'], ['--init_from=resume'], []):
+        with open(tmp_path / 'run' / '.lock', 'a+') as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            before = snapshot(tmp_path / 'run')
+            with pytest.raises(UserError, match=f'written by another run, process {os.getpid()} on '):
+                main(*ways)
+            assert snapshot(tmp_path / 'run') == before
+            main('--dry_run', '--overwrite')
+    main('--init_from=resume')                              # a lock that nobody holds
+
+
+@pytest.mark.parametrize('ended, match', [(False, 'another run, just begun'), (True, 'finished run')])
+def test_two_that_begin_together(main, tmp_path, monkeypatch, ended, match):
+    """The second one to have its model finds the folder taken, or what the first one has left there."""
+    build, folder, other = train.Run.build, tmp_path / 'run', []
+
+    def meanwhile(self):
+        build(self)
+        folder.mkdir()
+        (folder / 'result.json').write_text('of the other')
+        other.append(open(folder / '.lock', 'a'))
+        fcntl.flock(other[0], fcntl.LOCK_UN if ended else fcntl.LOCK_EX)
+    monkeypatch.setattr(train.Run, 'build', meanwhile)
+    with pytest.raises(UserError, match=match):
+        main(*['--overwrite'] * (not ended))
+    assert sorted(p.name for p in folder.iterdir()) == ['.lock', 'result.json']
+
+
+# ---- a compiler that does not work
+
+def test_without_a_compiler_that_works_a_run_goes_on(main, tmp_path, monkeypatch):
+    def broken(graph, inputs):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    def compiled(self, model):
+        model.blocks[1].compile(backend=broken)
+        return model
+    main('--out_dir=eager')
+    monkeypatch.setattr(train.Run, 'compiled', compiled)
+    try:
+        out = main('--compile=on')
+    finally:
+        torch.compiler.set_stance('default')
+    assert len(re.findall('warning: torch.compile does not work here .*No space left on device', out)) == 1
+    assert losses(tmp_path / 'run') == losses(tmp_path / 'eager')
+    assert 'torch.compile' in json.loads((tmp_path / 'run' / 'result.json').read_text())['warnings'][-1]
+
+
+def test_what_is_wrong_with_the_model_is_no_fault_of_the_compiler(main, monkeypatch):
+    def wrong(self, **batch):
+        raise ZeroDivisionError
+    monkeypatch.setattr(train.Run, 'batch_loss', wrong)
+    monkeypatch.setattr(train.Run, 'compiled', lambda self, model: model)
+    try:
+        for compile in ('on', 'off'):
+            with pytest.raises(ZeroDivisionError):
+                main(f'--compile={compile}', f'--out_dir={compile}')
+    finally:
+        torch.compiler.set_stance('default')
+
+
+# ---- ranks
+
+@pytest.mark.parametrize('told', [dict(WORLD_SIZE='8'), dict(RANK='3'), dict(RANK='0', WORLD_SIZE='2'),
+                                  dict(RANK='2', WORLD_SIZE='2', MASTER_ADDR='here', MASTER_PORT='1'),
+                                  dict(RANK='one', WORLD_SIZE='2', MASTER_ADDR='here', MASTER_PORT='1')])
+def test_a_platform_that_says_half_of_what_torchrun_does(monkeypatch, told):
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match='unset RANK and WORLD_SIZE'):
+        run_of()
+
+
+def test_one_of_one_is_alone(monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    assert run_of().world == 1
+
+
+def test_ranks_that_never_come(monkeypatch, main, capfd):
+    meet, heard = dist.rendezvous, []
+    for name, value in dict(RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='0').items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train, 'PATIENCE', 1)
+    monkeypatch.setattr(dist, 'rendezvous', lambda *a, **k: heard.append(signal.getsignal(signal.SIGINT)) or meet(*a, **k))
+    with pytest.raises(UserError, match='rank 0 did not meet 2 ranks at 127.0.0.1'):
+        main('--tokens_per_step=1024')
+    assert heard == [signal.SIG_DFL] and 'rank 0 waits for 2 ranks' in capfd.readouterr().out
+
+
+def test_a_rank_that_fails_alone_speaks(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(tmp_path / 'error'))
+    assert train.tell('a run', UserError('the disk is full')) == 2
+    assert capsys.readouterr().err == 'train.py, rank 1: the disk is full\n'
+    assert [train.tell('a run', kind()) for kind in (train.Stopped, train.Diverged, KeyboardInterrupt)] == [75, 3, 130]
+    assert train.tell(None, UserError('a mistake in the settings')) == 2 and not capsys.readouterr().err
+
+
+def test_torchrun_ends_with_the_sentence(tmp_path):
+    code, out, err = script('train.py', '--sed=3', cwd=tmp_path, launcher=['-m', 'torch.distributed.run', '--nproc_per_node=1'])
+    assert code and 'no setting is called sed' in err.rpartition('Root Cause')[2] and '(exit code 2)' in err
+
+
 # ---- what cannot go on
 
 def test_checkpoints_that_do_not_fit(main, corpus, tmp_path):
@@ -783,6 +950,37 @@ def test_bad_steps_for_ever_end_the_run(corpus, tmp_path):
     assert code == 3 and 'not finite' in err and 'lower learning_rate' in err and 'Traceback' not in err
     assert 'again, on new batches' in out and not (tmp_path / 'run' / 'result.json').exists()
     assert rows(tmp_path / 'run')[-1]['skipped'] == 2 * train.BAD_STEPS
+
+
+def overflow(monkeypatch, step, to=math.inf):
+    """The weights after a step are such numbers."""
+    descend = train.Run.descend
+
+    def too_far(self, loss):
+        found = descend(self, loss)
+        if self.steps == step - 1:
+            for p in self.model.parameters():
+                p.data.fill_(to)
+        return found
+    monkeypatch.setattr(train.Run, 'descend', too_far)
+
+
+@pytest.mark.parametrize('to', [math.nan, math.inf])
+def test_weights_that_overflow_at_the_end_are_no_result(main, tmp_path, monkeypatch, to):
+    overflow(monkeypatch, 3, to)
+    with pytest.raises(train.Diverged, match='bits per byte .*after step 3: lower learning_rate'):
+        main()
+    assert not (tmp_path / 'run' / 'result.json').exists()
+    assert all(v.isfinite().all() for v in weights(tmp_path / 'run')['model'].values())
+
+
+def test_weights_that_overflow_before_an_evaluation(main, tmp_path, monkeypatch):
+    overflow(monkeypatch, 6)
+    out = main('--max_steps=20', '--eval_interval=0.25')
+    assert 'validation: not finite' in out and 'weights and optimizer of step 5 again' in out
+    text = (tmp_path / 'run' / 'metrics.jsonl').read_text() + (tmp_path / 'run' / 'result.json').read_text()
+    assert 'NaN' not in text and 'Infinity' not in text
+    assert [row['val_bpb'] is None for row in rows(tmp_path / 'run') if 'val_bpb' in row] == [True, False, False, False]
 
 
 # ---- time
