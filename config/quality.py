@@ -43,10 +43,10 @@ class Corpus(prepare_data.Corpus):
     def opened(self):
         """Refuses data that was prepared with other examples than those that are named."""
         data = super().opened()
-        given = [sha256_of(path) for name in (self.s.good, self.s.bad) if name and (path := path_of(name)).exists()]
-        if not {*given} <= {*data.meta.get('inputs', ())}:
-            raise UserError(f'{data.folder} was prepared with other examples of --good and --bad: prepare it anew '
-                            f'with --overwrite, or keep both with another --data_dir')
+        for name, digest in zip((self.s.good, self.s.bad), data.meta.get('inputs', ())):
+            if name and path_of(name).exists() and sha256_of(path_of(name)) != digest:
+                raise UserError(f'{data.folder} was prepared with other examples than {name}: prepare it anew '
+                                f'with --overwrite, or keep both with another --data_dir')
         return data
 
     def meet(self, text, held):
