@@ -1,7 +1,7 @@
 """Turns text into what the trainer reads: documents, a tokenizer, memory-mapped bins.
 
     python prepare_data.py config/quickstart.py          the data set of that file
-    python prepare_data.py files:texts --tokenizer=gpt2  your own .txt, .md, .jsonl, .parquet; .gz and .xz too
+    python prepare_data.py files:texts --tokenizer=gpt2  your own .txt, .md, .jsonl, .csv, .parquet; .gz too
     python prepare_data.py config/quickstart.py --inspect    a page about what was prepared
     python prepare_data.py --help                        all settings, and the files that bring text
 
@@ -10,7 +10,7 @@ It writes a folder such as data/files-texts-bpe8192:
     train.bin val.bin test.bin     token ids back to back; each document is BOS and its tokens
     <split>.docs.npy               a row a document: first token, raw bytes, source, difficulty or 0
     tokenizer.*                    all that is needed to read the ids again
-    meta.json                      counts, licences, what was dropped and why, the fingerprint
+    meta.json                      counts, licences, what was dropped and why, what it was made from
 
 The text is read twice: once to check it, to find what validation holds and to sample text for the tokenizer,
 once to encode. Both passes stream, so memory does not grow with the corpus. Where text comes from and what
@@ -18,6 +18,7 @@ becomes of it is decided by one class, Corpus, which files of config/ derive fro
 """
 import base64
 import contextlib
+import csv
 import difflib
 import errno
 import functools
@@ -30,10 +31,12 @@ import json
 import lzma
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import time
+import unicodedata
 import urllib.request
 import zlib
 from collections import Counter
@@ -49,6 +52,7 @@ from config import (CONFIG, SEAMS, Ideas, Setting, UserError, ideas_of, in_words
 VERSION = 1                  # of the bin format; the trainer refuses any other
 SAMPLE_BYTES = 24_000_000    # the tokenizer learns from at most this; 8 MB gives 0.2 % fewer bytes per token
 MAX_LINE = 1 << 27           # bytes of a row of .jsonl, the one thing that must fit into memory
+LONG = 40                    # characters of a line that is looked for on both sides of a split
 MIN_TRAIN_TOKENS = 256       # fewer cannot fill one block of any model worth training
 BATCH_BYTES = 4_000_000      # text encoded at once: enough to keep every thread busy, little enough to hold
 PATIENCE = 1.0               # seconds before a server is asked a second time
@@ -82,6 +86,13 @@ class Options:
 
 CONTENT = [f.name for f in fields(Options)]
 CONTENT = CONTENT[CONTENT.index('tokenizer'):CONTENT.index('tokenizer_from')]
+PATHS = 'tokenizer_from', 'gpt2_dir', 'data_dir'
+
+# A word's letters and what stands on them: marks of an é in two characters, of Hindi, of Arabic; joiners
+MARKS = ''.join(f'{chr(run.start())}-{chr(run.end() - 1)}' for run in re.finditer('M+', ''.join(
+    unicodedata.category(chr(code))[0] for code in range(0x1E950)))) + '\u200c\u200d\U000e0100-\U000e01ef'
+LETTERS = rf'[^\W\d_]+(?:(?![ -~\n])[{MARKS}]+[^\W\d_]*)*'
+WORDS = re.compile(rf"{LETTERS}(?:['’]{LETTERS})*")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -160,25 +171,28 @@ class BPETokenizer(Tokenizer):
     """sentencepiece BPE with bytes for what it does not know.
 
     sentencepiece spells a space U+2581 and drops tabs from training. So tabs and newlines travel as private
-    characters, and where a text holds one of the marks itself, its bytes are put in by hand.
+    characters. Where a text holds one of the marks itself, or what was so rare in training that it has no
+    piece, bytes are put in by hand.
     """
     kind, filename, bos = 'bpe', 'tokenizer.model', 0
     unk, first_byte = 1, 2       # sentencepiece insists on an unk; with byte fallback none is ever produced
-    tab, newline = '\ue009', '\ue00a'
-    marks = re.compile('([\u2581\ue009\ue00a]+)')
+    mark_of = {' ': '\u2581', '\t': '\ue009', '\n': '\ue00a'}
     # Pieces are learned inside these alone: a line's end with the label that opens the next (`.\n*MOT:\t`, an
     # indent), a word with its space and 's, a number, punctuation, spaces. Bytes per token at 8,192 ids on
     # validation text in BabyLM's domains: 3.93; with labels apart 3.36, 's apart 3.80, split as sentencepiece
     # does it 3.52; unsplit 4.11, but that glues the end of a sentence to the first word of the next.
-    words = re.compile(r'''\ ?[^\w\s]*(?:\r?\n)+(?:\S{1,12}:\t|-\ |\ +(?=\ ))? | \ ?[^\W\d_]+(?:['’][a-z]+)?
-                           | \ ?\d{1,4} | \ ?(?:[^\w\s]|_)+ | \ +(?=\ ) | \s''', re.X)
+    words = re.compile(rf'''\ ?[^\w\s]*(?:\r?\n)+(?:\S{{1,12}}:\t|-\ |\ +(?=\ ))?
+                         | \ ?{LETTERS}(?:['’][a-z]+)? | \ ?\d{{1,4}} | \ ?(?:[^\w\s]|_)+ | \ +(?=\ ) | \s
+                         ''', re.X)
 
     def __init__(self, blob):
         import sentencepiece
         self.blob = blob
         self.bpe = sentencepiece.SentencePieceProcessor(model_proto=blob)
-        unspell = str.maketrans({'\u2581': ' ', self.tab: '\t', self.newline: '\n'})
         pieces = [self.bpe.id_to_piece(i) for i in range(self.bpe.vocab_size())]
+        unspell = str.maketrans({mark: char for char, mark in self.mark_of.items()})
+        rare = {char for char, mark in self.mark_of.items() if mark not in pieces}
+        self.marks = re.compile(f'([{"".join([*self.mark_of.values(), *rare])}]+)')
         self.table = [p.translate(unspell).encode() for p in pieces]
         self.table[self.bos] = self.table[self.unk] = b''
         self.table[self.first_byte:self.first_byte + 256] = [bytes([i]) for i in range(256)]
@@ -192,7 +206,7 @@ class BPETokenizer(Tokenizer):
         for text in texts:
             counts.update(cls.words.findall(text))
         lines = [f'{cls.spell(word)}\t{n}' for word, n in sorted(counts.items())
-                 if not cls.marks.search(word) and '\0' not in word]
+                 if not {'\0', *cls.mark_of.values()} & {*word}]
         out = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -214,7 +228,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def spell(cls, text):
-        return text.replace('\n', cls.newline).replace('\t', cls.tab)
+        return text.replace('\n', cls.mark_of['\n']).replace('\t', cls.mark_of['\t'])
 
     def encode(self, text):
         ids = []
@@ -234,19 +248,6 @@ class BPETokenizer(Tokenizer):
 TOKENIZERS = {t.kind: t for t in (BPETokenizer, ByteTokenizer, GPT2Tokenizer)}
 
 
-def load_tokenizer(folder):
-    """The tokenizer whose file lies in a folder: a prepared data set's, or a run's copy."""
-    for cls in TOKENIZERS.values():
-        path = Path(folder) / cls.filename
-        if path.is_file():
-            try:
-                return cls(path.read_bytes())
-            except (RuntimeError, ValueError, IndexError):
-                raise UserError(f'{path} is damaged: prepare the data again with --overwrite') from None
-    raise UserError(f'{folder} holds no tokenizer: copy the data\'s to it, or prepare the data again with '
-                    f'--overwrite')
-
-
 # ----------------------------------------------------------------------------------------------------
 # Source files: where they are, and which split and source each one is
 
@@ -260,34 +261,94 @@ class Part:
     kind: str = ''           # what it is written like, and what parts its documents: see layout
     way: str = ''
 
+    def __post_init__(self):
+        self.source = re.sub('[,:+]', '-', self.source)          # settings part names by these
 
-SUFFIX = r'(?:\.(?:txt|md|jsonl|parquet|tokens|raw))?(?:\.(?:gz|xz))?'
-SPLIT_NAME = re.compile(r'(?:.*/)?(?:([^/]+?)[._-])?(train|dev|val|valid|validation|test)'
-                        r'([.-]\d+(?:-of-\d+)?)?' + SUFFIX)
+
+SUFFIX = r'(?:\.(?:txt|md|jsonl|ndjson|json|csv|tsv|parquet|tokens|raw))?(?:\.(?:gz|xz))?'
+SPLIT_NAME = re.compile(r'(?:.*/)?(?:([^/]+?)([._-]))?(train|dev|val|valid|validation|test)'
+                        r'([.-]\d+(?:-of-\d+)?)?' + SUFFIX, re.I)
+ROWS = re.compile(r'\.(jsonl|ndjson|json|csv|tsv|parquet)(?:\.gz|\.xz)?$', re.I)
+NO_TEXT = re.compile(r'\.(html?|xml|svg|pdf|docx?|odt|rtf|epub|pptx?|xlsx?|ods|ipynb|zip|tar|tgz|bz2|zst|7z'
+                     r'|rar|arrow|feather|db|sqlite3?|pkl|np[yz]|pt|bin|png|jpe?g)(?:\.gz|\.xz)?$', re.I)
+BESIDE = re.compile(r'(?i:README|LICEN[CS]E|COPYING)(?:[.-][\w.-]*)?')   # names of what stands beside a text
+OURS = {'meta.json', 'train.bin'}, {'metrics.jsonl', 'ckpt.pt'}          # in folders that these scripts write
 
 
 def stem(name):
     return re.sub(SUFFIX + '$', '', name, count=1)
 
 
+def path_of(name):
+    """The path that a setting names; ~ is the user's home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as e:
+        raise UserError(f'{name} cannot be found ({e}): write the path without ~') from None
+
+
+@contextlib.contextmanager
+def readable():
+    """Around what reads: a file or folder that cannot be is one sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f'{e.filename} cannot be read ({e.strerror}): have its owner let you, or take it '
+                        f'away') from None
+
+
+@readable()
+def files_below(root):
+    """{name: path} of the files of a folder, in order, or of one file. Links are followed; hidden names are
+    passed over, and folders that these scripts wrote; what cannot be read, or but once, is refused."""
+    def stop(e):
+        raise e
+
+    refuse(not os.path.lexists(root), f'{root} does not exist: give the path of a text file or of a folder')
+    found, seen = [] if root.is_dir() else [root], set()
+    for folder, below, names in os.walk(root, onerror=stop, followlinks=True) if root.is_dir() else ():
+        again = os.path.realpath(folder) in seen                 # a link to what was read, or in a circle
+        if again or any(ours <= {*names} for ours in OURS):
+            below.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        below[:] = sorted(name for name in below if name[0] != '.')
+        found += [Path(folder, name) for name in names if name[0] != '.']
+    for path in found:
+        what = 'no file, it can be read only once' if path.exists() else 'a link to nothing'
+        refuse(not path.is_file(), f'{path} is {what}: put a file of text in its place, or take it away')
+    return {path.relative_to(root).as_posix() if path != root else root.name: path for path in sorted(found)}
+
+
 def find_parts(root):
-    """The files below `root`, held-out ones first, and the names of those left out. Where a file is called
+    """The files below `root`, held-out ones first, and the names of those left out. Where all are called like
     `<source>.train`, names decide the splits; else the hash of each document does."""
-    if not root.exists():
-        raise UserError(f'{root} does not exist: give files:<path> the path of a text file or a folder')
-    if root.is_file():
+    files = files_below(root)
+    if not root.is_dir():
         return [Part(root, root.name, '', stem(root.name))], []
-    names = [p.relative_to(root).as_posix() for p in sorted(root.rglob('*')) if p.is_file()]
-    found = {name: SPLIT_NAME.fullmatch(name) for name in names if not re.search(r'(^|/)\.', name)}
-    if not any(m and m[2] == 'train' for m in found.values()):
+    left = [name for name, path in files.items() if BESIDE.fullmatch(path.name)]
+    found = {name: SPLIT_NAME.fullmatch(name) for name in files if name not in {*left}}
+    if not named_by_split(root, found):
         if len(found) > 1000:                    # too many to be sources: their folders are
-            return [Part(root / n, n, '', (['text'] + n.split('/'))['/' in n]) for n in found], []
-        return once(Part(root / name, name, '', stem(name)) for name in found), []
-    has_val = any(m and m[2] not in ('train', 'test') for m in found.values())
+            return [Part(root / n, n, '', (['text'] + n.split('/'))['/' in n]) for n in found], left
+        return once(Part(root / name, name, '', stem(name)) for name in found), left
+    has_val = any(m[3].lower() not in ('train', 'test') for m in found.values())
     split_of = {'train': 'train' if has_val else '', 'test': 'test'}
-    parts = once(Part(root / name, name, split_of.get(m[2], 'val'), m[1] or 'text', m[3] or '')
-                 for name, m in found.items() if m)
-    return sorted(parts, key=lambda part: part.split in ('train', '')), [n for n, m in found.items() if not m]
+    parts = once(Part(root / name, name, split_of.get(m[3].lower(), 'val'), m[1] or 'text', m[4] or '')
+                 for name, m in found.items())
+    return sorted(parts, key=lambda part: part.split in ('train', '')), left
+
+
+def named_by_split(root, found):
+    """Whether the names of a folder's files, name: match, say their splits. `.train` and a whole name do;
+    `-train` may be of a title; it does where all are named so and what is held out has its training file."""
+    train = {name: m for name, m in found.items() if m and m[3].lower() == 'train'}
+    odd = [name for name, m in found.items()
+           if not m or m[2] in ('-', '_') and m[1] not in [t[1] for t in train.values()]]
+    if odd and (sure := [name for name, m in train.items() if m[2] in (None, '.')]):
+        raise UserError(f'{root / sure[0]} has a split in its name and {root / odd[0]} has none: call it '
+                        f'<source>.train, or put one of the two elsewhere')
+    return bool(train) and not odd
 
 
 def once(parts):
@@ -300,30 +361,43 @@ def once(parts):
     return list(seen.values())
 
 
+HEADS = {                    # what a file is that begins so
+    'UTF-16': rb'\xff\xfe|\xfe\xff', 'a web page': rb'\s*<(?:!doctype )?html', 'XML': rb'\s*<\?xml',
+    'PDF': rb'%pdf-', 'JSON': rb'\s*\[?\s*\{\s*"[^"\n]*"\s*:'}
+
+
 def check_text(parts):
     """Refuses the files that are no text, all at once; what else is wrong with them, read() says."""
     wrong = []
     for part in parts:
+        rows, odd = ROWS.search(part.name), NO_TEXT.search(part.name)
         try:
             with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
-                head = f.read(1 << 16) if '.parquet' not in part.name else b''
+                head = f.read(1 << 16).removeprefix(BOM) if not rows or rows[1].lower() != 'parquet' else b''
         except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile):
             continue
-        if head.startswith((b'\xff\xfe', b'\xfe\xff')):
-            wrong.append(f'{part.path} is UTF-16')
-        elif head[:512].lstrip().lower().startswith((b'<!doctype html', b'<html')):
-            wrong.append(f'{part.path} is a web page')
+        except OSError as e:
+            wrong.append(f'{part.path} cannot be read ({e.strerror})')
+            continue
+        heads = [what for what, start in HEADS.items() if re.match(start, head, re.I)]
+        if odd:
+            wrong.append(f'{part.path} is no plain text (.{odd[1]})')
+        elif heads and not (rows and heads == ['JSON']):
+            wrong.append(f'{part.path} is {heads[0]}')
         elif b'\0' in head:
             wrong.append(f'{part.path} is no text (a zero byte at offset {head.index(0):,})')
     if wrong:
         more = f', and {len(wrong) - 9:,} more' if len(wrong) > 9 else ''
-        raise UserError(f'{", ".join(wrong[:9])}{more}: convert to plain text in UTF-8, or take away')
+        raise UserError(f'{", ".join(wrong[:9])}{more}: convert to plain text in UTF-8, or take away; '
+                        f'JSON is read from .jsonl')
 
 
 def data_name(dataset, known):
     """What a data set's folder begins with; known: the names there are, beside files:<path>."""
     if dataset.startswith('files:'):
-        slug = re.sub(r'[^a-z0-9_]+', '-', stem(Path(dataset[6:]).resolve().name).lower()).strip('-')
+        if not dataset[6:]:
+            raise UserError('files: names no text: give the path of a file or a folder, files:. for this one')
+        slug = re.sub(r'[^a-z0-9_]+', '-', stem(path_of(dataset[6:]).resolve().name).lower()).strip('-')
         return f'files-{slug or "text"}'
     if dataset not in known:
         near = difflib.get_close_matches(dataset, known, 1)
@@ -335,12 +409,12 @@ def data_name(dataset, known):
 
 
 def source_root(dataset, data_dir):
-    return Path(dataset[6:]) if dataset.startswith('files:') else Path(data_dir) / 'raw' / dataset
+    return path_of(dataset[6:]) if dataset.startswith('files:') else path_of(data_dir) / 'raw' / dataset
 
 
 def fetch(entry, raw, base_url):
     """Downloads what the folder `raw` lacks. One with files of other names is a corpus of the user's own."""
-    present = {p.name for p in raw.glob('[!.]*') if not re.match('README|LICEN[CS]E', p.name)}
+    present = {p.name for p in raw.glob('[!.]*') if not BESIDE.fullmatch(p.name)}
     for name, digest in entry.get('sha256', {}).items():
         if name in present and sha256_of(raw / name) != digest:
             raise UserError(f'{raw / name} is not the file it should be (its sha256 is another): take it '
@@ -408,8 +482,9 @@ def receive(url, part, version):
 # ----------------------------------------------------------------------------------------------------
 # Documents: from files to text, streaming
 
-SEPARATOR = b'<|endoftext|>'
-BOUNDARY = {                 # what parts the documents of a file: the first that occurs in its first MiB
+SEPARATOR, BOM = b'<|endoftext|>', b'\xef\xbb\xbf'
+BOUNDARY = {                 # what parts the documents of a file: the first that occurs in its first MiB. A
+                             # separator always does, and nothing else where there are two in that MiB
     'separator': re.compile(re.escape(SEPARATOR)),
     'header': re.compile(rb'^(?== = = .* = = =[ \t\r]*$)', re.M),    # an empty match: it stays with its text
     'front': re.compile(rb'^(?=---[ \t\r]*\n[a-z_]+:)', re.M),          # YAML before a text in Markdown
@@ -423,6 +498,14 @@ KINDS = {                    # by a source's name, else by what most of its line
     'web': ('web|crawl|html', rb'(?!)'),
     'prose': ('', rb'')}
 ARTICLES, SENTENCES = re.compile('wiki'), re.compile('tatoeba|sentences')
+LINES = re.compile(b'\n')
+
+
+def is_list(lines, gaps):
+    """Whether lines, with so many blank ones between, are items: few words, seldom a sentence's end."""
+    ends = sum(line.rstrip().endswith((b'.', b',', b';', b':', b'!', b'?', b'"', b'-')) for line in lines)
+    words = sum(len(line.split()) for line in lines)
+    return len(lines) >= 20 * max(gaps, 1) and words <= 4 * len(lines) and ends <= 0.1 * len(lines)
 
 
 def layout(part, head, corpus):
@@ -433,14 +516,18 @@ def layout(part, head, corpus):
     """
     lines = [line for line in head[:1 << 16].split(b'\n') if line.strip()]
     part.kind = corpus.kind_of(part, lines)
+    gaps, marks = len(BOUNDARY['blank'].findall(head[:1 << 16])), head.count(SEPARATOR)
     part.way = 'lines' if SENTENCES.search(part.source) else next(
-        (way for way, b in BOUNDARY.items() if b.search(head)), 'whole')
+        (way for way, b in BOUNDARY.items() if b.search(head) and (way != 'separator' or marks > 1)), 'whole')
+    if part.kind == 'prose' and part.way in ('blank', 'whole') and is_list(lines, gaps):
+        part.way = 'lines'
+        return LINES
     pieces = [p.strip() for p in BOUNDARY['blank'].split(head)] if part.way == 'blank' else []
     whole = part.kind == 'dialogue' and sum(b'\n' in p for p in pieces) > len(pieces) / 2    # not turns
     if pieces and part.kind == 'code':
         part.way = 'whole'                       # a file is a document
     elif part.way == 'lines' or pieces and not (whole or ARTICLES.search(part.source)):
-        pattern, least = BOUNDARY['blank'] if pieces else re.compile(b'\n'), corpus.s.min_doc_bytes
+        pattern, least = BOUNDARY['blank'] if pieces else LINES, corpus.s.min_doc_bytes
         part.way += ', joined'
         return SimpleNamespace(split=functools.partial(split_joined, pattern=pattern, least=least))
     return BOUNDARY[part.way]
@@ -466,7 +553,8 @@ def cut(text, limit):
 
 
 def split_documents(blocks, boundary, limit, report):
-    """The documents of one file, as bytes, at most `limit` each, without the blank lines around them."""
+    """The documents of one file, which a boundary parts, and every separator, as bytes, at most `limit` each,
+    without the blank lines around them."""
     tail, inside = b'', False                    # inside: a passage of this document is out already
 
     def passages(doc, keep):                     # returns the last `keep` bytes or less, for later
@@ -481,7 +569,8 @@ def split_documents(blocks, boundary, limit, report):
         return doc
 
     for block in blocks:
-        *ended, tail = boundary.split(tail + block)
+        *whole, rest = (tail + block).split(SEPARATOR)
+        *ended, tail = [doc for piece in whole for doc in boundary.split(piece)] + boundary.split(rest)
         for doc in ended:
             doc = yield from passages(doc.rstrip(), limit)
             if doc:
@@ -496,20 +585,60 @@ def split_documents(blocks, boundary, limit, report):
 
 
 def open_source(raw, name):
+    name = name.lower()
     return gzip.open(raw) if name.endswith('.gz') else lzma.open(raw) if name.endswith('.xz') else raw
 
 
 def bad_utf8(part):
-    number, bad = 1, Counter()
+    number, bad, strays, good = 1, set(), 0, 0   # good: characters of several bytes that are right
     with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
         text = io.TextIOWrapper(f, 'utf-8', 'surrogateescape', newline='\n')
         for piece in iter(lambda: text.readline(1 << 20), ''):       # a line may be the whole file
-            if re.search('[\udc80-\udcff]', piece):
-                bad[number] += 1
+            if stray := len(re.findall('[\udc80-\udcff]', piece)):
+                bad.add(number)
+            strays, good = strays + stray, good + len(re.findall(r'[^\0-\x7f]', piece)) - stray
             number += piece.endswith('\n')
-    first, count = min(bad), len(bad)
-    return UserError(f'{part.path} is not UTF-8: {count:,} bad line{"s" * (count > 1)}, the first is line '
-                     f'{first:,}; convert it (iconv -f latin1 -t utf-8) or take it away')
+    mend = 'all else in it is, so mend that' if good > strays else 'convert it (iconv -f latin1 -t utf-8)'
+    return UserError(f'{part.path} is not UTF-8: {len(bad):,} bad line{"s" * (len(bad) > 1)}, the first is '
+                     f'line {min(bad):,}; {mend} or take it away')
+
+
+def json_rows(part, f):
+    """(where, row) of lines of JSON, or of one array."""
+    for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b''), 1):
+        place, line = f'{part.path} line {number:,}', line.removeprefix(BOM) if number == 1 else line
+        if line.lstrip().startswith(b'['):
+            place, line = f'{part.path}, an array,', line + f.read(MAX_LINE)
+        refuse(len(line) > MAX_LINE, f'{place} has over {MAX_LINE >> 20} MiB: make rows of it')
+        try:
+            rows = json.loads(line.decode()) if line.strip() else []
+        except (json.JSONDecodeError, RecursionError):           # a bad byte is another mistake
+            raise UserError(f'{place} is not JSON, which is an object with text a line, or an array of '
+                            f'them: mend it') from None
+        yield from ((f'{place} row {i:,}', row) for i, row in enumerate(rows, 1)) \
+            if isinstance(rows, list) else [(place, rows)]
+
+
+def csv_rows(part, f):
+    """(where, row) of a table whose first line names its columns, apart by commas, in .tsv by tabs."""
+    lines = (line.decode() for line in itertools.chain([f.readline().removeprefix(BOM)], f))
+    csv.field_size_limit(MAX_LINE)
+    rows = csv.DictReader(lines, delimiter='\t' if ROWS.search(part.name)[1].lower() == 'tsv' else ',')
+    for row in rows:
+        where = f'{part.path} line {rows.line_num:,}'
+        refuse(None in row, f'{where} has more fields than the first line, {len(rows.fieldnames)}: mend it')
+        yield where, row
+
+
+def parquet_rows(part, f, wanted):
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f'{part.path} is Parquet, which takes pyarrow to read: pip install pyarrow') from None
+    table = ParquetFile(f)
+    column = text_column(part.path, table.schema_arrow.names, wanted)
+    for batch in table.iter_batches(batch_size=1024, columns=[column]):
+        yield from ((f'{part.path}, in {column},', text) for text in batch.column(0).to_pylist())
 
 
 def text_column(place, names, wanted):
@@ -520,30 +649,21 @@ def text_column(place, names, wanted):
                     f'name the field with --text_field')
 
 
-def json_rows(part, f, text_field):
-    for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b''), 1):
-        if len(line) > MAX_LINE:
-            raise UserError(f'{part.path} line {number:,} has over {MAX_LINE >> 20} MiB: make rows of it')
-        if not line.strip():
+def row_texts(rows, wanted, report):
+    """The texts of rows, as bytes."""
+    for where, row in rows:
+        text = row[text_column(where, row, wanted)] if isinstance(row, dict) else row
+        if text is None:
+            report['rows dropped, their text is null'] += 1
             continue
         try:
-            row = json.loads(line.decode())      # decoded first: a bad byte is another mistake than bad JSON
-            yield row[text_column(f'{part.path} line {number:,}', row.keys(), text_field)].encode()
-        except (json.JSONDecodeError, UnicodeEncodeError, TypeError, AttributeError):
-            raise UserError(f'{part.path} line {number:,} is not a JSON object with text: mend it') from None
-
-
-def parquet_rows(part, f, text_field):
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f'{part.path} is Parquet, which takes pyarrow to read: pip install pyarrow') from None
-    table = ParquetFile(f)
-    column = text_column(part.path, table.schema_arrow.names, text_field)
-    if 'string' not in str(table.schema_arrow.field(column).type):
-        raise UserError(f'{part.path} has no text in its field {column}: name another with --text_field')
-    for batch in table.iter_batches(batch_size=1024, columns=[column]):
-        yield from ((text or '').encode() for text in batch.column(0).to_pylist())
+            yield text.encode()
+        except AttributeError:
+            raise UserError(f'{where} has {str(text)[:40]} for text: mend it, or name another field with '
+                            f'--text_field') from None
+        except UnicodeEncodeError as e:
+            raise UserError(f'{where} holds {text[e.start]!a}, half of a pair that is one character: mend '
+                            f'it') from None
 
 
 def read(part, corpus, report, bar):
@@ -551,14 +671,16 @@ def read(part, corpus, report, bar):
     at, split = 0, functools.partial(split_documents, limit=corpus.s.max_doc_bytes, report=report)
     try:
         with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
-            if kind := re.search(r'\.(jsonl|parquet)(\.gz|\.xz)?$', part.name):
-                layout(part, SEPARATOR, corpus)
-                rows = (json_rows if kind[1] == 'jsonl' else parquet_rows)(part, f, corpus.text_field)
+            if kind := ROWS.search(part.name):
+                part.kind, part.way = corpus.kind_of(part, []), 'separator'
+                rows = (parquet_rows(part, f, corpus.text_field) if kind[1].lower() == 'parquet' else
+                        csv_rows(part, f) if kind[1].lower() in ('csv', 'tsv') else json_rows(part, f))
+                rows = row_texts(rows, corpus.text_field, report)
                 pieces = ((row[i:i + (1 << 18)] for i in range(0, len(row), 1 << 18)) for row in rows)
                 docs = (doc for row in pieces for doc in split(
                     itertools.chain(corpus.blocks(row, report), [SEPARATOR]), BOUNDARY['separator']))
             else:
-                head = f.read(1 << 20)
+                head = f.read(1 << 20).removeprefix(BOM)
                 boundary = layout(part, head, corpus)
                 blocks = itertools.chain([head], iter(lambda: f.read(1 << 18), b''))
                 docs = split(corpus.blocks(blocks, report), boundary)
@@ -568,7 +690,7 @@ def read(part, corpus, report, bar):
                 yield doc, doc.decode()
     except UnicodeDecodeError:
         raise bad_utf8(part) from None
-    except (EOFError, lzma.LZMAError, zlib.error, OSError, ValueError) as e:    # pyarrow's are the last two
+    except (EOFError, lzma.LZMAError, zlib.error, csv.Error, OSError, ValueError) as e:  # pyarrow's: last two
         if getattr(e, 'errno', None):
             raise
         raise UserError(f'{part.path} is damaged ({e}): fetch it again') from None
@@ -577,7 +699,9 @@ def read(part, corpus, report, bar):
 def texts_of(path, s):
     """The documents of one file as they stand, paragraphs where nothing else parts them."""
     plain = Corpus(SimpleNamespace(**vars(s) | dict(dataset=f'files:{path}', min_doc_bytes=0)))
-    return [text for _, text in plain.documents(Part(Path(path), str(path), '', ''), Counter(), NO_BAR)]
+    name = plain.root.name.replace('.tsv', '')   # tagged words are no table of texts
+    return [text for path in files_below(plain.root).values()
+            for _, text in plain.documents(Part(path, name, '', ''), Counter(), NO_BAR)]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -595,7 +719,8 @@ class Corpus:
                              # the repository on Hugging Face}, sha256={name: digest of what must not differ})
 
     def __init__(self, s):
-        self.s, self.pieces, self.text_field = s, {}, s.text_field
+        paths = {name: path_of(path) for name in PATHS if (path := getattr(s, name))}
+        self.s, self.pieces, self.text_field = SimpleNamespace(**vars(s) | paths), {}, s.text_field
         self.name = data_name(s.dataset, self.known())
         self.entry = self.known().get(s.dataset, {})
         self.root = source_root(s.dataset, s.data_dir)
@@ -611,7 +736,7 @@ class Corpus:
         return Path(self.s.data_dir) / f'{self.name}-{tokenizer}{vocab_size if tokenizer == "bpe" else ""}'
 
     def changes(self):
-        """{setting: value} of ideas that change the text: data prepared otherwise is not opened for them."""
+        """{setting: value} of ideas that change the text: data prepared otherwise is not opened."""
         return {}
 
     def content(self):
@@ -628,22 +753,39 @@ class Corpus:
         """What the command line does."""
         self.inspect() if self.s.inspect else self.build()
 
+    @readable()
     def open(self):
         """The prepared Data, built first where it is missing."""
         if not (self.folder / 'meta.json').exists():
             print(f'{self.folder} is missing: building it', flush=True)
             self.build()
+        return self.opened()
+
+    def opened(self):
+        """The prepared Data, refused where it was made otherwise than is asked for now."""
         data = open_data(self.folder, self.s.dataset)
-        theirs = data.meta.get('settings', {})
-        if wrong := [f'{name} {theirs.get(name)!r}, not {value!r}' for name, value in self.changes().items()
+        theirs, changes = data.meta.get('settings', {}), self.changes()
+        ours = {name: value for name, value in self.content().items() if name in theirs or name in changes}
+        if self.s.tokenizer != 'bpe':
+            ours.pop('vocab_size', None)
+        for name, value in data.meta.get('made_from', {}).get('changes', {}).items():
+            ours.setdefault(name, type(value)())                 # of an idea that is not named now
+        if wrong := [f'{name} {theirs.get(name)!r}, not {value!r}' for name, value in ours.items()
                      if theirs.get(name, type(value)()) != value]:
-            raise UserError(f'{self.folder} was prepared with {", ".join(wrong)}: prepare it anew with '
-                            f'--overwrite, or keep both with another --data_dir')
+            also = ' '.join(path for path in data.meta.get('configs', ()) if path not in self.configs())
+            raise UserError(f'{self.folder} was prepared with {", ".join(wrong)}: say the same'
+                            f'{also and f" ({also})"}, prepare it anew with --overwrite, or keep both with '
+                            f'another --data_dir')
+        given = self.s.tokenizer_from
+        if given and given.exists() and load_tokenizer(given).blob != data.tokenizer.blob:
+            raise UserError(f'{given} has another vocabulary than {self.folder}: use its data, prepare it '
+                            f'anew with --overwrite, or keep both with another --data_dir')
         return data
 
     def build(self, quiet=False):
         """Prepares the data set and returns its folder, which appears complete or not at all."""
         if self.folder.exists() and not self.s.overwrite:
+            self.opened()
             raise UserError(f'{self.folder} exists already: use it, or prepare it anew with --overwrite')
         if self.s.tokenizer_from:
             given = load_tokenizer(self.s.tokenizer_from)
@@ -750,7 +892,10 @@ class Corpus:
             by = f' ({", ".join(by)})' * (len(meta['sources']) > 1 and bool(by))
             lines.append(f'{count:,} {what}{by}')
         if meta['ignored']:
-            lines.append(f'left out, no split stands in their names: {", ".join(meta["ignored"])}')
+            lines.append(f'left out: {", ".join(meta["ignored"])}')
+        if (n := meta.get('in_training')) and n['held_out_bytes']:
+            share = n['shared'] / n['held_out_bytes']
+            lines.append(f'{share:.1%} of the held-out text is in training too, by lines of {LONG} letters')
         words, seconds = sum(s['words'] for s in meta['splits'].values()), max(meta['seconds'], 0.1)
         lines.append(f'licence: {meta["licence"]}')
         lines.append(f'{meta["vocab_size"]:,} ids ({meta["tokenizer"]}); {words:,} words in {seconds:.1f} s, '
@@ -784,21 +929,36 @@ class Corpus:
 # ----------------------------------------------------------------------------------------------------
 # Build: pass 1 checks everything, learns what validation holds and samples text; pass 2 encodes
 
+def even(text):
+    """A text with one kind of line ends, in one Unicode form: copies that differ in no more are equal."""
+    if text.isascii() and '\r' not in text:
+        return text
+    return unicodedata.normalize('NFC', text.replace('\r\n', '\n').replace('\r', '\n'))
+
+
 def key_of(doc):
     """Two numbers in [0, 2^64) from the content, for the split and for the tokenizer's sample."""
+    doc = doc if doc.isascii() and b'\r' not in doc else even(doc.decode()).encode()
     return np.frombuffer(hashlib.blake2b(doc, digest_size=16).digest(), '<u8').tolist()
+
+
+def lines_of(text):
+    """Hashes of its lines that are long enough not to be alike by chance, and their bytes."""
+    lines = map(str.strip, even(text).split('\n'))
+    return [(hash(line), len(line.encode())) for line in lines if len(line) >= LONG]
 
 
 class Found:
     """What pass 1 learns. held: keys of validation and test; sample: key -> (rank, text) of training; below:
     where hashes decide, validation has the lower keys, which are in hashed; drop: a byte a document, why it
-    goes, a number of `reasons`, 0 if it stays."""
+    goes, a number of `reasons`, 0 if it stays; lines: hash -> bytes, of held-out text; shared: those of them
+    that training has too."""
 
     def __init__(self, val_fraction):
         self.held, self.hashed, self.sample, self.bytes, self.documents = set(), set(), {}, 0, 0
         self.reasons, self.drop = {'': 0}, bytearray()
         self.below, self.lowest = int(val_fraction * 2**64), 2**64
-        self.ceiling, self.size = 2**64, 0
+        self.ceiling, self.size, self.lines, self.shared = 2**64, 0, {}, set()
 
     def number(self, reason):
         return self.reasons.setdefault(reason, len(self.reasons))
@@ -807,14 +967,20 @@ class Found:
         """Drops the documents of these numbers; those that are dropped already keep their reason."""
         self.drop[numbers[self.drop[numbers] == 0]] = self.number(reason)
 
-    def assign(self, split, key):
+    def hold(self, text):
+        """Notes the lines of a held-out document, up to a million."""
+        self.lines.update(lines_of(text) if len(self.lines) < 1_000_000 else ())
+
+    def assign(self, split, key, text):
         """Notes on which side of the split a document is."""
         if split in ('val', 'test'):
             self.held.add(key)
+            self.hold(text)
         elif split == '' and key not in self.held:
             self.lowest = min(self.lowest, key)
             if key < self.below:
                 self.hashed.add(key)
+                self.hold(text)
 
     def offer(self, key, rank, text, size):
         """The lowest ranks of training documents: an even sample in one pass, whatever the length."""
@@ -843,7 +1009,7 @@ def scan(corpus, parts, bar):
             found.drop.append(found.number(reason))
             if not reason:
                 corpus.meet(text, held)
-                found.assign(part.split, key)
+                found.assign(part.split, key, text)
                 found.offer(key, rank, text, len(doc))
         if part.split and found.documents == before:
             raise UserError(f'{part.path} holds no text: fill it or take it away')
@@ -906,6 +1072,8 @@ def encode(corpus, parts, found, tokenizer, folder, names, bar):
         source, report = names.index(part.source), reports[part.source]
         for doc, text in corpus.documents(part, report, bar):
             key, number = key_of(doc)[0], number + 1
+            if number == len(found.drop):
+                raise unsteady(corpus.root)
             if (key in found.held and part.split in ('', 'train')
                     or key in found.hashed and part.split == 'train'):
                 corpus.note(report, 'training documents dropped, identical to held-out ones', text)
@@ -914,6 +1082,8 @@ def encode(corpus, parts, found, tokenizer, folder, names, bar):
             if split == 'train' and found.drop[number]:
                 corpus.note(report, [*found.reasons][found.drop[number]], text)
                 continue
+            if split == 'train':
+                found.shared.update(line for line, _ in lines_of(text) if line in found.lines)
             digest.update(f'{split} {source} {len(doc)} '.encode() + doc)
             if split not in writers:
                 writers[split] = SplitWriter(folder, split, tokenizer, len(names))
@@ -981,7 +1151,7 @@ def fill(corpus, temp):
     from tqdm import tqdm
     t0, dropped, s = time.time(), Counter(), corpus.s
     parts, ignored = gather(corpus, temp, dropped)
-    files = stamp(find_parts(corpus.root)[0]) if corpus.root.exists() else []
+    made_from = trace(corpus.root)
     names = sorted({part.source for part in parts})
     progress = functools.partial(tqdm, total=sum(part.path.stat().st_size for part in parts), unit='B',
                                  unit_scale=True, disable=None)
@@ -996,6 +1166,8 @@ def fill(corpus, temp):
     (temp / tokenizer.filename).write_bytes(tokenizer.blob)
     with progress(desc='encoding') as bar:
         writers, reports, digest = encode(corpus, parts, found, tokenizer, temp, names, bar)
+    if made_from != trace(corpus.root):
+        raise unsteady(corpus.root)
     meta = dict(
         version=VERSION, dataset=s.dataset, tokenizer=s.tokenizer, vocab_size=tokenizer.vocab_size,
         bos=tokenizer.bos, dtype=writers['train'].dtype, sources=names,
@@ -1003,12 +1175,16 @@ def fill(corpus, temp):
         report=dict(sorted((sum(reports.values(), Counter()) + dropped).items())), ignored=ignored,
         cleaning=dict(layouts={part.name: f'{part.kind}, {part.way}' for part in parts},
                       examples=corpus.pieces, by_source=reports),
-        files=files, tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
+        files=[row[:2] for row in made_from['files']],
+        tokenizer_sha256=sha256_of(temp / tokenizer.filename), text_sha256=digest,
         settings=corpus.content())
     corpus.record(meta)
     content = meta | dict(dataset=corpus.name)   # a path says nothing about the content
     meta['fingerprint'] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     meta['configs'] = corpus.configs()
+    meta['made_from'] = trace(corpus.root, digest=True) | dict(changes=corpus.changes())
+    meta['in_training'] = dict(held_out_bytes=sum(found.lines.values()),
+                               shared=sum(found.lines[line] for line in found.shared))
     meta['created'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     meta['seconds'] = round(time.time() - t0, 1)
     shutil.rmtree(temp / 'raw', ignore_errors=True)              # text that was generated
@@ -1016,12 +1192,37 @@ def fill(corpus, temp):
     corpus.finish(open_data(temp))
 
 
-def stamp(parts):
-    return sorted([part.name, part.path.stat().st_size] for part in parts)
+def trace(root, digest=False):
+    """What a data set is made from: where its files lie, and the name, bytes, time and digest of each."""
+    paths = {name: path for name, path in (files_below(root) if root.exists() else {}).items()
+             if path == root or not BESIDE.fullmatch(path.name)}
+    return dict(root=str(root.resolve()), files=sorted(
+        [name, path.stat().st_size, path.stat().st_mtime_ns, *([sha256_of(path)] if digest else ())]
+        for name, path in paths.items()))
+
+
+def unsteady(root):
+    return UserError(f'the files in {root} changed while they were read: prepare them when nothing writes '
+                     f'there')
 
 
 # ----------------------------------------------------------------------------------------------------
 # Open what was built
+
+@readable()
+def load_tokenizer(folder):
+    """The tokenizer whose file lies in a folder: a prepared data set's, or a run's copy."""
+    folder = Path(folder)
+    for cls in TOKENIZERS.values():
+        path = (folder.parent if folder.is_file() else folder) / cls.filename    # a checkpoint lies beside it
+        if path.is_file():
+            try:
+                return cls(path.read_bytes())
+            except (RuntimeError, ValueError, IndexError):
+                raise UserError(f'{path} is damaged: prepare the data again with --overwrite') from None
+    raise UserError(f'{folder} holds no tokenizer: copy the data\'s to it, or prepare the data again with '
+                    f'--overwrite')
+
 
 @dataclass
 class Data:
@@ -1045,6 +1246,7 @@ class Data:
             yield self.tokenizer.decode(tokens[bounds[i] + 1:bounds[i + 1]].tolist())
 
 
+@readable()
 def open_data(folder, dataset=None):
     """Checks a prepared folder and maps it into memory; refuses what the trainer could not trust."""
     folder = Path(folder)
@@ -1053,18 +1255,15 @@ def open_data(folder, dataset=None):
         broken = meta['version'] == VERSION and (
             META - meta.keys() or meta['tokenizer'] not in TOKENIZERS
             or any({*COUNTS, 'head_sha256'} - split.keys() for split in meta['splits'].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         meta, broken = {}, True
-    named = [*meta.get('configs', ()), f'--dataset={dataset or meta.get("dataset", "<dataset>")}']
-    named += [f'--{key}={meta[key]}' for key in ('tokenizer', 'vocab_size') if key in meta]
-    again = f'run python prepare_data.py {" ".join(named)} --data_dir={folder.parent} --overwrite'
+    again = f'run python prepare_data.py {build_options(folder, meta, dataset)} --overwrite'
     if broken:
         raise UserError(f'{folder} is not a prepared data set (meta.json is missing or damaged): {again}')
     if meta['version'] != VERSION:
         raise UserError(f'{folder} has format {meta["version"]}, this program reads {VERSION}: {again}')
-    root = source_root(dataset, folder.parent) if dataset else Path()
-    if dataset and meta['files'] and root.exists() and stamp(find_parts(root)[0]) != meta['files']:
-        raise UserError(f'the files in {root} changed since {folder} was prepared: {again}')
+    if dataset and meta['files']:
+        check_source(folder, meta, dataset, again)
     path = folder / TOKENIZERS[meta['tokenizer']].filename
     if not path.is_file() or sha256_of(path) != meta['tokenizer_sha256']:
         raise UserError(f'{path} is missing or not the tokenizer of these bins: {again}')
@@ -1075,12 +1274,42 @@ def open_data(folder, dataset=None):
     return data
 
 
+def build_options(folder, meta, dataset):
+    """The command line that prepares a folder as it was."""
+    plain = {f.name: f.default for f in fields(Options)}
+    mine, settings = meta.get('made_from', {}).get('changes', {}), meta.get('settings', {})
+    given = {name: value for name, value in settings.items()
+             if name in mine or name in CONTENT and value != plain[name]}
+    names = 'tokenizer', *['vocab_size'] * (meta.get('tokenizer') == 'bpe')
+    given |= {name: meta[name] for name in names if name in meta}
+    given = dict(dataset=dataset or meta.get('dataset', '<dataset>')) | given | dict(data_dir=folder.parent)
+    return shlex.join([*meta.get('configs', ()), *(f'--{name}={value}' for name, value in given.items())])
+
+
+def check_source(folder, meta, dataset, again):
+    """Refuses data that was made from another text than that which it is opened for, if this was kept. Where
+    times or places differ, what is in the files decides; older versions noted names and sizes alone."""
+    root, made = source_root(dataset, folder.parent), meta.get('made_from', {})
+    now = trace(root)
+    at = made.get('root', now['root'])
+    if not root.exists():
+        other = at != now['root'] and dataset != meta['dataset']
+        return refuse(other, f'{root} does not exist, {folder} was prepared from {at}: name that, or '
+                      f'where the text is now')
+    same = [row[:2] for row in now['files']] == meta['files']
+    if same and made and (at != now['root'] or now['files'] != [row[:3] for row in made['files']]):
+        same = [row[3] for row in trace(root, digest=True)['files']] == [row[3] for row in made['files']]
+    what = f'the files in {root} changed since {folder} was prepared: ' if at == now['root'] else (
+        f'{folder} was prepared from {at}, {root} holds another text: keep both with another --data_dir, or ')
+    refuse(not same, what + again)
+
+
 def open_split(data, split, counts):
     """Maps one split. Returns what is wrong with it, or None."""
     path, dtype = data.folder / f'{split}.bin', np.dtype(data.meta['dtype'])
     try:
         tokens, docs = np.memmap(path, dtype, 'r'), np.load(data.folder / f'{split}.docs.npy')
-    except (OSError, ValueError, EOFError):
+    except (FileNotFoundError, ValueError, EOFError):
         return 'or its docs.npy is missing or damaged'
     if path.stat().st_size != counts['tokens'] * dtype.itemsize:
         return f'holds {len(tokens):,} tokens where meta.json says {counts["tokens"]:,}'
@@ -1155,7 +1384,7 @@ def page(corpus, data):
     print(*corpus.summary(data), '\ntokens a document, training', *histogram(np.diff(bounds)),
           *corpus.examples(data, sample), sep='\n')
     text = ' '.join(data.texts('train', sample)).lower()
-    words = Counter(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text))
+    words = Counter(WORDS.findall(text))
     print('\nmost frequent words, per thousand')
     print(*(f'{word} {1000 * n / words.total():.0f}' for word, n in words.most_common(24)), sep=', ')
     print(*corpus.repeats(data), sep='\n')

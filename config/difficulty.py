@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import prepare_data
-from prepare_data import UserError, sha256_of, write_beside
+from prepare_data import WORDS, UserError, sha256_of, write_beside
 
 difficulty: str = ''         # the measure in docs.npy; without it loss if there is one, else bigram
 score_with: str = ''         # a run, such as out/quickstart: its loss on every document is a measure
@@ -157,7 +157,7 @@ def mtld(words):
 
 def text_measures(text):
     """The numbers of TEXT_MEASURES for one document."""
-    data, words = text.encode()[:2048], re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower()) or ['']
+    data, words = text.encode()[:2048], WORDS.findall(text.lower()) or ['']
     sentences = len(re.findall(r'[.!?]+(?=[\s"\'’”)]|$)|\n+', text.strip())) or 1
     letters, a_sentence = sum(map(len, words)) / len(words), len(words) / sentences
     syllables = sum(len(re.findall('[aeiouyåäöéü]+', word)) or 1 for word in words) / len(words)

@@ -14,7 +14,7 @@ import numpy as np
 
 import prepare_data
 from config.difficulty import keep
-from prepare_data import UserError, key_of, sha256_of, texts_of
+from prepare_data import UserError, key_of, path_of, sha256_of, texts_of
 
 good: str = ''               # a file of good documents, hundreds: paragraphs, or rows of .jsonl
 bad: str = ''                # a file of bad ones
@@ -38,7 +38,16 @@ class Corpus(prepare_data.Corpus):
         if not all(files):
             raise UserError(f'good is {self.s.good!r}, bad {self.s.bad!r}: give both files')
         self.weights, self.fit = fit_quality(*(set(texts_of(name, self.s)) for name in files))
-        self.inputs = [sha256_of(name) for name in files]
+        self.inputs = [sha256_of(path_of(name)) for name in files]
+
+    def opened(self):
+        """Refuses data that was prepared with other examples than those that are named."""
+        data = super().opened()
+        for name, digest in zip((self.s.good, self.s.bad), data.meta.get('inputs', ())):
+            if name and path_of(name).exists() and sha256_of(path_of(name)) != digest:
+                raise UserError(f'{data.folder} was prepared with other examples than {name}: prepare it anew '
+                                f'with --overwrite, or keep both with another --data_dir')
+        return data
 
     def meet(self, text, held):
         super().meet(text, held)

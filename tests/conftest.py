@@ -54,7 +54,7 @@ class Corpus:
         self.source.mkdir()
         for seed, (name, n) in enumerate({'tales.train': 500, 'notes.train': 300, 'tales.dev': 90, 'notes.dev': 40}.items()):
             (self.source / name).write_text('\n\n'.join(tales(n, seed)), encoding='utf-8')
-        self.args = [f'--dataset=files:{self.source}', f'--data_dir={self.data_dir}', *TINY]
+        self.args = [f'--dataset=files:{self.source}', f'--data_dir={self.data_dir}', '--min_doc_bytes=0', *TINY]
         self.folder = stack(dataset=f'files:{self.source}', tokenizer='bytes', data_dir=self.data_dir,
                             min_doc_bytes=0).build(quiet=True)
 

@@ -8,10 +8,12 @@ import lzma
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 import threading
 import tracemalloc
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +109,32 @@ def test_lossless(tokenizer):
         assert b''.join(map(tokenizer.token_bytes, ids)) == text.encode()
         assert tokenizer.bos not in ids and all(0 <= i < tokenizer.vocab_size for i in ids)
         assert tokenizer.kind != 'bpe' or tokenizer.unk not in ids
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'unigram'])
+@pytest.mark.parametrize('rare', ['\t', '\n', ' ', '\t\n', '\t \n', 'é', '\u2581\ue009', '\0\u2585'])
+def test_every_text_comes_back_whatever_was_rare_in_training(kind, rare):
+    """What training saw once in 30,000 characters, or never, is in every text afterwards."""
+    rng, letters = random.Random(f'{kind}{rare}'), [*{*'abcdefgh \n\té'} - {*rare}]
+    words = [''.join(rng.choices('abcdefgh', k=rng.randrange(2, 8))) for _ in range(300)]
+    gaps = [c for c in ' \n\t' if c not in rare] or ['.']
+    training = ''.join(word + rng.choice(gaps) for word in rng.choices(words, k=6000)) + rare * (len(rare) < 3)
+    tokenizer = pd.BPETokenizer.train([training], 330, kind)
+    alphabet = [*letters, *rare, *'  \n\t\r🙂\u0301', chr(0xE00A)]
+    batch = HARD + [training, rare, f'a{rare}b{rare}', *(''.join(rng.choices(alphabet, k=rng.randrange(60))) for _ in range(300))]
+    for text, row in zip(batch, tokenizer.encode_batch(batch), strict=True):
+        assert tokenizer.encode(text) == row.tolist()
+        assert b''.join(map(tokenizer.token_bytes, row)) == text.encode() and tokenizer.decode(row) == text
+
+
+def test_marks_stay_with_their_letters():
+    """Hindi, and letters in two characters, are as many words and about as many tokens as they look."""
+    assert pd.BPETokenizer.words.findall('हिन्दी में cafe\u0301s! e\u0301\u0302ta 1') == ['हिन्दी', ' में', ' cafe\u0301s', '!', ' e\u0301\u0302ta', ' 1']
+    words = ['élève', 'été', 'première', 'où', 'déjà', 'même', 'être', 'âgé', 'naïf', 'forêt']
+    composed = ' '.join(random.Random(1).choices(words, k=4000))
+    apart = unicodedata.normalize('NFD', composed)
+    one, two = (len(pd.BPETokenizer.train([text], 310).encode(text)) for text in (composed, apart))
+    assert two < 1.3 * one
 
 
 def test_bpe_learns_line_ends_and_labels(bpe):
@@ -273,7 +301,181 @@ def test_a_json_row_without_text_is_named_by_its_line(tmp_path):
     refuses('line 2 has no field', prepare, tmp_path / 'x.jsonl', tmp_path / 'data')
 
 
+def found(folder, **files):
+    """(source, split) of the parts of a folder with files of these texts."""
+    for name, text in files.items():
+        write(folder / name, text)
+    parts, left = pd.find_parts(folder)
+    return [(part.source, part.split) for part in parts], left
+
+
+def test_a_split_is_a_name_only_where_all_files_have_one(tmp_path):
+    essays = {f'essay {i}.txt': 'x' for i in range(6)} | {'the_night_train.txt': 'x', 'README.md': 'x', 'LICENSE': 'x'}
+    parts, left = found(tmp_path / 'essays', **essays)
+    assert len(parts) == 7 and {split for _, split in parts} == {''} and left == ['LICENSE', 'README.md']
+    for name in ('litmus_test.txt', 'second-val.txt'):
+        parts, _ = found(tmp_path / name, **{'the_night_train.txt': 'x', name: 'x'})
+        assert {split for _, split in parts} == {''}
+    parts, _ = found(tmp_path / 'w', **{'w_train.txt': 'x', 'w_val.txt': 'x', 'readme.txt': 'x'})
+    assert parts == [('w', 'val'), ('w', 'train')]
+    write(tmp_path / 'mixed/a.train', 'x')
+    refuses('a.train has a split in its name and .*notes.txt has none', found, tmp_path / 'mixed', **{'notes.txt': 'x'})
+    assert found(tmp_path / 'plain', **{'license_to_kill.txt': 'x', 'test.txt': 'x', 'a,b:c+d.txt': 'x'})[0] == [
+        ('a-b-c-d', ''), ('license_to_kill', ''), ('test', '')]
+
+
+def test_links_are_followed_and_what_is_no_file_is_refused(tmp_path, monkeypatch):
+    write(tmp_path / 'far/b.txt', '\n\n'.join(prose(40)))
+    write(tmp_path / 'in/a.txt', '\n\n'.join(prose(40, 1)))
+    (tmp_path / 'in/linked').symlink_to(tmp_path / 'far')
+    (tmp_path / 'far/round').symlink_to(tmp_path / 'in')
+    data = prepare(tmp_path / 'in', tmp_path / 'data')
+    assert data.meta['sources'] == ['a', 'linked/b'] and sum(map(len, data.docs.values())) == 80
+    (tmp_path / 'in/gone.txt').symlink_to(tmp_path / 'nowhere')
+    refuses('gone.txt is a link to nothing', prepare, tmp_path / 'in', tmp_path / 'data')
+    (tmp_path / 'in/gone.txt').unlink()
+    os.mkfifo(tmp_path / 'in/pipe')
+    for path in (tmp_path / 'in', tmp_path / 'in/pipe', '/dev/null'):
+        refuses('is no file, it can be read only once', prepare, path, tmp_path / 'data')
+    (tmp_path / 'in/pipe').unlink()
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert pd.find_parts(pd.source_root('files:~/far/b.txt', ''))[0][0].path == tmp_path / 'far/b.txt'
+    assert sets(dataset='files:~/in', data_dir='~/data').folder == tmp_path / 'data/files-in-bytes'
+    refuses('files: names no text', stack, dataset='files:')
+
+
+def forbid(monkeypatch, module, name, where):
+    """A call of module.name with this path is refused, as it is to a user who may not read it."""
+    real = getattr(module, name, open)
+
+    def call(path, *args, **kwargs):
+        if str(path) == str(where):
+            raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+        return real(path, *args, **kwargs)
+    monkeypatch.setattr(module, name, call, raising=False)
+
+
+def test_what_is_not_yours_to_read(tmp_path, monkeypatch, small):
+    data, source = small
+    write(tmp_path / 'in/a.txt', 'x')
+    write(tmp_path / 'in/closed/b.txt', 'x')
+    with monkeypatch.context() as m:
+        forbid(m, pd, 'open', source)
+        refuses(r'small.txt cannot be read \(Permission denied\).*take away', prepare, source, tmp_path / 'other')
+    with monkeypatch.context() as m:
+        forbid(m, os, 'scandir', tmp_path / 'in/closed')
+        refuses(r'closed cannot be read \(Permission denied\)', prepare, tmp_path / 'in', tmp_path / 'other')
+    for name in ('tokenizer.bytes', 'meta.json', 'train.bin'):
+        with monkeypatch.context() as m:
+            forbid(m, pd.io, 'open', data.folder / name)
+            forbid(m, pd.Path, 'open', data.folder / name)
+            forbid(m, pd.np, 'memmap', data.folder / name)
+            forbid(m, pd, 'open', data.folder / name)
+            said = refuses(rf'{name} cannot be read \(Permission denied\)', pd.open_data, data.folder)
+            assert '--overwrite' not in said
+    with monkeypatch.context() as m:
+        forbid(m, pd.io, 'open', data.folder / 'tokenizer.bytes')
+        forbid(m, pd.Path, 'open', data.folder / 'tokenizer.bytes')
+        refuses('tokenizer.bytes cannot be read', pd.load_tokenizer, data.folder)
+
+
+TABLE = ['one, two', 'three "four"', 'five\n\nsix', 'åäö']
+
+
+@pytest.mark.parametrize('name, text', [
+    ('x.ndjson', '\n'.join(json.dumps(dict(text=row)) for row in TABLE)), ('x.JSONL', '\n'.join(json.dumps(dict(text=row)) for row in TABLE)),
+    ('x.json', '\n'.join(json.dumps(dict(text=row)) for row in TABLE)), ('x.json', json.dumps([dict(text=row) for row in TABLE], indent=1)),
+    ('x.jsonl', json.dumps(TABLE)), ('x.jsonl', '\ufeff' + '\n'.join(json.dumps(dict(text=row)) for row in TABLE)),
+    ('x.csv', 'id,text\n1,"one, two"\n2,"three ""four"""\r\n3,"five\n\nsix"\n4,åäö\n'), ('x.CSV', '\ufefftext\n"one, two"\n"three ""four"""\n"five\n\nsix"\nåäö\n'),
+    ('x.tsv', 'text\tn\none, two\t1\n"three ""four"""\t2\n"five\n\nsix"\t3\nåäö\t4\n'),
+    ('x.txt', '\ufeffone, two<|endoftext|>three "four"<|endoftext|>five\n\nsix<|endoftext|>åäö')])
+def test_rows_are_read_whatever_their_file_is_called(tmp_path, name, text):
+    assert read_part(write(tmp_path / name, text), 'x')[0] == TABLE
+    assert read_part(write(tmp_path / f'{name}.GZ', gzip.compress(text.encode())), 'x')[0] == TABLE
+
+
+@pytest.mark.parametrize('name, text, said', [
+    ('x.jsonl', '{"text": "a"}\n{"text": "\\ud83d"}', r"line 2 holds '\\ud83d', half of a pair that is one character"),
+    ('x.jsonl', '{"text": ["a"]}', r"line 1 has \['a'\] for text"), ('x.jsonl', '7', 'line 1 has 7 for text'),
+    ('x.json', '[{"text": "a"}, {"txt": "b"}]', 'an array, row 2 has no field text or story, only txt'),
+    ('x.json', '{\n "text": "a"\n}', 'line 1 is not JSON, which is an object with text a line'), ('x.jsonl', '[' * 99999, 'is not JSON'),
+    ('x.csv', 'id,body\n1,a\n', 'line 2 has no field text or story, only id, body'), ('x.csv', 'text,n\na,b,c\n', 'line 2 has more fields than the first line, 2'),
+    ('x.html', '<p>a</p>', r'no plain text \(.html\)'), ('x.txt.zip', 'PK', r'\(.zip\)'), ('x.txt', '<?xml version="1.0"?>', 'is XML'),
+    ('x.txt', '{"text": "a"}', 'is JSON: .*JSON is read from .jsonl'), ('x', '[{"text": "a"}]', 'is JSON'), ('x.txt', '%PDF-1.7', 'is PDF')])
+def test_what_is_no_text_is_refused_for_what_it_is(tmp_path, name, text, said):
+    refuses(said, prepare, write(tmp_path / name, text), tmp_path / 'data')
+
+
+def test_rows_without_text_are_counted(tmp_path):
+    rows = [json.dumps(dict(text=text)) for text in prose(40)]
+    data = prepare(write(tmp_path / 'x.jsonl', '\n'.join([*rows, '{"text": null}'])), tmp_path)
+    assert data.meta['report'] == {'rows dropped, their text is null': 1}
+
+
+@pytest.mark.parametrize('rows, said', [([['a'], ['b']], r"in text, has \['a'\] for text"), ([1, 2], 'in text, has 1 for text')])
+def test_parquet_without_text(tmp_path, rows, said):
+    pa = pytest.importorskip('pyarrow')
+    from pyarrow.parquet import write_table
+    write_table(pa.table(dict(text=rows)), tmp_path / 'x.parquet')
+    refuses(said, prepare, tmp_path / 'x.parquet', tmp_path / 'data')
+    write_table(pa.table(dict(text=pa.array(['a b', None, 'c']).dictionary_encode())), tmp_path / 'y.parquet')
+    assert read_part(tmp_path / 'y.parquet', 'y')[0] == ['a b', 'c']
+
+
+def test_one_stray_byte_is_told_from_another_encoding(tmp_path):
+    swedish = '\n\n'.join('Räksmörgås på ön.' for _ in range(50)).encode()
+    said = refuses('1 bad line, the first is line 101; all else in it is, so mend that or', prepare,
+                   write(tmp_path / 'x.txt', swedish + b'\n\nna\xefve'), tmp_path / 'data')
+    assert 'iconv' not in said
+    refuses('iconv -f latin1', prepare, write(tmp_path / 'y.txt', swedish.decode().encode('latin1')), tmp_path / 'data')
+
+
+def test_copies_that_differ_in_line_ends_or_unicode_form_are_copies(tmp_path):
+    held = [f'{text}\nDéjà vu, {i}.' for i, text in enumerate(prose(4, 5))]
+    copies = [held[0].replace('\n', '\r\n'), unicodedata.normalize('NFD', held[1]), unicodedata.normalize('NFD', held[2]).replace('\n', '\r\n')]
+    write(tmp_path / 's/a.train', '\n\n'.join(prose(20) + copies))
+    write(tmp_path / 's/a.dev', '\n\n'.join(held))
+    data = prepare(tmp_path / 's', tmp_path)
+    assert texts(data, 'train') == prose(20) and data.meta['report'] == {'training documents dropped, identical to held-out ones': 3}
+    keys = {pd.key_of(text.encode())[0] for text in (held[0], copies[0])}
+    assert len(keys) == 1
+
+
+def test_the_share_of_held_out_text_that_training_has_is_said(tmp_path):
+    """Paragraphs that come again hide in joined documents; the summary says how much of validation they are."""
+    said = prose(20, 9)
+    write(tmp_path / 's/a.train', '\n\n'.join(prose(61) + said[:5]))
+    write(tmp_path / 's/a.dev', '\n\n'.join(said))
+    data = prepare(tmp_path / 's', tmp_path, min_doc_bytes=500)
+    shared, of = data.meta['in_training']['shared'], data.meta['in_training']['held_out_bytes']
+    assert (shared, of) == (sum(len(p) for p in said[:5]), sum(map(len, said)))
+    line = f'{shared / of:.1%} of the held-out text is in training too'
+    assert any(line in row for row in stack(dataset=f'files:{tmp_path}/s', data_dir=tmp_path).summary(data))
+
+
 # Layouts
+
+
+def test_a_list_is_a_document_a_line(tmp_path):
+    names = [''.join(random.Random(i).choices('aeioulmnrst', k=6)) for i in range(900)]
+    assert read_part(write(tmp_path / 'names.txt', '\n'.join(names) + '\n'), 'names')[0] == names
+    cities = [f'{a.title()} {b}, Ohio' for a, b in zip(names, names[1:])]
+    assert read_part(write(tmp_path / 'cities.txt', '\r\n'.join(cities) + '\r\n\r\n'), 'cities')[0] == cities
+    wrapped = '\n'.join(' '.join(prose(40)).split(' 0 ')[0][i:i + 60] for i in range(0, 4000, 60))
+    for text in (wrapped, '\n'.join(p[:50] for p in prose(50)), '\n'.join('Yes, I do.' for _ in range(50))):
+        assert len(read_part(write(tmp_path / 'x.txt', text), 'x')[0]) == 1
+
+
+@pytest.mark.parametrize('first', ['', '<|endoftext|>\n'])
+def test_a_boundary_that_comes_late_or_once(tmp_path, first):
+    """Documents end at every separator, and other boundaries hold where one is not common."""
+    before, after = prose(8000), prose(20, 1)
+    text = first + '\n\n'.join(before) + '<|endoftext|>' + '<|endoftext|>'.join(after)
+    assert text.index('<|endoftext|>', 1) > 1 << 20
+    docs, part, _ = read_part(write(tmp_path / 'x.txt', text), 'x', min_doc_bytes=0)
+    assert docs == before + after and part.way == 'blank, joined'
+    joined, _, _ = read_part(tmp_path / 'x.txt', 'x', min_doc_bytes=1000)
+    assert joined[-20:] == after and not any('endoftext' in doc for doc in joined)
 
 
 def read_part(path, source, *ideas, **settings):
@@ -488,6 +690,105 @@ def test_open_sees_changed_sources(small):
     refuses('changed since', pd.open_data, data.folder, name)
     source.unlink()
     pd.open_data(data.folder, name)                                      # the text need not be kept
+
+
+# What a data set was made from is part of what it is
+
+
+def sets(*args, **settings):
+    """A Corpus with these settings that opens what is there, and builds what is not."""
+    return stack(*args, **dict(tokenizer='bytes', min_doc_bytes=0) | settings)
+
+
+def test_two_texts_of_one_name_are_two_data_sets(tmp_path):
+    """A folder's name is the last part of a path: `en/bok.txt` and `sv/bok.txt`, cut to one size, are told apart."""
+    for seed, folder in enumerate(('en', 'sv')):
+        write(tmp_path / folder / 'bok.txt', '\n\n'.join(prose(60, seed))[:6000])
+    english = sets(dataset=f'files:{tmp_path}/en/bok.txt', data_dir=tmp_path / 'data')
+    english.open()
+    other = dict(dataset=f'files:{tmp_path}/sv/bok.txt', data_dir=tmp_path / 'data')
+    for ask in (sets(**other).open, sets(**other).build):
+        said = refuses('en/bok.txt, .*sv/bok.txt holds another text: keep both with another --data_dir', ask)
+        assert f'--dataset=files:{tmp_path}/sv/bok.txt' in said and '--overwrite' in said
+    assert 'dogs' not in sets(**other | dict(data_dir=tmp_path / 'other')).open().meta['sources']
+    refuses('se/bok.txt does not exist, .*was prepared from .*en/bok.txt', sets(
+        dataset=f'files:{tmp_path}/se/bok.txt', data_dir=tmp_path / 'data').open)
+    write(tmp_path / 'copy/bok.txt', (tmp_path / 'en/bok.txt').read_text())      # the same text elsewhere is the same
+    sets(dataset=f'files:{tmp_path}/copy/bok.txt', data_dir=tmp_path / 'data').open()
+    os.utime(tmp_path / 'en/bok.txt', (1, 1))
+    english.open()
+    write(tmp_path / 'en/bok.txt', 'X' + (tmp_path / 'en/bok.txt').read_text()[1:])
+    refuses('changed since', english.open)
+
+
+def test_every_option_is_compared_when_data_is_opened(tmp_path):
+    path = write(tmp_path / 'x.txt', '\n\n'.join(prose(90)))
+    given = dict(dataset=f'files:{path}', data_dir=tmp_path / 'data')
+    sets(**given).open()
+    for name, value in dict(val_fraction=0.5, max_doc_bytes=300, min_doc_bytes=5000, text_field='body').items():
+        refuses(f'{name} .*, not .*: say the same, prepare it anew with --overwrite', sets(**given, **{name: value}).open
+                if name != 'min_doc_bytes' else sets(**given | {name: value}).open)
+    refuses("dedup False, not True|dedup None, not True", sets('dedup', **given).open)
+    sets(**given | dict(vocab_size=99)).open()                           # of no account to bytes
+    sets('dedup', **given | dict(data_dir=tmp_path / 'clean')).open()
+    said = refuses('dedup True, not False', sets(**given | dict(data_dir=tmp_path / 'clean')).open)
+    assert 'say the same (config/dedup.py)' in said
+    data = sets(**given | dict(data_dir=tmp_path / 'bpe', tokenizer='bpe', vocab_size=300)).open()
+    write(tmp_path / 'y.txt', '\n\n'.join(prose(90, 5))[::-1])
+    theirs = sets(dataset=f'files:{tmp_path}/y.txt', data_dir=tmp_path / 'bpe', tokenizer='bpe', vocab_size=300).build(quiet=True)
+    refuses('another vocabulary', sets(**given | dict(
+        data_dir=tmp_path / 'bpe', tokenizer='bpe', vocab_size=300, tokenizer_from=str(theirs))).open)
+    spoil(data.folder / 'meta.json', lambda b: b'{}')
+    again = refuses('damaged', sets(**given | dict(data_dir=tmp_path / 'bpe', tokenizer='bpe', vocab_size=300)).open)
+    assert '--overwrite' in again
+
+
+def test_what_mends_a_data_set_says_how_it_was_made(tmp_path):
+    path = write(tmp_path / 'my text.txt', '\n\n'.join(prose(90)))
+    folder = sets('dedup', dataset=f'files:{path}', data_dir=tmp_path / 'data', val_fraction=0.1).build(quiet=True)
+    path.write_text(path.read_text() + 'x')
+    said = refuses('changed since', pd.open_data, folder, f'files:{path}')
+    again = shlex.split(said.partition('run python prepare_data.py ')[2])
+    assert pd.main(again) is None
+    meta = pd.open_data(folder, f'files:{path}').meta['settings']
+    assert (meta['val_fraction'], meta['min_doc_bytes'], meta['dedup'], meta['tokenizer']) == (0.1, 0, True, 'bytes')
+
+
+def test_data_that_was_prepared_before_is_read(small):
+    """Folders of older versions know names and sizes of their sources, and nothing of places, times and ideas."""
+    data, source = small
+    meta = json.loads((data.folder / 'meta.json').read_text())
+    old = {key: value for key, value in meta.items() if key not in ('made_from', 'in_training')}
+    old['settings'] |= dict(documents=40000, scores=True)
+    (data.folder / 'meta.json').write_text(json.dumps(old))
+    opened = sets(dataset=f'files:{source}', data_dir=data.folder.parent).open()
+    assert opened.meta['fingerprint'] == meta['fingerprint']
+    source.write_text(source.read_text() + ' more')
+    refuses('changed since.*--overwrite', pd.open_data, data.folder, f'files:{source}')
+
+
+def test_text_that_grows_while_it_is_prepared(tmp_path, monkeypatch):
+    path, documents = write(tmp_path / 'x.txt', '\n\n'.join(prose(60))), pd.Corpus.documents
+    for more in ('\n\nmore\n\nand more', '.'):
+        def grows(self, part, report, bar, text=path.read_text() + more):
+            yield from documents(self, part, report, bar)
+            path.write_text(text)
+        monkeypatch.setattr(pd.Corpus, 'documents', grows)
+        refuses('changed while they were read', prepare, path, tmp_path / 'data')
+    assert not any((tmp_path / 'data').iterdir())
+
+
+def test_text_may_lie_beside_what_is_made_of_it(tmp_path, monkeypatch):
+    """In data/ itself, or in the folder one is in, where runs are too."""
+    write(tmp_path / 'bok.txt', '\n\n'.join(prose(60)))
+    for name in ('metrics.jsonl', 'ckpt.pt', 'result.json'):
+        write(tmp_path / 'out/run' / name, '{"text": "of a run"}')
+    monkeypatch.chdir(tmp_path)
+    for data_dir in ('.', 'data'):
+        for _ in range(2):
+            data = sets(dataset='files:.', data_dir=data_dir).open()
+            assert data.meta['sources'] == ['bok'] and data.meta['files'] == [['bok.txt', (tmp_path / 'bok.txt').stat().st_size]]
+        prepare('.', data_dir)
 
 
 # Same in, same out; little memory

@@ -127,13 +127,13 @@ def test_data_that_was_prepared_without_an_idea_is_not_opened_for_it(tmp_path):
     path = write(tmp_path / 'x.txt', '\n\n'.join(prose(40)))
     given = dict(dataset=f'files:{path}', data_dir=tmp_path / 'out', tokenizer='bytes')
     stack(**given).open()
-    refuses(r"prepared with clean None, not 'all': prepare it anew with --overwrite", stack('clean', **given).open)
+    refuses(r"prepared with clean None, not 'all': say the same, prepare it anew with --overwrite", stack('clean', **given).open)
     refuses('prepared with dedup None, not True', stack('dedup', **given).open)
     for idle in (dict(dedup=False), dict(clean='')):
         stack('dedup' if 'dedup' in idle else 'clean', **given | idle).open()
     stack('clean', **given, overwrite=True).build(quiet=True)
     assert stack('clean', **given).open().meta['settings']['clean'] == 'all'
-    stack(**given).open()                                      # who does not name it takes what there is
+    refuses(r"prepared with clean 'all', not '': say the same \(config/clean.py\)", stack(**given).open)
 
 
 def test_ideas_stack_in_any_order(tmp_path):
@@ -477,6 +477,9 @@ def test_documents_below_the_threshold_are_dropped_from_training_alone(tmp_path,
     assert data.meta['quality'] == dict(documents=160, held_out=40, accuracy=1.0)
     assert (difficulty.measure(data, 'train', 'quality') > 0.5).all()
     assert (difficulty.measure(data, 'val', 'quality') < 0.5).all()
+    same = dict(dataset=f'files:{tmp_path}/in', data_dir=tmp_path / 'out', tokenizer='bytes', min_doc_bytes=0)
+    stack('quality', **same | given).open()
+    refuses('prepared with other examples', stack('quality', **same | given | dict(good=paths[1])).open)
     corpus = stack('quality', dataset=f'files:{tmp_path}/in', **given)
     assert any('right about 100.0% of 40 others' in line for line in corpus.summary(data))
     assert data.meta['inputs'] == [pd.sha256_of(path) for path in paths]
@@ -618,7 +621,7 @@ def test_tagged_files(content, words):
     ('difficulty', dict(difficulty='loss'), 'choose compression'),
     ('difficulty', dict(score_with='{none}'), 'does not exist'), ('difficulty', dict(score_with='{x}'), 'not a checkpoint'),
     ('quality', dict(good='{x}'), 'give both files'), ('quality', dict(min_quality=0.5), 'give both files'),
-    ('quality', dict(good='{x}', bad='{none}'), 'No such file'), ('quality', dict(good='{x}', bad='{x}'), '10 or more of each'),
+    ('quality', dict(good='{x}', bad='{none}'), 'none does not exist'), ('quality', dict(good='{x}', bad='{x}'), '10 or more of each'),
     ('word_classes', dict(check_classes='{x}'), 'no tagged words'), ('clean', dict(clean='unicode,spelling'), 'spelling'),
     ('clean', dict(clean='unicode', languages='sv'), 'clean has no step language'), ('clean', dict(languages='dk'), "'dk' is no step"),
     ('arithmetic', dict(add='arithmetics'), "names 'arithmetics'"), ('secure', {}, 'has none')])
