@@ -1279,10 +1279,10 @@ def test_joules_are_charged_and_added_up_over_parts(main, tmp_path, monkeypatch)
     turns = []
     monkeypatch.setattr(sample, 'Energy', Told)
     main('--country=120', '--eval_interval=0.4', '--sample_tokens=0', '--max_steps=3')
-    # three probes as it warms up; a save after every step and after the last; an evaluation on the way, and the closing one
+    # four probes as it warms up; a save after every step and after the last; an evaluation on the way, and the closing one
     save, evaluation = ['idle', 'train'], ['eval', 'train']
     # each with its sample, on the way with its evaluation sets too, of which there are none here
-    assert turns == [*['eval', 'idle'] * 3, 'train', *save * 3, *evaluation * 3, *save, 'idle', *['eval', 'idle'] * 2], turns
+    assert turns == [*['eval', 'idle'] * 4, 'train', *save * 3, *evaluation * 3, *save, 'idle', *['eval', 'idle'] * 2], turns
     result = json.loads((tmp_path / 'run' / 'result.json').read_text())
     assert result['joules'] == 10 * (len(turns) + 1) and result['co2_g'] == pytest.approx(result['joules'] / 3.6e6 * 120)
     assert [result['energy'][k] for k in ('train', 'eval', 'idle')] == [10 * ['idle', *turns].count(k) for k in ('train', 'eval', 'idle')]
