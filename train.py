@@ -870,8 +870,7 @@ class Run:
         self.say(f'warning: torch.compile does not work here ({why}): the run goes on without it, slower')
 
     def dearer(self):
-        """How many times longer than now the closing evaluation will take: more than once, if the model
-        grows."""
+        """How many times longer than now the closing evaluation will take, if it is of a larger model."""
         return 1.0
 
     def measure_evaluation(self):
