@@ -673,7 +673,15 @@ def kill_at_step(monkeypatch, number, step=2):
         os.kill(os.getpid(), number) if self.steps == step else None, save(self))[1])
 
 
-def test_a_terminal_that_goes_away_saves(main, tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def terminal():
+    """Whose hangup is heard, even where nohup has started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_goes_away_saves(main, tmp_path, monkeypatch, capfd, terminal):
     kill_at_step(monkeypatch, signal.SIGHUP)
     with pytest.raises(train.Stopped):
         main('--max_steps=9', '--save_minutes=100')
@@ -693,7 +701,7 @@ def test_hangups_do_not_end_a_run_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_before_the_data_is_there_ends_at_once(corpus, main, tmp_path, monkeypatch, number):
+def test_a_signal_before_the_data_is_there_ends_at_once(corpus, main, tmp_path, monkeypatch, number, terminal):
     def built(*args):
         assert list((tmp_path / 'data').iterdir())
         os.kill(os.getpid(), number)
