@@ -500,6 +500,7 @@ def shown(ideas):
     return '\n'.join([*lines, *(f'\n{diff}' for diff in diffs)])
 
 
+@functools.cache
 def place_of(thing):
     """File and line of a class or a function."""
     return f'{name_of(thing)}:{inspect.getsourcelines(thing)[1]}'

@@ -113,6 +113,7 @@ def test_a_ramp_counts_its_tokens_and_ends_where_it_was_told(main, corpus, tmp_p
     assert result['flops'] == pytest.approx(result['tokens'] * result['flops_per_token'])
 
 
+@pytest.mark.slow
 def test_a_stack_of_the_three_goes_on_to_the_bit(main, monkeypatch, tmp_path):
     args = [*RAMP_ARGS, GATE, LOOP]
     main(*args)
