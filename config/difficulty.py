@@ -203,7 +203,8 @@ def surprisal(data, chunk=1 << 22, slots=1 << 22):
 
 
 def checkpoint_of(run):
-    return Path(run) / 'ckpt.pt' if Path(run).is_dir() else Path(run)
+    path = Path(run).expanduser()
+    return path / 'ckpt.pt' if path.is_dir() else path
 
 
 def judge(run, device=None):

@@ -12,9 +12,11 @@ answers likewise.
 """
 import json
 import random
+from pathlib import Path
 
 import prepare_data
 from config.worlds import World
+from prepare_data import sha256_of
 
 dataset = 'stories'
 documents: int = 40_000      # 1..1000000000: training stories to generate
@@ -33,7 +35,9 @@ class Corpus(prepare_data.Corpus):
             for name, (_, about) in WORLDS.items()}
 
     def content(self):
-        return super().content() | dict(documents=self.s.documents)
+        (world, _), _ = WORLDS.get(self.name, (('', False), ''))
+        told = sha256_of(Path(__file__).with_name(f'{world}.txt'))[:12] if world else ''     # what its words are
+        return super().content() | dict(documents=self.s.documents, world=told)
 
     def text(self, temp, report):
         if self.name not in WORLDS:

@@ -17,9 +17,10 @@ import prepare_data
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: minutes each; run by pytest -m slow, and by .ci/run')
+    config.addinivalue_line('markers', 'long: 10 s and more each; run by pytest -m long, and by .ci/run')
+    config.addinivalue_line('markers', 'slow: minutes each, some need a quiet machine; run by pytest -m slow')
     if not config.option.markexpr:
-        config.option.markexpr = 'not slow'
+        config.option.markexpr = 'not slow and not long'
 
 
 # what the tests of train.py, sample.py and bench_mfu.py share: one small corpus, prepared once, and one finished run

@@ -1,10 +1,12 @@
 """bench_mfu.py: it runs, it measures the step of a run, and compares runs as it says."""
 import json
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -115,7 +117,7 @@ def test_a_rival_that_fails_is_named():
 
 # ---- compiling without a GPU
 
-@pytest.mark.parametrize('whole', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('whole', [False, pytest.param(True, marks=pytest.mark.long)])
 def test_kernels_compile_for_a_4090_within_its_limits(monkeypatch, whole):
     pytest.importorskip('triton')
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
@@ -215,6 +217,7 @@ def compare(corpus, tmp_path, monkeypatch, capsys):
     """--compare in this process and an empty folder, on the small corpus: what it prints, and the runs that it makes;
     with really=False none is started, and all fail."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('OMP_NUM_THREADS', os.environ.get('OMP_NUM_THREADS', '2'))      # what is set in it goes
     monkeypatch.setattr(bench_mfu.signal, 'signal', lambda *a: None)
     (tmp_path / 'base.py').write_text('learning_rate = 0.01\n')
     (tmp_path / 'fast.py').write_text('learning_rate = learning_rate * 2\nmlp_hidden = 512\n')
@@ -230,6 +233,8 @@ def compare(corpus, tmp_path, monkeypatch, capsys):
         def making(run):
             made.append((run.name, run.seed))
             run.folder.mkdir(parents=True, exist_ok=True)
+            if callable(really):
+                return really(run)
             make(run) if really else setattr(run, 'fault', f'{run.name} {run.args[:3]}')
         monkeypatch.setattr(bench_mfu, 'make', making)
         bench_mfu.main(['--compare', *args, *corpus.args])
@@ -266,7 +271,7 @@ def test_a_comparison_says_at_once_what_cannot_be_made(compare, tmp_path):
     assert not list((tmp_path / 'out').rglob('log.txt'))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_comparison_goes_on_where_it_was_stopped(compare, corpus, tmp_path):
     args = 'base.py', '--max_steps=300', '--seeds=1', '--compare_dir=here'
     log = tmp_path / 'here' / 'base' / 'seed1' / 'metrics.jsonl'
@@ -281,6 +286,74 @@ def test_a_comparison_goes_on_where_it_was_stopped(compare, corpus, tmp_path):
     before = log.read_text().split('\n')[:steps]
     assert 0 < steps <= 300 and compare(*args)[1] == [('base', 1)]
     assert json.loads((log.parent / 'result.json').read_text())['steps'] == 300 and log.read_text().split('\n')[:steps] == before
+
+
+@pytest.fixture
+def doll(corpus, tmp_path, monkeypatch, capsys):
+    """--doll in an empty folder, none of whose runs is made: what it prints, and those runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_mfu.signal, 'signal', lambda *a: None)
+    (tmp_path / 'base.py').write_text('learning_rate = 0.01\nn_layer = 6\nn_embd = 96\nn_head = 3\nblock_size = 128\n')
+    (tmp_path / 'wide.py').write_text('mlp_hidden = 6 * n_embd\n')
+    threads = torch.get_num_threads()
+
+    def call(*args):
+        runs = []
+        monkeypatch.setattr(bench_mfu, 'make', lambda run: (runs.append(run), run.folder.mkdir(parents=True, exist_ok=True),
+                                                            setattr(run, 'fault', 'not made')))
+        kept = [a for a in corpus.args if not a.startswith(('--n_', '--block_size', '--tokens_per_step'))]
+        bench_mfu.main(['--doll', *args, *kept, '--tokens_per_step=4096'])
+        return capsys.readouterr().out, runs
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_a_doll_has_the_ratios_of_the_run(doll, tmp_path):
+    args = 'base.py', 'wide.py', '--max_tokens=1200000', '--minutes=0.15', '--text_words=40000', '--seeds=1'
+    out, runs = doll(*args)
+    sides = {line[:21].strip(): [float(n.replace(',', '')) for n in line[21:].split()] for line in out.split('\n')
+             if re.fullmatch(r'[a-z ]{21} *[\d.,]+ +[\d.,]+', line)}
+    for ratio, within in (('tokens a parameter', 0.03), ('epochs', 0.05), ('steps', 0.1)):
+        card, ours = sides[ratio]
+        assert ours == pytest.approx(card, rel=within), ratio
+    assert sides['parameters'][1] < sides['parameters'][0] and sides['tokens'] == [1200000, runs[0].s.max_tokens]
+    base, wide = runs
+    assert [run.name for run in runs] == ['base+text_share+doll', 'wide'] and 0 < base.s.text_share < 1
+    assert base.s.max_tokens % base.s.tokens_per_step == 0 and base.s.learning_rate == 0.01 and base.s.n_embd == sides['width'][1]
+    assert wide.s.mlp_hidden == 6 * wide.s.n_embd and vars(wide.s) | dict(mlp_hidden=0, out_dir='') == vars(base.s) | dict(mlp_hidden=0, out_dir='')
+    said = (tmp_path / 'out/doll/base/doll.py').read_text()
+    assert [run.s.tokens_per_step for run in doll(*args, '--jobs=2')[1]] == [base.s.tokens_per_step] * 2
+    assert (tmp_path / 'out/doll/base/doll.py').read_text() == said                # the same doll again
+
+
+def test_shapes_of_dolls():
+    card = GPTConfig(n_layer=12, n_head=8, n_kv_head=4, n_embd=512, vocab_size=16384, block_size=512, tie_embeddings=True, mlp_hidden=1536)
+    for size in (60_000, 250_000, 1_000_000, 4_000_000):
+        c = GPTConfig(**{**vars(card), 'rotary_dim': 0, **bench_mfu.doll_shape(card, size, [2 ** k for k in range(9, 15)])})
+        total = model.blueprint(c).params()['total']
+        assert 0.8 < total / size < 1.25 and 4 <= c.n_layer <= 12 and c.mlp_hidden == 3 * c.n_embd
+        assert 0.6 < c.vocab_size * c.n_embd / total / (16384 * 512 / model.blueprint(card).params()['total']) < 1.6
+        assert c.n_head % c.n_kv_head == 0 and c.n_kv_head * 2 in (c.n_head, 2) and c.head_dim >= 16
+    smallest = bench_mfu.doll_shape(card, 5_000, [512])
+    assert (smallest['n_layer'], smallest['n_embd']) == (4, 32)
+
+
+@pytest.mark.parametrize('args, said', [
+    ((), 'names no config'), (('base.py', '--card=Voodoo'), "--card is 'Voodoo', whose peak is not known; there are RTX 4090"),
+    (('base.py', '--minutes=0.02', '--text_words=1e9', '--max_tokens=300000'), r'is to read [\d,]+ tokens of text, [\d,]+ are here')])
+def test_dolls_that_cannot_be(doll, args, said):
+    with pytest.raises(UserError, match=said):
+        doll(*args)
+
+
+def test_runs_made_together_go_by_tokens(compare, tmp_path):
+    with pytest.raises(UserError, match='must not go by its clock, give them --max_tokens'):
+        compare('base.py', '--jobs=2', really=False)
+    both = threading.Barrier(2, timeout=20)     # each waits until the other has begun
+    out, made = compare('base.py', 'fast.py', '--jobs=2', '--seeds=1', '--max_steps=3',
+                        really=lambda run: setattr(run, 'fault', f'met {both.wait()}'))
+    assert sorted(made) == [('base', 1), ('fast', 1)] and re.search(r'met \d, fast, seed 1', out)
+    assert os.environ['OMP_NUM_THREADS'] == str(max(1, os.cpu_count() // 2))
 
 
 def fake(name, seed, val_bpb, total=100, **more):

@@ -313,7 +313,7 @@ def test_a_finished_run_grows(main, tmp_path):
             main(*paths('growth'), '--init_from=run', '--out_dir=third', *wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_grown_from_another_goes_on(main, tmp_path, monkeypatch):
     main(*paths('tokenformer'), '--tie_embeddings')
     args = [*paths('tokenformer growth'), '--init_from=run', '--n_embd=128', '--max_steps=6', '--growth=[(0.6, dict(n_layer=3))]']

@@ -265,7 +265,7 @@ def test_one_kernel_alone_and_all_but_one(name, monkeypatch):
         assert all(error(ours[k], v.double()) < 1e-5 for k, v in results[2].items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torch_compile_finds_one_graph():
     model, idx = small_model()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')

@@ -390,7 +390,7 @@ def test_a_model_that_teaches_itself_has_nothing_to_learn():
     torch.testing.assert_close(model(idx, targets, hidden=theirs, logits=other.logits), 0.75 * model(idx, targets) + 0.25 * apart)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_learns_from_an_earlier_one_of_other_ideas(main, tmp_path, corpus):
     main(*paths('softcap', 'window'), '--out_dir=teacher', '--window=20', '--max_steps=20')
     out = main(*paths('distillation'), '--teacher=teacher', '--teacher_weight=1.0', '--n_embd=32', '--max_steps=40', '--out_dir=taught',
@@ -507,8 +507,8 @@ def test_what_does_not_go_together_is_refused_by_name(first, other, why):
         prepare_data.Ideas(paths(first, other), train.TABLES)
 
 
-@pytest.mark.parametrize('names', [['masked'], pytest.param(['climb_vocabulary', 'climb_objective', 'softcap'], marks=pytest.mark.slow),
-    pytest.param(['syntactic_smoothing', 'z_loss', 'softcap', 'multi_token', 'masked', 'window'], marks=pytest.mark.slow)])
+@pytest.mark.parametrize('names', [['masked'], pytest.param(['climb_vocabulary', 'climb_objective', 'softcap'], marks=pytest.mark.long),
+    pytest.param(['syntactic_smoothing', 'z_loss', 'softcap', 'multi_token', 'masked', 'window'], marks=pytest.mark.long)])
 def test_a_run_resumes_to_the_bit_with(main, tmp_path, monkeypatch, names):
     args = [*paths(*names), '--tokenizer=bpe', '--vocab_size=300', '--micro_batch_size=4', '--max_steps=12', *['--masked=0.5'] * ('masked' in names),
             *['--word_classes=3'] * bool({*names} & {'climb_objective', 'syntactic_smoothing'})]

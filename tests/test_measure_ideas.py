@@ -577,7 +577,7 @@ def weights(folder):
     return torch.load(folder / 'ckpt.pt', weights_only=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dynamics_change_nothing_of_a_run(corpus, tmp_path):
     (tmp_path / 'with_nan.py').write_text(NAN)
     args = [*corpus.args, '--max_steps=8']
@@ -618,7 +618,7 @@ class Run(train.Run):
 '''
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_probed_run_resumes(corpus, tmp_path):
     (tmp_path / 'stop.py').write_text(STOP)
     args = [CONFIG / 'dynamics.py', tmp_path / 'stop.py', *corpus.args, '--max_steps=12']

@@ -1,4 +1,4 @@
-"""Three ideas written by README's chapter: attention_gate, layer_loop, batch_rampup."""
+"""Ideas written by README's chapter: attention_gate, layer_loop, batch_rampup, skips, value_projections, masked_inputs."""
 import json
 
 import pytest
@@ -11,7 +11,8 @@ from model import GPT, GPTConfig, KVCache
 from prepare_data import UserError
 
 CONFIG = ROOT / 'config'
-GATE, LOOP, RAMP = (str(CONFIG / f'{name}.py') for name in ('attention_gate', 'layer_loop', 'batch_rampup'))
+GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN = (str(CONFIG / f'{name}.py') for name in (
+    'attention_gate', 'layer_loop', 'batch_rampup', 'skips', 'value_projections', 'masked_inputs'))
 SHAPE = dict(vocab_size=257, bos=256, block_size=64, n_layer=4, n_head=2, n_embd=32)
 
 
@@ -45,7 +46,7 @@ def weights(folder):
     return torch.load(folder / 'ckpt.pt', weights_only=True)['model']
 
 
-@pytest.mark.parametrize('ideas', [[GATE], [LOOP], [LOOP, GATE], [str(CONFIG / 'latent_attention.py'), LOOP, GATE]])
+@pytest.mark.parametrize('ideas', [[GATE], [LOOP], [SKIPS], [VALUES], [VALUES, SKIPS], [LOOP, GATE], [str(CONFIG / 'latent_attention.py'), LOOP, GATE]])
 def test_a_cache_changes_nothing(ideas):
     model = net(*ideas, **dict(rotary_dim=8) if len(ideas) == 3 else {})
     torch.testing.assert_close(in_bits(model, some()), model.trunk(some()), rtol=1e-4, atol=1e-4)
@@ -113,7 +114,7 @@ def test_a_ramp_counts_its_tokens_and_ends_where_it_was_told(main, corpus, tmp_p
     assert result['flops'] == pytest.approx(result['tokens'] * result['flops_per_token'])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stack_of_the_three_goes_on_to_the_bit(main, monkeypatch, tmp_path):
     args = [*RAMP_ARGS, GATE, LOOP]
     main(*args)
@@ -128,3 +129,49 @@ def test_what_cannot_be_is_refused_in_a_sentence(main):
         main(LOOP, '--loop_layers=3')
     with pytest.raises(UserError, match='ramp_start'):
         main(RAMP, '--ramp_start=1.5')
+
+
+def test_skips_of_nothing_are_the_base_and_each_ends_where_it_should():
+    idx, base = some(), net()
+    model = net(SKIPS, base=base)
+    assert model.skips.tolist() == [pytest.approx(0.1)] * 2 and not torch.equal(model.trunk(idx), base.trunk(idx))
+    model.skips.zero_()
+    assert torch.equal(model.trunk(idx), base.trunk(idx))
+    seen, taken = [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: (taken.append(args[0]), seen.append(out)) and None)
+    model.skips.copy_(torch.tensor([0.5, 0.25]))
+    model.trunk(idx)
+    torch.testing.assert_close(taken[2], seen[1] + 0.25 * seen[1])       # the third takes the second's
+    torch.testing.assert_close(taken[3], seen[2] + 0.5 * seen[0])        # the last the first's
+    assert model.flops_per_token() == base.flops_per_token()
+
+
+def test_value_projections_begin_as_the_base_and_reach_the_values_alone():
+    idx, base = some(), net()
+    model = net(VALUES, base=base)
+    assert torch.equal(model.trunk(idx), base.trunk(idx)) and model.blocks[0].attn.value_of_x0 is None
+    assert model.flops_per_token() == base.flops_per_token() + 6 * 3 * 32 * 32
+    for block in model.blocks[1:]:
+        block.attn.value_of_x0.weight.add_(0.3)
+    context = model_file.Context(idx, model.cos[:48], model.sin[:48], *model.visible(idx), None, dict(x0=torch.randn(2, 48, 32)))
+    x = torch.randn(2, 48, 32)
+    ours, theirs = (m.blocks[1].attn.packed(x, context) for m in (model, base))
+    assert torch.equal(ours[:, :, :4], theirs[:, :, :4]) and not torch.equal(ours[:, :, 4:], theirs[:, :, 4:])
+
+
+def test_masked_inputs_are_a_second_loss(main, corpus, tmp_path):
+    """Of a weight of 0 it is the base's, hiding nothing it is too; the bytes have no token to hide others with."""
+    rows = lambda: [json.loads(line)['train_loss'] for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines() if 'train_loss' in line]
+    with pytest.raises(UserError, match='masked_inputs needs a token to hide others with'):
+        main(HIDDEN, '--max_steps=2')
+    bpe = ['--tokenizer=bpe', '--vocab_size=300', '--max_steps=4', '--overwrite']
+    main(*bpe)
+    base = rows()
+    for more in ('--masked_inputs=0', '--hidden=0'):
+        main(HIDDEN, *bpe, more)
+        assert rows() == pytest.approx(base, rel=1e-5), more
+    main(HIDDEN, *bpe)
+    assert rows()[-1] > base[-1]
+    result = json.loads((tmp_path / 'run/result.json').read_text())
+    assert result['flops_per_token'] == pytest.approx(2 * 6 * (result['non_embedding_params'] + 64 * 300), rel=0.2)

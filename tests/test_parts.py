@@ -341,9 +341,9 @@ def test_a_run_begun_from_an_averaged_one_takes_the_average(main, tmp_path):
 
 @pytest.mark.parametrize('names, settings', [
     pytest.param('dropout latent_attention stochastic_depth weight_decay same_order', ['--kv_latent=12', '--rotary_dim=8'],
-                 marks=pytest.mark.slow),
+                 marks=pytest.mark.long),
     ('ema value_embeds growth', ['--ema=0.1', '--value_embeds=1', '--growth=[(0.3, dict(n_embd=128))]']),
-    pytest.param('growth ema', ['--ema=0.1', '--growth=[(0.8, dict(n_layer=3))]'], marks=pytest.mark.slow)])
+    pytest.param('growth ema', ['--ema=0.1', '--growth=[(0.8, dict(n_layer=3))]'], marks=pytest.mark.long)])
 def test_a_run_resumes_to_the_bit_with(main, tmp_path, monkeypatch, names, settings):
     settings = [*settings, '--max_steps=8', '--micro_batch_size=8']
     main(names, *settings)
@@ -360,7 +360,7 @@ def test_a_run_resumes_to_the_bit_with(main, tmp_path, monkeypatch, names, setti
     assert ('evaluated' in ours) == ('ema' in names)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_growth_begins_a_new_average_in_either_order(main, tmp_path):
     settings = ['--ema=0.1', '--growth=[(0.5, dict(n_embd=128))]', '--max_steps=8']
     main('ema growth', *settings)

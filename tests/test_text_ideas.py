@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from math import log
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from conftest import stack, tales
 from prepare_data import UserError
 from test_prepare_data import ROOT, SHARED, needs_shared, prepare, prose, refuses, split_text, texts, web, write
 
-from config import arithmetic, clean, dedup, difficulty, python, quality, stories as tell, word_classes, worlds
+from config import arithmetic, clean, dedup, difficulty, python, quality, stories as tell, text_share, word_classes, worlds
 
 
 # Data sets
@@ -121,6 +122,34 @@ def test_files_of_the_users_own_go_through_a_data_sets_file(tmp_path):
     refuses("no data set 'babylmm', did you mean babylm: ", stack, 'babylm', dataset='babylmm')
     assert stack('babylm', 'tinystories', dataset='babylm_2026').name == 'babylm_2026'      # both may be named
     assert stack('babylm', 'tinystories').name == 'tinystories'
+
+
+@pytest.mark.parametrize('share', [0.5, 0.1, 0.02])
+def test_a_share_is_of_every_source_and_spread_over_it(tmp_path, share):
+    for seed, (name, n) in enumerate({'a.train': 900, 'b.train': 300, 'a.dev': 20}.items()):
+        write(tmp_path / 'in' / name, '\n\n'.join(tales(n, seed)))
+    whole = prepare(tmp_path / 'in', tmp_path)
+    part = prepare(tmp_path / 'in', tmp_path, 'text_share', text_share=share)
+    assert whole.folder.name + f'-share{share}' == part.folder.name and texts(part, 'val') == texts(whole, 'val')
+    assert set(texts(part, 'train')) < set(texts(whole, 'train'))
+    for source, of in whole.meta['splits']['train']['sources'].items():
+        docs = [len(text.encode()) for text in texts(whole, 'train')]
+        assert abs(part.meta['splits']['train']['sources'][source]['bytes'] - share * of['bytes']) < max(docs)
+    places = [texts(whole, 'train').index(text) for text in texts(part, 'train')]
+    gaps = np.diff([p for p in places if p < 900])
+    assert places == sorted(places) and (len(gaps) < 9 or gaps.max() < 4 * gaps.mean())
+    assert texts(prepare(tmp_path / 'in', tmp_path, 'text_share'), 'train') == texts(whole, 'train')      # all of it: the same data
+    with pytest.raises(UserError, match='text_share is 2'):
+        pd.Ideas([str(ROOT / 'config/text_share.py'), '--text_share=2'], [pd.Options])
+
+
+def test_a_share_of_validation_is_measured(finished):
+    run = sample.open_run(finished[0])
+    data, s = pd.open_data(Path(run.state['data'])), SimpleNamespace(**run.settings, val_share=0.25)
+    whole, mine = sample.Measure(s, run.tokenizer, data), text_share.Measure(s, run.tokenizer, data)
+    part, all_of_it = mine.bpb(run.model), whole.bpb(run.model)
+    assert 0.1 < part['share'] < 0.5 and all_of_it['share'] == 1 and part['bpb'] == pytest.approx(all_of_it['bpb'], rel=0.1)
+    assert part == whole.bpb(run.model, 256) and mine.bpb(run.model, 64) == whole.bpb(run.model, 64)
 
 
 def test_data_that_was_prepared_without_an_idea_is_not_opened_for_it(tmp_path):
@@ -402,7 +431,7 @@ def test_equal_numbers_share_their_rank():
     assert difficulty.mean_ranks(x).tolist() == [1, 1, 3.5, 3.5, 3.5, 5.5] and np.corrcoef(difficulty.mean_ranks(x), difficulty.mean_ranks(-x))[0, 1] == pytest.approx(-1)
 
 
-def test_loss_is_that_of_the_closing_evaluation(finished, tmp_path):
+def test_loss_is_that_of_the_closing_evaluation(finished, tmp_path, monkeypatch):
     """With another tokenizer than the checkpoint's: bits a byte do not depend on who keeps the text."""
     for seed, name in enumerate(('tales.train', 'notes.train', 'tales.dev', 'notes.dev')):
         write(tmp_path / 'in' / name, '\n\n'.join(tales(50 - 10 * seed, seed)))
@@ -421,6 +450,8 @@ def test_loss_is_that_of_the_closing_evaluation(finished, tmp_path):
     assert lines[-1].startswith('loss ') and len(lines[-1].split()) == len(difficulty.MEASURES) + 2
     again = prepare(tmp_path / 'in', tmp_path, 'difficulty', score_with=run, difficulty='mtld')
     assert (again.docs['val']['difficulty'] == difficulty.measure(again, 'val', 'mtld')).all()
+    monkeypatch.setenv('HOME', str(finished[0].parent))
+    assert difficulty.checkpoint_of(f'~/{finished[0].name}') == finished[0] / 'ckpt.pt'
 
 
 # Quality
@@ -855,6 +886,16 @@ def test_stories_and_pairs_are_built(tmp_path):
     assert len(pairs) == 2000 and set(pairs[0]) == {'kind', 'context', 'good', 'bad'}
     assert set(Counter(p['kind'] for p in pairs[:400]).values()) == {40}
     assert not (data.folder / 'raw').exists()
+
+
+def test_data_of_a_world_that_was_rewritten_is_not_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(tell, 'VAL_STORIES', 20)
+    monkeypatch.setattr(tell, 'PAIRS', 20)
+    given = dict(dataset='stories', documents=30, data_dir=tmp_path, tokenizer='bytes')
+    stack('stories', **given).build(quiet=True)
+    assert stack('stories', **given).open().meta['settings']['world']
+    monkeypatch.setattr(tell, 'sha256_of', lambda path: 'another world')
+    refuses("prepared with world '[0-9a-f]{12}', not 'another worl': .*--overwrite", stack('stories', **given).open)
 
 
 @pytest.mark.parametrize('name, world', [('stories_sv', ('stories_sv', False)), ('instructions', ('stories', True)),

@@ -1110,7 +1110,9 @@ def test_dry_run_writes_nothing(main, tmp_path):
     began = time.monotonic()
     out = main('--dry_run=True', '--max_steps=0', '--budget_minutes=60', '--dollars_per_hour=0.4')
     said = dict(re.findall(r'^(\w+): (.+)$', out.split('---')[1], re.M))
-    assert int(said['tokens'].replace(',', '')) > 0 and float(said['epochs']) > 0 and said['dollars'].startswith('0.40')
+    tokens = int(said['tokens'].replace(',', ''))
+    assert tokens > 0 and float(said['epochs']) > 0 and said['dollars'].startswith('0.40')
+    assert float(said['tokens_a_parameter']) == pytest.approx(tokens / 131_000, rel=0.1)
     assert not list(tmp_path.iterdir()) and time.monotonic() - began < 60
 
 
@@ -1120,7 +1122,7 @@ def test_dry_run_of_little(main, tmp_path, more):
 
 
 def test_dry_run_of_a_run_to_go_on_with(main, tmp_path):
-    main()
+    assert re.search(r'^training 3 steps: some 1,536 tokens, 0.01\d+ a parameter, 0.0\d+ epochs; closing', main(), re.M)
     (tmp_path / 'run' / 'result.json').unlink()
     before = snapshot(tmp_path / 'run')
     assert 'tokens: ' in main('--dry_run=True', '--init_from=resume') and snapshot(tmp_path / 'run') == before
