@@ -8,7 +8,7 @@
     python bench_mfu.py config/babylm.py --micro_batches=32,64,128  which micro-batch is best
     python bench_mfu.py config/babylm.py --kernels=compile-only     build them all without a GPU, check limits
     python bench_mfu.py --compare config/babylm.py config/a.py      whole runs: ideas beside their base
-    python bench_mfu.py --doll config/babylm.py config/a.py         the same at the ratios of a card's half hour
+    python bench_mfu.py --doll config/babylm.py config/a.py         the same at the ratios of a card's run
     python bench_mfu.py --leaderboard out                           a table and a page of all finished runs
     python bench_mfu.py --sweep "n_embd=128,192,256;learning_rate=1e-2,2e-2,4e-2" config/babylm.py     laws
 
@@ -32,11 +32,11 @@ it:
 --sort=total_params, or what else a result.json names, a - before it for high to low;
 --where "n_layer == 4 and total_params < 12e6".
 
---doll makes the comparison as scale models of what --card would run in its half hour, of which it reaches
---card_mfu: the same tokens a parameter, epochs (--text_words: of a text larger than that which is here), steps
-and proportions, in --minutes of training each here. What the doll is stands in out/doll/<base>/doll.py, a
-config: --sweep "learning_rate=0.01,0.02" config/babylm.py config/text_share.py out/doll/babylm/doll.py tunes
-it. --jobs=2 makes two such runs at a time: they go by tokens, not by the clock.
+--doll compares scale models of what --card would run, reaching --card_mfu of its peak: the same tokens a
+parameter, epochs (of --text_words, if the card's text is larger than that which is here), steps and
+proportions, in --minutes of training each. A doll is a config, out/doll/<base>/doll.py:
+--sweep "learning_rate=0.01,0.02" config/babylm.py config/text_share.py out/doll/babylm/doll.py tunes it.
+--jobs=2 makes two such runs at a time: they go by tokens, not by the clock.
 
 --sweep makes every point of a grid in the same way, --seeds=3 times each, into out/sweep/<configs>, and fits:
 bits per byte against parameters and tokens, the best size for a budget, the best learning rate at a width.
@@ -780,7 +780,7 @@ def compare_runs(own, rest, argv, plan=planned, keep=keep_table):
     runs = plan(own, rest)
     root, waiting = runs[0].folder.parents[1], [run for run in runs if not run.result]
     refuse(own.jobs > 1 and not all(run.s.max_tokens or run.s.max_steps for run in waiting),
-           f'--jobs is {own.jobs}: runs that share a machine must not go by its clock, give them --max_tokens')
+           f'--jobs is {own.jobs}: runs that share a machine do not go by its clock, give them --max_tokens')
     say_runs(runs, root)
     if own.jobs > 1:
         os.environ['OMP_NUM_THREADS'] = str(max(1, (os.cpu_count() or 1) // own.jobs))
@@ -815,28 +815,29 @@ def compare_runs(own, rest, argv, plan=planned, keep=keep_table):
     print(keep(runs, root))
 
 
-# ---- the doll's house: the run of a card, at its own ratios, as large as this machine can make it --------------
+# ---- the doll's house: a card's run at its own ratios, as large as this machine can make it -----------------
 
-TRAINED = 0.87                      # of a card's budget: a tenth measures, compiling and the rest take a minute
+TRAINED = 0.87                      # of a card's budget: a tenth measures, starting takes a minute
 VAL_TOKENS = 2 ** 17                # of validation text that a doll is measured on
 LEAST_LAYERS, LEAST_HEAD = 4, 16    # of a doll: with fewer a model does other things
 SHARE = str(Path(train.__file__).with_name('config') / 'text_share.py')
 
 
 def doll_shape(config, size, vocabularies):
-    """The settings of a model of about `size` parameters whose table, depth and width stand to each other, and
-    whose context to its width, as config's do."""
-    def ratios(c):
+    """The settings of a model of about `size` parameters whose table, depth and width stand to each other,
+    and whose context to its width, as config's do."""
+    def proportions(c):
         total = m.blueprint(c).params()['total']
         return np.log([total / size, c.vocab_size * c.n_embd / total, c.n_embd / c.n_layer])
 
     def made(L, C, V):
-        heads = max(h for h in range(1, config.n_head + 1) if C % (2 * h) == 0 and C >= LEAST_HEAD * h or h == 1)
-        grouped = max(k for k in range(1, heads + 1) if heads % k == 0 and (k * config.n_head <= heads * config.n_kv_head or k == 1))
+        fit = [h for h in range(1, config.n_head + 1) if C % (2 * h) == 0 and C >= LEAST_HEAD * h]
+        heads = max(fit, default=1)
+        shared = [k for k in range(1, heads + 1) if heads % k == 0 and k * config.n_head <= heads * config.n_kv_head]
         T = 2 ** max(6, round(math.log2(config.block_size * C / config.n_embd)))
-        return dict(n_layer=L, n_embd=C, n_head=heads, n_kv_head=grouped, head_dim=0, rotary_dim=0,
-                    mlp_hidden=max(1, round(config.mlp_hidden * C / config.n_embd)), vocab_size=V,
-                    block_size=min(T, config.block_size))
+        return dict(n_layer=L, n_embd=C, n_head=heads, n_kv_head=max(shared, default=1), head_dim=0,
+                    rotary_dim=0, mlp_hidden=max(1, round(config.mlp_hidden * C / config.n_embd)),
+                    vocab_size=V, block_size=min(T, config.block_size))
 
     def rough(shape):
         L, C, V = shape
@@ -844,67 +845,76 @@ def doll_shape(config, size, vocabularies):
 
     layers = range(min(LEAST_LAYERS, config.n_layer), config.n_layer + 1)
     shapes = itertools.product(layers, range(min(32, config.n_embd), config.n_embd + 1, 8), vocabularies)
-    near, wanted = [made(*shape) for shape in sorted(shapes, key=rough)[:100]], ratios(config) * [0, 1, 1]
-    off = [(ratios(replace(config, **shape)) - wanted) ** 2 @ [9, 1, 0.5] for shape in near]
+    near, wanted = [made(*shape) for shape in sorted(shapes, key=rough)[:100]], proportions(config) * [0, 1, 1]
+    off = [(proportions(replace(config, **shape)) - wanted) ** 2 @ [9, 1, 0.5] for shape in near]
     return near[int(np.argmin(off))]
 
 
 def doll_of(own, argv):
-    """What the run of argv is on its card and what its doll is here, {ratio: (run, doll)}; the doll's settings."""
+    """What the run of argv is on its card and what its doll is here, {ratio: (run, doll)}; the doll's
+    settings."""
     peak = sample.peak_flops(own.card)
-    refuse(not peak, f'--card is {own.card!r}, whose peak is not known; there are {", ".join(sample.PEAK_TFLOPS)}')
+    refuse(not peak, f'--card is {own.card!r}, whose peak is not known; there are '
+           f'{", ".join(sample.PEAK_TFLOPS)}')
     s, ideas = train.read_settings([argv[0], SHARE, *argv[1:]])
     run = measured(ideas)(s, device='cpu', compile='off')
-    text, there = run.data.meta['splits']['train'], run.config
-    flops = run.model.flops_per_token(run.model.attended(run.early))
-    size, words = run.model.params()['total'], own.text_words or text['words']
-    tokens = s.max_tokens or s.max_steps * s.tokens_per_step or peak * own.card_mfu * TRAINED * 60 * s.budget_minutes / flops
-    steps, epochs, small, doll = tokens / s.tokens_per_step, tokens / (text['tokens'] * words / text['words']), 2 ** 18, None
-    vocabularies = [there.vocab_size, *(2 ** k for k in range(9, 17) if s.tokenizer == 'bpe' and 2 ** k < there.vocab_size)]
+    there, text, flops = run.config, run.data.meta['splits']['train'], run.model.flops_per_token(
+        run.model.attended(run.early))
+    tokens = s.max_tokens or s.max_steps * s.tokens_per_step or (
+        peak * own.card_mfu * TRAINED * 60 * s.budget_minutes / flops)
+    card = ratios(there, tokens, text['tokens'] * (own.text_words or text['words']) / text['words'],
+                  s.tokens_per_step, s.budget_minutes, text)
+    smaller = [2 ** k for k in range(9, 17) if s.tokenizer == 'bpe' and 2 ** k < there.vocab_size]
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // own.jobs))
-    for _ in range(5):                          # of one size and another, until one reads its tokens in time
-        shape = doll_shape(there, min(small, size), vocabularies)
-        T, doll_size = shape['block_size'], m.blueprint(replace(there, **shape)).params()['total']
-        step = max(1, round(doll_size * tokens / size / steps / T)) * T
-        n_steps = round(doll_size * tokens / size / step)
+    size, shape = 2 ** 18, None
+    for _ in range(5):                          # one size after another, until one reads its tokens in time
+        before, shape = shape, doll_shape(there, min(size, card['parameters']), [there.vocab_size, *smaller])
+        if shape == before:
+            break
+        size, T = m.blueprint(replace(there, **shape)).params()['total'], shape['block_size']
+        step = max(1, round(size * card['tokens a parameter'] / card['steps'] / T)) * T
+        n_steps = round(size * card['tokens a parameter'] / step)
         doll = measured(ideas)(SimpleNamespace(**vars(s) | shape | dict(tokens_per_step=step, compile='off')))
         doll.step()
         minutes = train.seconds_of(doll.step, 5) * n_steps / 60
         doll.batches.close()
-        print(f'{doll_size:,} parameters, {n_steps:,} steps of {step:,} tokens: {minutes:.1f} minutes here', flush=True)
-        small = doll_size * (own.minutes / minutes) ** 0.5
-        if 0.8 < minutes / own.minutes < 1.25 or doll_shape(there, min(small, size), vocabularies) == shape:
+        print(f'{size:,} parameters, {n_steps:,} steps of {step:,} tokens: {minutes:.1f} minutes here')
+        if 0.8 < minutes / own.minutes < 1.25:
             break
-    here, val = (doll.data.meta['splits'][split] for split in ('train', 'val'))
-    share = n_steps * step / epochs / here['tokens']
-    refuse(share > 1, f'the doll is to read {share * here["tokens"]:,.0f} tokens of text, {here["tokens"]:,} are here: bring '
-           f'more, or give it fewer --minutes')
+        size *= (own.minutes / minutes) ** 0.5
+    text, val = (doll.data.meta['splits'][split] for split in ('train', 'val'))
+    wanted = n_steps * step / card['epochs']
+    refuse(wanted > text['tokens'], f'the doll is to read {wanted:,.0f} tokens of text, {text["tokens"]:,} are '
+           f'here: bring more, or give it fewer --minutes')
+    share, val_share = (float(f'{min(1, a / b["tokens"]):.3g}') for a, b in ((wanted, text), (VAL_TOKENS, val)))
     settings = shape | dict(
         tokens_per_step=step, micro_batch_size=max(1, 8192 // T), max_tokens=n_steps * step, max_steps=0,
-        budget_minutes=round(20 * own.minutes, 2), compile='off', eval_interval=0.0, evals='', sample_tokens=0, log_interval=100,
-        text_share=float(f'{share:.3g}'), val_share=min(1.0, float(f'{VAL_TOKENS / val["tokens"]:.3g}')))
+        budget_minutes=round(20 * own.minutes, 2), compile='off', eval_interval=0.0, evals='',
+        sample_tokens=0, log_interval=100, text_share=share, val_share=val_share)
+    mine = ratios(doll.config, n_steps * step, share * text['tokens'], step, minutes, text)
+    return {k: (card[k], mine[k]) for k in card}, settings
 
-    def numbers(config, size, tokens, text, step, minutes, per_token):
-        C = config.n_embd
-        return {'parameters': size, 'tokens': tokens, 'tokens of text': text, 'minutes': minutes, 'tokens a parameter': tokens / size,
-                'epochs': tokens / text, 'steps': tokens / step, 'share of the table': config.vocab_size * C / size,
-                'width by depth': C / config.n_layer, 'context by width': config.block_size / C, 'tokens a step': step,
-                'layers': config.n_layer, 'width': C, 'heads': config.n_head, 'head size': config.head_dim,
-                'context': config.block_size, 'vocabulary': config.vocab_size, 'bytes a token': per_token}
-    card = numbers(there, size, tokens, tokens / epochs, s.tokens_per_step, s.budget_minutes, text['bytes'] / text['tokens'])
-    ours = numbers(doll.config, doll_size, n_steps * step, share * here['tokens'], step, minutes, here['bytes'] / here['tokens'])
-    return {k: (card[k], ours[k]) for k in card}, settings
+
+def ratios(config, tokens, text_tokens, step, minutes, text):
+    """What a run is, for the table that sets a doll beside it."""
+    C, size = config.n_embd, m.blueprint(config).params()['total']
+    return {'parameters': size, 'tokens': tokens, 'tokens of text': text_tokens, 'minutes': minutes,
+            'tokens a parameter': tokens / size, 'epochs': tokens / text_tokens, 'steps': tokens / step,
+            'share of the table': config.vocab_size * C / size, 'width by depth': C / config.n_layer,
+            'context by width': config.block_size / C, 'tokens a step': step, 'layers': config.n_layer,
+            'width': C, 'heads': config.n_head, 'head size': config.head_dim, 'context': config.block_size,
+            'vocabulary': config.vocab_size, 'bytes a token': text['bytes'] / text['tokens']}
 
 
 def dolls(own, argv):
     """The runs of --doll: those of --compare, with the doll's settings between the base and the ideas."""
     configs, rest = [a for a in argv if not a.startswith('--')], [a for a in argv if a.startswith('--')]
     refuse(not configs, '--doll names no config: it takes the one that the card would run, then ideas')
-    base, *more = configs[0].split('+')
-    root = Path(at_home(own.compare_dir) or f'out/doll/{Path(base).stem}')
+    base = configs[0].split('+')
+    root = Path(at_home(own.compare_dir) or f'out/doll/{Path(base[0]).stem}')
     path = root / 'doll.py'
     if not path.exists():                       # the same command again goes on with the same doll
-        sides, settings = doll_of(own, [base, *more, *rest])
+        sides, settings = doll_of(own, [*base, *rest])
         rows = [('', own.card, 'its doll'), *((k, plain(card), plain(doll)) for k, (card, doll) in sides.items())]
         about = f'A doll of {configs[0]} on a card that reaches {own.card_mfu:.0%} of its peak.'
         lines = [f'"""{about}', '', *(f'{what:21}{card:>16}{doll:>16}' for what, card, doll in rows), '"""']
@@ -912,10 +922,10 @@ def dolls(own, argv):
         root.mkdir(parents=True, exist_ok=True)
         sample.write_beside(path, lambda f: f.write(text.encode()))
     text = path.read_text()
-    print(text.split('"""')[1].strip())
+    print(text.split('"""')[1].strip(), flush=True)
     own.compare_dir = str(root)
-    rest = [a for a in rest if f'\n{a[2:].partition("=")[0]} = ' not in text]        # that was of the card's run
-    return planned(own, ['+'.join([base, *more, SHARE, str(path)]), *configs[1:], *rest])
+    rest = [a for a in rest if f'\n{a[2:].partition("=")[0]} = ' not in text]    # that was of the card's run
+    return planned(own, ['+'.join([*base, SHARE, str(path)]), *configs[1:], *rest])
 
 
 def plain(v):

@@ -1,13 +1,13 @@
-"""Masked inputs as a second loss: every row is read once more with some of its tokens hidden, and predicts the
-same next tokens.
+"""Masked inputs as a second loss: every row is read once more with some of its tokens hidden, and predicts
+the same next tokens.
 
     python train.py config/babylm.py config/masked_inputs.py
 
 Whence: MIR (2026, 2606.08886), which finds it worth 1.3 times the text at every size where 100 to 400 million
-tokens are read 16 to 64 times. Of each row a share of up to `hidden`, drawn anew, is hidden. It costs a second
-pass, so half the tokens of a fixed time. Needs a bpe tokenizer, whose unknown token stands for what is hidden.
-train_loss is the mean of both. Expected: better by the token where text is read often, less so by the clock.
-What it did stands in RESULTS.md, "Dolls".
+tokens are read 16 to 64 times. Of each row a share of up to `hidden`, drawn anew, is hidden. It costs a
+second pass, so half the tokens of a fixed time. Needs a bpe tokenizer, whose unknown token stands for what is
+hidden. train_loss is the mean of both. Expected: better by the token where text is read often, less so by the
+clock. What it did stands in RESULTS.md, "Dolls".
 """
 import torch
 

@@ -3,8 +3,8 @@
     python train.py config/babylm.py config/text_share.py --text_share=0.1
 
 For runs that are to read as often as a larger one does (bench_mfu.py --doll), and to see what more text would
-bring. Documents stay whole; the tokenizer is learned from the share alone. Validation is all there, and a part
-of it is measured where a small run has no time for more.
+bring. Documents stay whole; the tokenizer is learned from the share alone. Validation is all there, and a
+part of it is measured where a small run has no time for more.
 """
 import math
 from collections import Counter

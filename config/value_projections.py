@@ -1,5 +1,5 @@
-"""Value projections: to every layer's values comes a projection of the token's embedding, as it entered the first
-layer.
+"""Value projections: to every layer's values comes a projection of the token's embedding, as it entered the
+first layer.
 
     python train.py config/babylm.py config/value_projections.py
 

@@ -347,7 +347,7 @@ def test_dolls_that_cannot_be(doll, args, said):
 
 
 def test_runs_made_together_go_by_tokens(compare, tmp_path):
-    with pytest.raises(UserError, match='must not go by its clock, give them --max_tokens'):
+    with pytest.raises(UserError, match='do not go by its clock, give them --max_tokens'):
         compare('base.py', '--jobs=2', really=False)
     both = threading.Barrier(2, timeout=20)     # each waits until the other has begun
     out, made = compare('base.py', 'fast.py', '--jobs=2', '--seeds=1', '--max_steps=3',
