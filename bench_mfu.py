@@ -845,7 +845,7 @@ def doll_shape(config, size, vocabularies):
 
     layers = range(min(LEAST_LAYERS, config.n_layer), config.n_layer + 1)
     shapes = itertools.product(layers, range(min(32, config.n_embd), config.n_embd + 1, 8), vocabularies)
-    near, wanted = [made(*shape) for shape in sorted(shapes, key=rough)[:100]], proportions(config) * [0, 1, 1]
+    near, wanted = [made(*shape) for shape in sorted(shapes, key=rough)[:50]], proportions(config) * [0, 1, 1]
     off = [(proportions(replace(config, **shape)) - wanted) ** 2 @ [9, 1, 0.5] for shape in near]
     return near[int(np.argmin(off))]
 
@@ -865,7 +865,8 @@ def doll_of(own, argv):
     card = ratios(there, tokens, text['tokens'] * (own.text_words or text['words']) / text['words'],
                   s.tokens_per_step, s.budget_minutes, text)
     smaller = [2 ** k for k in range(9, 17) if s.tokenizer == 'bpe' and 2 ** k < there.vocab_size]
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // own.jobs))
+    if own.jobs > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // own.jobs))
     size, shape = 2 ** 18, None
     for _ in range(5):                          # one size after another, until one reads its tokens in time
         before, shape = shape, doll_shape(there, min(size, card['parameters']), [there.vocab_size, *smaller])

@@ -7,7 +7,7 @@ Whence: MIR (2026, 2606.08886), which finds it worth 1.3 times the text at every
 tokens are read 16 to 64 times. Of each row a share of up to `hidden`, drawn anew, is hidden. It costs a
 second pass, so half the tokens of a fixed time. Needs a bpe tokenizer, whose unknown token stands for what is
 hidden. train_loss is the mean of both. Expected: better by the token where text is read often, less so by the
-clock. What it did stands in RESULTS.md, "Dolls".
+clock. Not yet measured.
 """
 import torch
 

@@ -3,7 +3,7 @@
     python train.py config/babylm.py config/skips.py
 
 Whence: the slowrun leaderboard (2026), which reports 0.015 to 0.021 nats where text is read sixteen times.
-Expected: half of that at our depth. What it did stands in RESULTS.md, "Dolls".
+Expected: half of that at our depth. Not yet measured.
 """
 import torch
 

@@ -5,8 +5,7 @@ first layer.
 
 Whence: value residuals (Zhou 2024, 2410.17897) and value embeddings, as the slowrun leaderboard has them now:
 it reports 0.027 nats for projections in the place of tables (config/value_embeds.py), which text that is read
-often would fill with itself. Expected: a gain by the step at 1 / 12 more weights a layer. What it did stands
-in RESULTS.md, "Dolls".
+often would fill with itself. Expected: a gain by the step at 1 / 12 more weights a layer. Not yet measured.
 """
 import torch
 

@@ -410,6 +410,7 @@ def test_a_curriculum_is_the_same_from_any_place(made_up):
     assert np.array_equal(shuffled[200:], later)
 
 
+@pytest.mark.long
 def test_a_run_with_a_curriculum_resumes(main, tmp_path, monkeypatch):
     long = [*paths('climb_data'), '--max_steps=24']        # stopped in the last of three windows
     main(*long)

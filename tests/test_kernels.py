@@ -244,7 +244,7 @@ def small_model(**options):
     return model, idx.clamp(min=0)
 
 
-@pytest.mark.parametrize('options', MODELS)
+@pytest.mark.parametrize('options', [MODELS[0], *(pytest.param(more, marks=pytest.mark.long) for more in MODELS[1:])])
 def test_a_step_with_kernels_is_the_step_without(options, monkeypatch):
     model, idx = small_model(**options)
     ours = gradients(model, idx)

@@ -521,6 +521,7 @@ def test_a_run_resumes_to_the_bit_with(main, tmp_path, monkeypatch, names):
     assert ''.join(sample.stream(model, tokenizer, 'Mia', 8, generator=torch.Generator().manual_seed(1)))
 
 
+@pytest.mark.long
 def test_another_objective_from_a_finished_run(main, tmp_path, classed):
     here = f'--data_dir={classed.parent}'
     main(here)

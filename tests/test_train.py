@@ -843,6 +843,7 @@ runpy.run_path(ROOT + '/train.py', run_name='__main__')
 '''
 
 
+@pytest.mark.long
 def test_without_what_posix_alone_has(corpus, tmp_path):
     """A stand-in for Windows, where nobody has tried it."""
     (tmp_path / 'data').mkdir()
