@@ -806,10 +806,12 @@ def compare_runs(own, rest, argv, plan=planned, keep=keep_table):
                 told = run.fault or f'val_bpb {run.result["val_bpb"]:.4f}'
                 print(f'  {told}' + f', {run.name}, seed {run.seed}' * (own.jobs > 1), flush=True)
                 keep(runs, root)
-        except KeyboardInterrupt as e:
+        except BaseException as e:
             stopped.set()
             for child in [run.child for run in waiting if hasattr(run, 'child')]:
                 child.terminate()               # it saves, if it is still there
+            if not isinstance(e, KeyboardInterrupt):
+                raise
             again = shlex.join(['python', 'bench_mfu.py', *argv])
             raise train.Stopped(f'stopped, what was done is kept; to go on, the same again: {again}') from e
     print(keep(runs, root))
@@ -913,12 +915,16 @@ def dolls(own, argv):
     refuse(not configs, '--doll names no config: it takes the one that the card would run, then ideas')
     base = configs[0].split('+')
     root = Path(at_home(own.compare_dir) or f'out/doll/{Path(base[0]).stem}')
-    path = root / 'doll.py'
+    path, asked = root / 'doll.py', '# of ' + json.dumps(
+        [configs[0], own.card, own.card_mfu, own.text_words, own.minutes, *sorted(rest)])
+    other = path.exists() and asked not in path.read_text().split('\n')
+    refuse(other, f'{path} is the doll of another command: give the options that it was made with, or choose '
+           f'another --compare_dir')
     if not path.exists():                       # the same command again goes on with the same doll
         sides, settings = doll_of(own, [*base, *rest])
         rows = [('', own.card, 'its doll'), *((k, plain(card), plain(doll)) for k, (card, doll) in sides.items())]
         about = f'A doll of {configs[0]} on a card that reaches {own.card_mfu:.0%} of its peak.'
-        lines = [f'"""{about}', '', *(f'{what:21}{card:>16}{doll:>16}' for what, card, doll in rows), '"""']
+        lines = [f'"""{about}', '', *(f'{what:21}{card:>16}{doll:>16}' for what, card, doll in rows), '"""', asked]
         text = '\n'.join(map(str.rstrip, [*lines, *(f'{k} = {v!r}' for k, v in settings.items()), '']))
         root.mkdir(parents=True, exist_ok=True)
         sample.write_beside(path, lambda f: f.write(text.encode()))

@@ -325,6 +325,9 @@ def test_a_doll_has_the_ratios_of_the_run(doll, tmp_path):
     said = (tmp_path / 'out/doll/base/doll.py').read_text()
     assert [run.s.tokens_per_step for run in doll(*args, '--jobs=2')[1]] == [base.s.tokens_per_step] * 2
     assert (tmp_path / 'out/doll/base/doll.py').read_text() == said                # the same doll again
+    for other in ('--minutes=3', '--card=L4', '--learning_rate=0.03'):
+        with pytest.raises(UserError, match='doll.py is the doll of another command: .*--compare_dir'):
+            doll(*args, other)
 
 
 def test_shapes_of_dolls():
@@ -345,6 +348,23 @@ def test_shapes_of_dolls():
 def test_dolls_that_cannot_be(doll, args, said):
     with pytest.raises(UserError, match=said):
         doll(*args)
+
+
+def test_a_comparison_that_fails_begins_no_further_run(compare, monkeypatch):
+    made, look = [], bench_mfu.look
+
+    def failing(run):
+        if run in made:
+            raise UserError('the disk is gone')
+        look(run)
+
+    def making(run):
+        made.append(run)
+        time.sleep(0.5)
+    monkeypatch.setattr(bench_mfu, 'look', failing)
+    with pytest.raises(UserError, match='the disk is gone'):
+        compare('base.py', 'fast.py', '--seeds=3', '--max_steps=3', really=making)
+    assert 0 < len(made) < 3                     # of four
 
 
 def test_runs_made_together_go_by_tokens(compare, tmp_path):
