@@ -877,7 +877,7 @@ def doll_of(own, argv):
         size, T = m.blueprint(replace(there, **shape)).params()['total'], shape['block_size']
         step = max(1, round(size * card['tokens a parameter'] / card['steps'] / T)) * T
         n_steps = round(size * card['tokens a parameter'] / step)
-        doll = measured(ideas)(SimpleNamespace(**vars(s) | shape | dict(tokens_per_step=step, compile='off')))
+        doll = measured(ideas)(SimpleNamespace(**vars(s) | shape | dict(tokens_per_step=step)))
         doll.step()
         minutes = train.seconds_of(doll.step, 5) * n_steps / 60
         doll.batches.close()
@@ -892,8 +892,8 @@ def doll_of(own, argv):
     share, val_share = (float(f'{min(1, a / b["tokens"]):.3g}') for a, b in ((wanted, text), (VAL_TOKENS, val)))
     settings = shape | dict(
         tokens_per_step=step, micro_batch_size=max(1, 8192 // T), max_tokens=n_steps * step, max_steps=0,
-        budget_minutes=round(20 * own.minutes, 2), compile='off', eval_interval=0.0, evals='',
-        sample_tokens=0, log_interval=100, text_share=share, val_share=val_share)
+        budget_minutes=round(20 * own.minutes, 2), eval_interval=0.0, evals='', sample_tokens=0,
+        log_interval=100, text_share=share, val_share=val_share)
     mine = ratios(doll.config, n_steps * step, share * text['tokens'], step, minutes, text)
     return {k: (card[k], mine[k]) for k in card}, settings
 
