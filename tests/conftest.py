@@ -7,6 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+if 'PYTEST_XDIST_WORKER' in os.environ:            # one of several at a time: threads of their own would be in each other's way
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 import torch
 
 if not torch.cuda.is_available():
