@@ -733,7 +733,12 @@ class Corpus:
 
     def folder_for(self, tokenizer, vocab_size):
         """Where the data set prepared with this tokenizer lies."""
-        return Path(self.s.data_dir) / f'{self.name}-{tokenizer}{vocab_size if tokenizer == "bpe" else ""}'
+        size = vocab_size if tokenizer == 'bpe' else ''
+        return Path(self.s.data_dir) / f'{self.name}-{tokenizer}{size}{self.variant()}'
+
+    def variant(self):
+        """What ideas that change the text add to its folder's name: it lies beside the text as it was."""
+        return ''
 
     def changes(self):
         """{setting: value} of ideas that change the text: data prepared otherwise is not opened."""

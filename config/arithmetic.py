@@ -31,6 +31,9 @@ class Corpus(PythonCorpus):
         count = dict(add_documents=self.s.add_documents) if self.added else {}
         return super().changes() | dict(add=self.s.add) | count
 
+    def variant(self):
+        return super().variant() + '-added' * bool(self.added)
+
     def check(self):
         super().check()
         if wrong := [name for name in self.added if name not in ADDED]:

@@ -44,6 +44,9 @@ class Corpus(prepare_data.Corpus):
     def changes(self):
         return super().changes() | dict(clean=self.s.clean, languages=self.s.languages)
 
+    def variant(self):
+        return super().variant() + '-clean' * bool(self.s.clean)
+
     def check(self):
         super().check()
         if wrong := self.steps - set(STEPS) or set(re.findall(r'[^,\s]+', self.s.languages)) - set(LANGUAGES):

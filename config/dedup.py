@@ -30,6 +30,9 @@ class Corpus(prepare_data.Corpus):
     def changes(self):
         return super().changes() | dict(dedup=self.s.dedup)
 
+    def variant(self):
+        return super().variant() + '-dedup' * bool(self.s.dedup)
+
     def meet(self, text, held):
         super().meet(text, held)
         if self.sketches:

@@ -32,6 +32,9 @@ class Corpus(prepare_data.Corpus):
     def changes(self):
         return super().changes() | dict(min_quality=self.s.min_quality)
 
+    def variant(self):
+        return super().variant() + '-quality' * (self.s.min_quality > 0)
+
     def check(self):
         super().check()
         files = [self.s.good, self.s.bad]

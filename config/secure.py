@@ -28,6 +28,9 @@ class Corpus(PythonCorpus):
     def changes(self):
         return super().changes() | dict(secure=self.s.secure)
 
+    def variant(self):
+        return super().variant() + '-secure' * bool(self.s.secure)
+
     def check(self):
         super().check()
         if self.s.secure and not self.is_code() and 'python' not in getattr(self, 'added', ()):

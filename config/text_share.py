@@ -25,9 +25,8 @@ class Corpus(prepare_data.Corpus):
     def changes(self):
         return super().changes() | (dict(text_share=self.s.text_share) if self.s.text_share < 1 else {})
 
-    def folder_for(self, tokenizer, vocab_size):
-        folder = super().folder_for(tokenizer, vocab_size)
-        return folder.with_name(f'{folder.name}-share{self.s.text_share:g}') if self.s.text_share < 1 else folder
+    def variant(self):
+        return super().variant() + (f'-share{self.s.text_share:g}' if self.s.text_share < 1 else '')
 
     def unwanted(self, text, part):
         if reason := super().unwanted(text, part):

@@ -24,7 +24,7 @@ from model import GPTConfig
 from prepare_data import UserError
 
 CONFIG = GPTConfig(vocab_size=257, bos=256, block_size=64, n_layer=2, n_head=2, n_embd=64)
-PLAIN = ROOT / 'config' / 'plain_gpt2.py'
+PLAIN, LEADERBOARD = (ROOT / 'config' / f'{name}.py' for name in ('plain_gpt2', 'leaderboard'))
 
 
 def opened(corpus, *args):
@@ -209,6 +209,41 @@ def test_the_rival_learns(corpus):
     assert run.accum == 2 and losses[0] > 5 and losses[-1] < 3.5
     assert {g['weight_decay'] for g in run.optimizers[0].param_groups} == {0.1, 0.0} and len(run.optimizers) == 1
     assert run.rate(0.01) == 0.5 and run.rate(0.02) == pytest.approx(1) and run.rate(1.0) == pytest.approx(0.1)
+
+
+# ---- the other rival, config/leaderboard.py
+
+def test_the_leaderboard_s_model_is_what_its_table_says(corpus):
+    run = opened(corpus, str(LEADERBOARD), *corpus.args)
+    net, C, V = run.model, 64, 257
+    assert net.params()['total'] == V * C + 2 * (12 * C * C + 2 * C) + C
+    net.requires_grad_(False)
+    idx = torch.randint(0, V, (3, 64))
+    assert net(idx, idx.roll(7, 1)).item() == pytest.approx(math.log(V), abs=0.2)
+    for gains in (net.gain, *(block.gains for block in net.blocks)):
+        gains.add_(0.3 * torch.randn_like(gains))
+    norm, x = (lambda x: F.rms_norm(x, (C,), eps=1e-6)), net.wte(idx)
+    for block in net.blocks:
+        h = block.gains[0] * norm(x)
+        q, k, v = (part(h).unflatten(-1, (2, 32)).transpose(1, 2) for part in (block.attn.q, block.attn.k, block.attn.v))
+        q, k = (model.rotary(part, net.cos, net.sin) for part in (q, k))
+        x = x + block.attn.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        x = x + block.mlp.down(F.gelu(block.mlp.up(block.gains[1] * norm(x))))
+    torch.testing.assert_close(net.trunk(idx), net.gain * norm(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_leaderboard_s_recipe_is_adamw_on_one_cycle(corpus):
+    run = opened(corpus, str(LEADERBOARD), *corpus.args)
+    sgd = torch.optim.SGD([torch.zeros(1)])
+    cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, 1.0, total_steps=10_001, pct_start=0.1)
+    for step in range(10_000):
+        assert run.rate(step / 10_000) == pytest.approx(cycle.get_last_lr()[0], abs=2e-3)
+        sgd.step()
+        cycle.step()
+    groups = {len(g['params']): g for g in run.optimizers[0].param_groups}
+    assert len(run.optimizers) == 1 and {n: g['base_decay'] for n, g in groups.items()} == {3: 0.0, 13: 0.02}
+    assert all(g['base_lr'] == 0.0072 * 4 for g in groups.values()) and run.optimizers[0].defaults['betas'] == (0.9, 0.95)
+    assert sum(p.numel() for g in groups.values() for p in g['params']) == run.model.params()['total']
 
 
 # ---- comparing whole runs

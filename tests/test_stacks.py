@@ -37,7 +37,7 @@ def ideas():
     parts = [name for name, text in texts.items() if not re.search(r'^[a-z]\w*(: \w+)? = ', text, re.M)
              and any(f'from config.{name} import' in other for other in texts.values())]     # of an idea, by itself none
     without = [] if importlib.util.find_spec('tensorboard') else ['tracker']
-    return [name for name in found if name not in ('babylm', *parts, *without)]
+    return [name for name in found if name not in ('babylm', 'babylm_10m', 'nocap', *parts, *without)]
 
 
 def run_of(names, out, *more):

@@ -90,7 +90,7 @@ def test_help_says_size_licence_and_terms(capsys):
 def test_download_without_network_says_where_to_put_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(pd, 'PATIENCE', 0.01)
     message = refuses('could not be downloaded', stack('babylm', data_dir=tmp_path, base_url='http://127.0.0.1:9').build)
-    assert 'aochildes.train' in message
+    assert 'bnc_spoken.train' in message
 
 
 def test_official_folders_and_partly_known_names_are_a_corpus_too(tmp_path):
@@ -153,17 +153,47 @@ def test_a_share_of_validation_is_measured(finished):
     assert part == whole.bpb(run.model, 256) and mine.bpb(run.model, 64) == whole.bpb(run.model, 64)
 
 
-def test_data_that_was_prepared_without_an_idea_is_not_opened_for_it(tmp_path):
+def test_lines_are_held_out_by_their_number(tmp_path):
+    lines = {name: [f'{name} {i}' + ' a line of text' * (i % 3) for i in range(n)] for name, n in dict(a=250, b=130).items()}
+    for name, text in lines.items():
+        write(tmp_path / 'in' / f'{name}.train', '\n'.join(text) + '\n')
+    write(tmp_path / 'in/b.dev', '\n'.join(prose(5)))
+    data = prepare(tmp_path / 'in', tmp_path, 'split_by_lines', lines_of=100, lines_held=10)
+    of = {split: '\n'.join(texts(data, split)).split('\n') for split in ('train', 'val', 'test')}
+    every = lines['a'] + lines['b']
+    held = [line for i, line in enumerate(every) if i % 100 < 10]
+    assert [line for line in of['test'] if line] == held and len(held) == 40      # 300 is in b: numbers go on
+    assert [line for line in of['train'] if line] == [line for line in every if line not in held]
+    assert set(of['val']) == {line for text in prose(5) for line in text.split('\n')}
+    assert data.folder.name.endswith('-lines') and data.meta['splits']['test']['sources'].keys() == {'a', 'b'}
+    write(tmp_path / 'in/b.test', 'more')
+    refuses('has a split of its own called test', prepare, tmp_path / 'in', tmp_path / 'new', 'split_by_lines')
+
+
+def test_both_splits_are_measured(main):
+    main(str(ROOT / 'config/split_by_lines.py'), '--lines_of=20', '--lines_held=2')
+    run = sample.open_run('run')
+    data = pd.open_data(Path(run.state['data']))
+    found = json.loads(Path('run/result.json').read_text())
+    theirs = sample.bits_per_byte(run.model, data.tokens['test'], data.docs['test'])
+    assert found['val_bpb_by_lines'] == pytest.approx(theirs['bpb'], rel=1e-5) and found['val_bpb_by_lines'] != found['val_bpb']
+
+
+def test_text_that_an_idea_changed_lies_beside_it(tmp_path):
     path = write(tmp_path / 'x.txt', '\n\n'.join(prose(40)))
     given = dict(dataset=f'files:{path}', data_dir=tmp_path / 'out', tokenizer='bytes')
-    stack(**given).open()
-    refuses(r"prepared with clean None, not 'all': say the same, prepare it anew with --overwrite", stack('clean', **given).open)
-    refuses('prepared with dedup None, not True', stack('dedup', **given).open)
+    plain = stack(**given).open()
     for idle in (dict(dedup=False), dict(clean='')):
-        stack('dedup' if 'dedup' in idle else 'clean', **given | idle).open()
-    stack('clean', **given, overwrite=True).build(quiet=True)
-    assert stack('clean', **given).open().meta['settings']['clean'] == 'all'
-    refuses(r"prepared with clean 'all', not '': say the same \(config/clean.py\)", stack(**given).open)
+        assert stack('dedup' if 'dedup' in idle else 'clean', **given | idle).open().folder == plain.folder
+    both = stack('clean', 'dedup', **given).open()
+    assert both.folder.name == plain.folder.name + '-clean-dedup' and both.meta['settings']['clean'] == 'all'
+    refuses(r"prepared with clean 'all', not 'unicode': say the same, prepare it anew with --overwrite",
+            stack('clean', 'dedup', **given, clean='unicode').open)
+    both.folder.rename(tmp_path / 'both')
+    plain.folder.rename(both.folder)
+    refuses(r"prepared with clean None, not 'all', dedup None, not True: say the same", stack('clean', 'dedup', **given).open)
+    (tmp_path / 'both').rename(plain.folder)                     # as it was called before
+    refuses(r"prepared with clean 'all', not '', .*: say the same \(config/clean.py config/dedup.py\)", stack(**given).open)
 
 
 def test_ideas_stack_in_any_order(tmp_path):
@@ -405,7 +435,7 @@ def test_measures_are_made_once_and_those_of_older_data_are_taken(tmp_path, monk
 def test_the_page_shows_the_easiest_and_the_hardest(tmp_path, capsys):
     path = write(tmp_path / 'x.txt', '\n\n'.join(prose(40)))
     prepare(path, tmp_path / 'out')
-    args = [f'files:{path}', '--tokenizer=bytes', f'--data_dir={tmp_path}/out', '--inspect']
+    args = [f'files:{path}', '--tokenizer=bytes', f'--data_dir={tmp_path}/out', '--inspect', '--dedup=False']
     assert pd.main([*(str(ROOT / f'config/{name}.py') for name in ('difficulty', 'dedup')), *args]) is None
     out = capsys.readouterr().out
     easiest = out[out.index('easiest and hardest of 32 tokens or more, by bigram'):].split('\n')[1:7]
