@@ -342,6 +342,7 @@ def test_a_run_begun_from_an_averaged_one_takes_the_average(main, tmp_path):
 @pytest.mark.parametrize('names, settings', [
     pytest.param('dropout latent_attention stochastic_depth weight_decay same_order', ['--kv_latent=12', '--rotary_dim=8'],
                  marks=pytest.mark.long),
+    ('best_weights growth', ['--eval_interval=0.2', '--growth=[(0.3, dict(n_embd=128))]']),
     ('ema value_embeds growth', ['--ema=0.1', '--value_embeds=1', '--growth=[(0.3, dict(n_embd=128))]']),
     pytest.param('growth ema', ['--ema=0.1', '--growth=[(0.8, dict(n_layer=3))]'], marks=pytest.mark.long)])
 def test_a_run_resumes_to_the_bit_with(main, tmp_path, monkeypatch, names, settings):
@@ -357,7 +358,25 @@ def test_a_run_resumes_to_the_bit_with(main, tmp_path, monkeypatch, names, setti
     assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and ours['steps'] == 8
     for one, other in zip(*([x['model'], x.get('evaluated', {})] for x in (ours, theirs))):
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    assert ('evaluated' in ours) == ('ema' in names)
+    assert ('evaluated' in ours) == ('ema' in names or 'best' in names)
+
+
+@pytest.mark.parametrize('spoilt', [True, False])
+def test_the_best_weights_are_measured_where_the_last_are_not(main, tmp_path, corpus, monkeypatch, spoilt):
+    rate = train.Run.rate
+    monkeypatch.setattr(train.Run, 'rate', lambda self, progress: 50.0 if spoilt and progress > 0.75 else rate(self, progress))
+    said = main('best_weights', '--max_steps=10', '--eval_interval=0.2', '--micro_batch_size=8')
+    state, result, data = weights(tmp_path / 'run'), json.loads((tmp_path / 'run' / 'result.json').read_text()), corpus.open()
+    rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    seen = {row['step']: row['val_bpb'] for row in rows if 'train_bpb' in row}
+    best = min(seen, key=seen.get)
+    assert [*seen] == [3, 5, 8, 9, 10] and (best == 8) == spoilt and state['best'] == [best, seen[best]]
+    assert result['measured_step'] == best and ('the first is measured' in said) == spoilt
+    model, _ = sample.load(tmp_path / 'run')
+    assert sample.bits_per_byte(model, data.tokens['val'], data.docs['val'])['bpb'] == pytest.approx(result['val_bpb'], rel=1e-6)
+    gap = next(row for row in rows if row.get('train_bpb') and row['step'] == 8)
+    assert f"training text {gap['train_bpb']:.4f}, {gap['val_bpb'] - gap['train_bpb']:.4f} less than validation, after" in said
+    assert torch.equal(state['model']['wte.weight'], model.wte.weight) == (not spoilt)
 
 
 @pytest.mark.long
