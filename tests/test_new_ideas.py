@@ -1,4 +1,4 @@
-"""Ideas written by README's chapter: attention_gate, layer_loop, batch_rampup, skips, value_projections, masked_inputs."""
+"""Ideas written by README's chapter: attention_gate, layer_loop, batch_rampup, skips, value_projections, masked_inputs, ensemble."""
 import json
 
 import pytest
@@ -11,8 +11,8 @@ from model import GPT, GPTConfig, KVCache
 from prepare_data import UserError
 
 CONFIG = ROOT / 'config'
-GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN = (str(CONFIG / f'{name}.py') for name in (
-    'attention_gate', 'layer_loop', 'batch_rampup', 'skips', 'value_projections', 'masked_inputs'))
+GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN, ENSEMBLE = (str(CONFIG / f'{name}.py') for name in (
+    'attention_gate', 'layer_loop', 'batch_rampup', 'skips', 'value_projections', 'masked_inputs', 'ensemble'))
 SHAPE = dict(vocab_size=257, bos=256, block_size=64, n_layer=4, n_head=2, n_embd=32)
 
 
@@ -46,7 +46,7 @@ def weights(folder):
     return torch.load(folder / 'ckpt.pt', weights_only=True)['model']
 
 
-@pytest.mark.parametrize('ideas', [[GATE], [LOOP], [SKIPS], [VALUES], [VALUES, SKIPS], [LOOP, GATE], [str(CONFIG / 'latent_attention.py'), LOOP, GATE]])
+@pytest.mark.parametrize('ideas', [[GATE], [LOOP], [SKIPS], [VALUES], [VALUES, SKIPS], [ENSEMBLE], [LOOP, GATE], [str(CONFIG / 'latent_attention.py'), LOOP, GATE]])
 def test_a_cache_changes_nothing(ideas):
     model = net(*ideas, **dict(rotary_dim=8) if len(ideas) == 3 else {})
     torch.testing.assert_close(in_bits(model, some()), model.trunk(some()), rtol=1e-4, atol=1e-4)
@@ -175,3 +175,31 @@ def test_masked_inputs_are_a_second_loss(main, corpus, tmp_path):
     assert rows()[-1] > base[-1]
     result = json.loads((tmp_path / 'run/result.json').read_text())
     assert result['flops_per_token'] == pytest.approx(2 * 6 * (result['non_embedding_params'] + 64 * 300), rel=0.2)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_an_ensemble_is_the_mean_of_its_members_probabilities(tied):
+    idx, model, one = some(), net(ENSEMBLE, tie_embeddings=tied), net(tie_embeddings=tied)
+    state, targets = model.state_dict(), idx.roll(-1, 1)
+    alone = []
+    for prefix in ('', 'others.0.', 'others.1.'):
+        alone.append(GPT(GPTConfig(**SHAPE, tie_embeddings=tied)).requires_grad_(False))
+        alone[-1].load_state_dict({k: state[prefix + k] for k in alone[-1].state_dict()})
+    assert not torch.equal(alone[0].wte.weight, alone[1].wte.weight)
+    each = torch.stack([member(idx, targets, 'none') for member in alone])
+    torch.testing.assert_close(model(idx, targets), each.mean())                 # in training each its own
+    model.eval()
+    torch.testing.assert_close(model(idx, targets, 'none'), -(-each).exp().mean(0).log())
+    torch.testing.assert_close(model(idx, targets), model(idx, targets, 'none').mean())
+    logits = model.logits(model.trunk(idx))
+    torch.testing.assert_close(logits, torch.stack([member.logits(member.trunk(idx)).softmax(-1) for member in alone]).mean(0).log())
+    assert model.params() == {kind: 3 * n for kind, n in one.params().items()}
+    assert model.flops_per_token(20) == 3 * one.flops_per_token(20)
+
+
+def test_every_member_learns(main, tmp_path):
+    main(ENSEMBLE, '--members=2', '--tie_embeddings=True')
+    trained = weights(tmp_path / 'run')
+    main(ENSEMBLE, '--members=2', '--tie_embeddings=True', '--out_dir=still', '--learning_rate=0', '--embedding_lr=0', '--head_lr=0', '--scalar_lr=0')
+    still = weights(tmp_path / 'still')
+    assert {k for k in still if torch.equal(still[k], trained[k])} == set() and 'others.0.lm_head.weight' in still

@@ -342,6 +342,7 @@ def test_a_run_begun_from_an_averaged_one_takes_the_average(main, tmp_path):
 @pytest.mark.parametrize('names, settings', [
     pytest.param('dropout latent_attention stochastic_depth weight_decay same_order', ['--kv_latent=12', '--rotary_dim=8'],
                  marks=pytest.mark.long),
+    ('cyclic_average', ['--cycles=3', '--cycles_from=0.2']),
     ('best_weights growth', ['--eval_interval=0.2', '--growth=[(0.3, dict(n_embd=128))]']),
     ('ema value_embeds growth', ['--ema=0.1', '--value_embeds=1', '--growth=[(0.3, dict(n_embd=128))]']),
     pytest.param('growth ema', ['--ema=0.1', '--growth=[(0.8, dict(n_layer=3))]'], marks=pytest.mark.long)])
@@ -358,7 +359,25 @@ def test_a_run_resumes_to_the_bit_with(main, tmp_path, monkeypatch, names, setti
     assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and ours['steps'] == 8
     for one, other in zip(*([x['model'], x.get('evaluated', {})] for x in (ours, theirs))):
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    assert ('evaluated' in ours) == ('ema' in names or 'best' in names)
+    assert ('evaluated' in ours) == any(idea in names for idea in ('ema', 'best_weights', 'cyclic_average'))
+
+
+def test_cycles_of_the_rate_and_the_average_of_their_ends(main, tmp_path, monkeypatch):
+    ends, step = [], train.Run.step
+
+    def stepping(self):
+        step(self)
+        ends.append((round(self.rate(self.progress), 6), {k: w.clone() for k, w in self.model.state_dict().items()}))
+    monkeypatch.setattr(train.Run, 'step', stepping)
+    main('cyclic_average', '--max_steps=12', '--cycles=4', '--cycles_from=0.3333333333', '--cycle_low=0.2', '--warmup_frac=0')
+    low, state, result = 0.2, weights(tmp_path / 'run'), json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert [rate for rate, _ in ends[:5]] == [1] * 5 and all(low < rate <= 1 for rate, _ in ends)
+    falls = [after < before for (before, _), (after, _) in zip(ends[4:], ends[5:])]
+    assert falls == [True, False, True, False, True, False, True]
+    assert state['averaged'] == result['averaged'] == 4
+    for name, w in state['evaluated'].items():
+        torch.testing.assert_close(w, torch.stack([ends[i][1][name] for i in (5, 7, 9, 11)]).mean(0))
+    assert torch.equal(sample.load(tmp_path / 'run')[0].wte.weight, state['evaluated']['wte.weight'])
 
 
 @pytest.mark.parametrize('spoilt', [True, False])
