@@ -916,19 +916,27 @@ class Run:
     def say_plan(self):
         """What --dry_run found out: how many tokens and epochs the budget buys, and what it costs."""
         s, clock, tokens = self.s, self.clock, self.expected_tokens()
+        a_parameter, epochs, worth = self.reading(tokens)
         self.batches.close()
         dollars = clock.budget / 3600 * s.dollars_per_hour
         price = f'{dollars:.2f} dollars' if s.dollars_per_hour else 'unknown, set dollars_per_hour'
         self.say(f'---\ndry_run: data, vocabulary, memory and disk are fine\nstep_seconds: {self.step_seconds:.3f}\n'
                  f'closing_seconds: {self.closing_seconds():.1f}\ntokens: {tokens:,}\n'
-                 f'epochs: {tokens / self.stream.epoch_tokens():.2f}\ntokens_a_parameter: '
-                 f'{tokens / self.model.params()["total"]:.2f}\nflops: {tokens * self.flops_per_token:.3g}\ndollars: {price}')
+                 f'epochs: {epochs:.2f}\nworth_epochs: {worth:.2f}\ntokens_a_parameter: {a_parameter:.2f}\n'
+                 f'flops: {tokens * self.flops_per_token:.3g}\ndollars: {price}')
 
     def expected_tokens(self):
         """Tokens that the run will have read in the end, if its steps take what the first took."""
         clock, each = self.clock, self.s.tokens_per_step
         clock.reserve = self.closing_seconds()
         return clock.max_steps * each or self.tokens + max(0, int(clock.left() / self.step_seconds)) * each
+
+    def reading(self, tokens):
+        """So many tokens for each parameter, in epochs, and what these are worth in epochs of fresh text: a
+        repetition is worth the less the more there were (Muennighoff 2023, 2305.16264, R_D = 15.39)."""
+        epochs = tokens / self.stream.epoch_tokens()
+        worth = epochs if epochs < 1 else 1 + 15.39 * -math.expm1((1 - epochs) / 15.39)
+        return tokens / self.model.params()['total'], epochs, worth
 
     # -- step
 
@@ -937,9 +945,10 @@ class Run:
         until = f'until the clock says {s.budget_minutes:g} minutes'
         until = f'{clock.max_steps} steps' if clock.max_steps else until
         share = 'whole' if self.slices == sample.SLICES else f'{self.slices}/{sample.SLICES} of it'
-        tokens, size = self.expected_tokens(), self.model.params()['total']
-        self.say(f'training {until}: some {tokens:,} tokens, {tokens / size:.3g} a parameter, '
-                 f'{tokens / self.stream.epoch_tokens():.3g} epochs; closing evaluation {share}, about '
+        tokens = self.expected_tokens()
+        a_parameter, epochs, worth = self.reading(tokens)
+        self.say(f'training {until}: some {tokens:,} tokens, {a_parameter:.3g} a parameter, {epochs:.3g} epochs'
+                 + f', worth {worth:.3g} of fresh text' * (epochs > 1) + f'; closing evaluation {share}, about '
                  f'{self.closing_seconds():.0f} s\n{COLUMNS}')
         self.energy.turn('train')
 

@@ -1122,6 +1122,13 @@ def test_dry_run_of_little(main, tmp_path, more):
     assert 'tokens: ' in main('--dry_run=True', *more) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('epochs, worth', [(0.5, 0.5), (1, 1), (4, 3.72), (12.3, 9.01), (1000, 16.39)])
+def test_what_repeated_text_is_worth(epochs, worth):
+    """Four epochs nearly that of fresh text, no number of them more than sixteen (Muennighoff 2023)."""
+    run = SimpleNamespace(stream=SimpleNamespace(epoch_tokens=lambda: 100), model=SimpleNamespace(params=lambda: dict(total=10)))
+    assert train.Run.reading(run, 100 * epochs) == (10 * epochs, epochs, pytest.approx(worth, abs=0.01))
+
+
 def test_dry_run_of_a_run_to_go_on_with(main, tmp_path):
     assert re.search(r'^training 3 steps: some 1,536 tokens, 0.01\d+ a parameter, 0.0\d+ epochs; closing', main(), re.M)
     (tmp_path / 'run' / 'result.json').unlink()
