@@ -1176,7 +1176,8 @@ PUBLISHED = (('compiled baseline', 11.0e6, 'BabyLM', 1.31), ('latent attention',
              ('baseline transformer', 11.0e6, 'BabyLM', 1.33), ('baseline', 7.3e6, 'SimpleStories', 0.57))
 ELSEWHERE = ('Published elsewhere, for half an hour of one RTX 4090: another split of the data, another '
              'machine. Not ranked among the runs here.')
-LEADERS = dict(ideas=None, non_embedding_params=0, active_params=0, tokens=0, epochs=2, total_seconds=0, joules=0)
+LEADERS = dict(ideas=None, non_embedding_params=0, active_params=0, tokens=0, tokens_a_parameter=2, epochs=2,
+               total_seconds=0, joules=0)
 ON_PAGE = dict(val_loss=4, tok_per_sec=0, mfu=3, train_seconds=0,                   # decimals of columns
                co2_g=2, peak_mem_gb=2, dollars=3, budget_minutes=1, seed=0, hardware=None, commit=None)
 COMPARISONS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
@@ -1198,6 +1199,7 @@ def finished_runs(folder):
             names[about['text']] = about['dataset']
             abilities = {name: e['accuracy'] for name, e in r['evals'].items()}
             about['ideas'] = ' '.join(r.get('ideas', ()))
+            about['tokens_a_parameter'] = r['tokens'] / r['total_params']
             about['notes'] = f'BPB on {r["val_share"]:.1%}' * (r['val_share'] < 1)
             rows.append(r['settings'] | r['config'] | r | abilities | about | dict(abilities=[*abilities]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -1289,6 +1291,13 @@ def progress_blocks(texts, most=8):
             if any(len(one['points']) > 1 for one in series):
                 yield dict(kind='lines', title=f'{title}, {name}', x='minutes', y=y, series=series,
                            note=f'The best {most} of {len(rows)} runs.' * (len(rows) > most))
+        series = [dict(name=row['run'] + which, points=[
+            [r['step'] * row['epochs'] / row['steps'], r[key]] for r in logs[row['run']] if r.get(key)])
+            for row in rows[:most] for key, which in (('val_bpb', ''), ('train_bpb', ', training text'))]
+        if any(len(one['points']) > 1 for one in series):
+            yield dict(kind='lines', title=f'By epoch, {name}', x='epochs', y='bits per byte', log_x=True,
+                       series=[one for one in series if one['points']],
+                       note='Where repetition stops paying. Training text is measured by config/best_weights.py.')
 
 
 def label(key):

@@ -549,6 +549,16 @@ def test_the_leaderboard_ranks_what_can_be_compared(board, tmp_path):
     assert [one['name'] for one in curve] == ['large', 'small', 'a/b/seed1'] and curve[0]['points'][0] == [1, pytest.approx(0.5 + 1 / 9)]
     assert blocks['Training loss, ' + old[4:]]['series'][1]['points'] == [[1, 5], [2, 2.5], [4, 1.25]]
     assert 'Validation, ' + old[4:] not in blocks                                    # no run has two
+    assert 'By epoch, ' + old[4:] not in blocks and rows['large']['tokens_a_parameter'] == rows['large']['tokens'] / 200
+
+
+def test_curves_by_epoch_are_of_validation_and_of_training_text(board, tmp_path):
+    rows = [dict(step=n, progress=n / 4, elapsed_s=60 * n, val_bpb=2 - n / 10, train_bpb=2 - n / 5) for n in (1, 2)]
+    keep(tmp_path / 'out' / 'kept', 1.4, 200, metrics=[*rows, dict(step=4, progress=1, elapsed_s=300, val_bpb=1.4)], steps=4, epochs=12.0)
+    page = board('--where=total_params == 200')[2]
+    series = next(block for block in page['blocks'] if block['title'].startswith('By epoch'))['series']
+    assert {one['name']: one['points'] for one in series} == {
+        'kept': [[3, 1.9], [6, 1.8], [12, 1.4]], 'kept, training text': [[3, 1.8], [6, 1.6]]}
 
 
 @pytest.mark.parametrize('args, runs', [
