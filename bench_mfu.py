@@ -36,7 +36,8 @@ it:
 parameter, epochs (of --text_words, if the card's text is larger than that which is here), steps and
 proportions, in --minutes of training each. A doll is a config, out/doll/<base>/doll.py:
 --sweep "learning_rate=0.01,0.02" config/babylm.py config/text_share.py out/doll/babylm/doll.py tunes it.
---jobs=2 makes two such runs at a time: they go by tokens, not by the clock.
+--jobs=2 makes two such runs at a time: they go by tokens, not by the clock. --predict out/doll/a out/doll/b
+says of dolls of two or more sizes (other --minutes, each its --compare_dir) whether they agree.
 
 --sweep makes every point of a grid in the same way, --seeds=3 times each, into out/sweep/<configs>, and fits:
 bits per byte against parameters and tokens, the best size for a budget, the best learning rate at a width.
@@ -97,6 +98,7 @@ class Options:
     card_mfu: float = 0.45      # 0.01..1: what share of its peak the run will reach there
     text_words: float = 0.0     # words that the run will read there, such as are here; 0: those that are here
     minutes: float = 10.0       # 0.01..: training of a doll
+    predict: bool = False       # say what dolls of several sizes say of the card's
     leaderboard: bool = False   # rank all finished runs of a folder
     sort: str = 'val_bpb'       # by what the leaderboard is sorted
     where: str = ''             # which runs are in it
@@ -939,6 +941,57 @@ def plain(v):
     return f'{v:,.0f}' if v >= 100 else f'{v:.3g}'
 
 
+def dolls_at(folder):
+    """What a folder of --doll holds: parameters of the card's model and of the doll, standard deviation of the
+    base as a share of it (None of one seed), {idea: change}."""
+    try:
+        rows = json.loads((folder / 'compare.json').read_text())
+        card, doll = re.search(r'^parameters +([\d,]+) +([\d,]+)$', (folder / 'doll.py').read_text(), re.M).groups()
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f'{folder} holds no doll.py with its compare.json: name folders that --doll wrote') from None
+    base = next(row for row in rows if 'base' in row['notes'])
+    return SimpleNamespace(
+        card=int(card.replace(',', '')), size=int(doll.replace(',', '')), base=base.get('val_bpb'),
+        sd=base['sd'] / base['val_bpb'] if 'sd' in base else None,
+        changes={row['name']: row['change'] for row in rows if row is not base and 'change' in row})
+
+
+def ranks(values):
+    """Of each value its place, from 0; equal ones share theirs."""
+    values = np.asarray(values)
+    return (values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) - 1) / 2
+
+
+def predict(rest):
+    """Whether dolls predict: ideas' changes at several sizes, the rank correlation (Spearman) of one size with
+    the next, and each change on a straight line in the logarithm of size up to the card's, with what the noise
+    of seeds makes of that."""
+    refuse(len(rest) < 2 or any(a.startswith('--') for a in rest),
+           f'--predict takes two or more folders of --doll, of other sizes, and got {" ".join(rest) or "none"}')
+    dolls = sorted((dolls_at(Path(at_home(a))) for a in rest), key=lambda doll: doll.size)
+    noise = [doll.sd for doll in dolls if doll.sd]
+    names = [name for name in dolls[0].changes if all(name in doll.changes for doll in dolls)]
+    refuse(not noise, 'no folder has two seeds of its base, so what is noise is not known: make them with --seeds=2')
+    refuse(len(names) < 2 or len({doll.card for doll in dolls}) > 1 or distinct([doll.size for doll in dolls]) < 2,
+           f'{" ".join(rest)} have not two ideas in common at two sizes of the doll of one model')
+    sigma = math.sqrt(2) * statistics.fmean(sd ** 2 for sd in noise) ** 0.5      # of a difference of two runs
+    x, card = np.log([doll.size for doll in dolls]), math.log(dolls[0].card)
+    spread = sigma * math.sqrt(1 / len(x) + (card - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
+    rows = []
+    for name in names:
+        slope, offset = np.polyfit(x, [doll.changes[name] for doll in dolls], 1)
+        low, high = (offset + slope * card + sign * 1.645 * spread for sign in (-1, 1))
+        rows.append(dict(idea=name, **{f'{doll.size:,}': doll.changes[name] for doll in dolls},
+                         card=f'{offset + slope * card:+.1%} ({low:+.1%} to {high:+.1%})'))
+    columns = {'idea': None} | {f'{doll.size:,}': '+.2%' for doll in dolls} | {'card': None}
+    print('\n'.join(text_table(columns, sorted(rows, key=lambda row: row[f'{dolls[-1].size:,}']))))
+    print(f'\nChange of bits per byte by parameters of the doll; card: on a line in log(parameters), at '
+          f'{dolls[0].card:,}, 90 % of\nwhat the noise of seeds allows, {sigma:.2%} a difference.')
+    for a, b in itertools.pairwise(dolls):
+        ours, theirs = (ranks([doll.changes[name] for name in names]) for doll in (a, b))
+        print(f'rank correlation of {a.size:,} and {b.size:,}: {np.corrcoef(ours, theirs)[0, 1]:.2f} of {len(names)} ideas')
+
+
 # ---- sweeps: a grid of runs, and the laws behind them ------------------------------------------------------
 
 DRAWS, INTERVAL = 400, (0.05, 0.95)     # of a bootstrap, and the shares of its draws below either end
@@ -1468,6 +1521,8 @@ def main(argv):
     own, rest, given = own_options(words := joined(argv))
     if own.leaderboard:
         return leaderboard(own, rest)
+    if own.predict:
+        return predict(rest)
     if own.compare or own.doll or 'sweep' in given:
         return compare_runs(own, rest, argv, *([dolls] if own.doll else [] if own.compare else [swept, keep_sweep]))
     s, ideas = train.read_settings(words, TABLES)

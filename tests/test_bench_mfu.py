@@ -365,6 +365,42 @@ def test_a_doll_has_the_ratios_of_the_run(doll, tmp_path):
             doll(*args, other)
 
 
+def dolls(folder, size, sd=0.004, card=10_000_000, **changes):
+    folder.mkdir()
+    rows = [dict(name='base', notes=['base'], val_bpb=2.0) | (dict(sd=sd) if sd else {})]
+    rows += [dict(name=name, notes=[], change=change) for name, change in changes.items()]
+    (folder / 'compare.json').write_text(json.dumps(rows + [dict(name='failed', notes=['exit code 1'], seeds=0)]))
+    (folder / 'doll.py').write_text(f'"""A doll.\n\n      a card   its doll\nparameters     {card:,}     {size:,}\n"""\n')
+    return str(folder)
+
+
+def test_what_dolls_predict(tmp_path, capsys):
+    small = dolls(tmp_path / 'small', 10_000, good=-0.01, bad=0.03, odd=0.02)
+    middle = dolls(tmp_path / 'middle', 100_000, None, good=-0.02, bad=0.03, odd=0.01, alone=0.5)
+    large = dolls(tmp_path / 'large', 1_000_000, 0.003, good=-0.03, bad=0.03, odd=0.05)
+    bench_mfu.main(['--predict', large, small, middle])
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in out.split('\n') if line.startswith('|')]
+    sigma = 2 ** 0.5 * (((0.004 / 2) ** 2 + (0.003 / 2) ** 2) / 2) ** 0.5
+    spread = 1.645 * sigma * (1 / 3 + 4 / 2) ** 0.5                              # two decades from the middle
+    assert rows[0] == ['idea', '10,000', '100,000', '1,000,000', 'card']
+    assert rows[2] == ['good', '-1.00%', '-2.00%', '-3.00%', f'-4.0% ({-0.04 - spread:+.1%} to {-0.04 + spread:+.1%})']
+    assert [row[0] for row in rows[2:]] == ['good', 'bad', 'odd'] and f'{sigma:.2%} a difference' in out
+    assert 'of 10,000 and 100,000: 1.00 of 3 ideas' in out and 'of 100,000 and 1,000,000: 0.50 of 3 ideas' in out
+    assert bench_mfu.ranks([3, 1, 3, 2]).tolist() == [2.5, 0, 2.5, 1]
+
+
+@pytest.mark.parametrize('args, said', [
+    (['small'], 'takes two or more folders'), (['small', 'none'], r'none holds no doll.py with its compare.json'),
+    (['small', 'same'], 'have not two ideas in common at two sizes'), (['small', 'other'], 'have not two ideas in common'),
+    (['still', 'still2'], 'no folder has two seeds of its base')])
+def test_dolls_that_predict_nothing(tmp_path, args, said):
+    for name, size, sd, card in (('small', 10, 0.01, 99), ('same', 10, 0.01, 99), ('other', 20, 0.01, 98), ('still', 10, None, 99), ('still2', 20, None, 99)):
+        dolls(tmp_path / name, size, sd, card, a=0.1, b=0.2)
+    with pytest.raises(UserError, match=said):
+        bench_mfu.main(['--predict', *(str(tmp_path / a) for a in args)])
+
+
 def test_shapes_of_dolls():
     card = GPTConfig(n_layer=12, n_head=8, n_kv_head=4, n_embd=512, vocab_size=16384, block_size=512, tie_embeddings=True, mlp_hidden=1536)
     for size in (60_000, 1_000_000):
