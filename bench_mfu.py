@@ -707,6 +707,8 @@ def ranked(runs):
         for key in [*COLUMNS, *results[0]['evals']]:
             if all(r.get(key) is not None for r in results):
                 row[key] = statistics.fmean(r[key] for r in results)
+        row['per_source'] = {source: statistics.fmean(r['val_bpb_per_source'][source] for r in results)
+                             for source in results[0].get('val_bpb_per_source', {})}
         if len(results) > 1:
             row['sd'] = statistics.stdev(r['val_bpb'] for r in results)
         base, sd = rows[0], rows[0].get('sd')
@@ -747,6 +749,11 @@ def keep_table(runs, root):
                     'change: beside the base with its seeds; sd: standard deviation of val_bpb over seeds; '
                     'in sd: the change in sd of the base.',
                     'Within noise: less than 2 of them, or not known, as one seed of the base has no sd.')
+    sources = dict.fromkeys(source for row in rows for source in row.get('per_source', {}))
+    if len(sources) > 1:
+        table = text_table(dict(idea=None) | dict.fromkeys(sources, 4),
+                           [dict(idea=row['name']) | row['per_source'] for row in rows if row['seeds']])
+        text += '\n\nBits per byte by source:\n\n' + '\n'.join(table)
     write_table(root / 'compare', text, rows)
     return text
 

@@ -291,6 +291,9 @@ def test_ideas_are_compared_with_their_base(compare, tmp_path):
     assert re.findall(r'^\| +(\d|-) \| +(\w+) \| +(\d) ', out, re.M) == expected
     assert re.search(r'broken .* seed 1: exit code 1, nowhere', out) and 'broken: its own Run' in out
     assert '\nWithin noise: less than 2' in out and out.endswith((root / 'compare.md').read_text()) and re.search(r' fast .* within noise; \+\d+% parameters', out)
+    by_source = [line for line in out[out.index('Bits per byte by source:'):].split('\n') if line.startswith('|')]
+    assert re.fullmatch(r'\| +idea \| +notes \| tales +\|', by_source[0]) and len(by_source) == 4
+    assert f'| {fast["val_bpb_per_source"]["notes"]:.4f} | {fast["val_bpb_per_source"]["tales"]:.4f}' in '\n'.join(by_source)
     row = next(row for row in json.loads((root / 'compare.json').read_text()) if row['name'] == 'fast')
     assert row['val_bpb'] == fast['val_bpb'] and row['tokens'] == 3 * 512 and row['active_params'] == fast['total_params']
     # finished runs stay, a failed one is tried again, more seeds take turns
