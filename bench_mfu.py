@@ -10,7 +10,7 @@
     python bench_mfu.py --compare config/babylm.py config/a.py      whole runs: ideas beside their base
     python bench_mfu.py --doll config/babylm.py config/a.py         the same at the ratios of a card's run
     python bench_mfu.py --leaderboard out                           a table and a page of all finished runs
-    python bench_mfu.py --sweep "n_embd=128,192,256;learning_rate=1e-2,2e-2,4e-2" config/babylm.py     laws
+    python bench_mfu.py --sweep "n_embd=160,240,320;learning_rate=1e-2,2e-2,4e-2" config/babylm.py     laws
 
 Configs and overrides are train.py's, and so is the step that is measured, half way through a run. All
 contestants run in one process and take turns, so that a machine that drifts drifts for all.

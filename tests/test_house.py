@@ -553,3 +553,15 @@ def test_nothing_that_prints_raises(monkeypatch, full, heeds):
         sys.stdout.close()
     if full:
         os.close(right)
+
+
+def test_the_shapes_that_the_help_sweeps_can_be_built():
+    """Of README's and bench_mfu.py's own example with config/babylm.py, whose heads must divide every width."""
+    for text in ((ROOT / 'README.md').read_text(), (ROOT / 'bench_mfu.py').read_text()):
+        shown = re.findall(r'--sweep "(n_embd=[\d,]+).*config/babylm.py', text)
+        assert len(shown) == 1
+        for line in shown:
+            for width in re.findall(r'\d+', line):
+                s, ideas = train.read_settings([str(ROOT / 'config/babylm.py'), f'--n_embd={width}'])
+                kind = model.configured(ideas)
+                assert kind(n_embd=s.n_embd, n_head=s.n_head, n_layer=s.n_layer).head_dim % 2 == 0
