@@ -898,12 +898,13 @@ def doll_of(own, argv):
     wanted = n_steps * step / card['epochs']
     refuse(wanted > text['tokens'], f'the doll is to read {wanted:,.0f} tokens of text, {text["tokens"]:,} are '
            f'here: bring more, or give it fewer --minutes')
-    share, val_share = (float(f'{min(1, a / b["tokens"]):.3g}') for a, b in ((wanted, text), (VAL_TOKENS, val)))
+    share, val_share = (float(f'{part * min(1, a / b["tokens"]):.3g}') for part, a, b in (
+        (s.text_share, wanted, text), (1, VAL_TOKENS, val)))
     settings = shape | dict(
         tokens_per_step=step, micro_batch_size=max(1, 8192 // T), max_tokens=n_steps * step, max_steps=0,
         budget_minutes=round(20 * own.minutes, 2), eval_interval=0.0, evals='', sample_tokens=0,
         log_interval=100, text_share=share, val_share=val_share)
-    mine = ratios(doll.config, n_steps * step, share * text['tokens'], step, minutes, text)
+    mine = ratios(doll.config, n_steps * step, share / s.text_share * text['tokens'], step, minutes, text)
     return {k: (card[k], mine[k]) for k in card}, settings
 
 
@@ -959,7 +960,8 @@ def dolls_at(folder):
     base = next(row for row in rows if 'base' in row['notes'])
     return SimpleNamespace(
         card=int(card.replace(',', '')), size=int(doll.replace(',', '')), base=base.get('val_bpb'),
-        sd=base['sd'] / base['val_bpb'] if 'sd' in base else None,
+        sd=base['sd'] / base['val_bpb'] if 'sd' in base else None, seeds=base['seeds'],
+        pairs={row['name']: min(row['seeds'], base['seeds']) for row in rows},
         changes={row['name']: row['change'] for row in rows if row is not base and 'change' in row})
 
 
@@ -967,6 +969,19 @@ def ranks(values):
     """Of each value its place, from 0; equal ones share theirs."""
     values = np.asarray(values)
     return (values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) - 1) / 2
+
+
+def on_a_line(x, y, noise, at):
+    """What a straight line through points with this noise (standard deviations) has there, and its error."""
+    points, there = np.stack([np.ones_like(x), x], axis=1) / np.array(noise)[:, None], np.array([1, at])
+    spread = np.linalg.inv(points.T @ points)
+    return there @ spread @ points.T @ (y / np.array(noise)), float(there @ spread @ there) ** 0.5
+
+
+def student(df):
+    """The 95th percentile of Student's t, to 1 %: between those of the table on a line in 1 / df."""
+    known = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 6: 1.943, 10: 1.812, 30: 1.697, math.inf: 1.645}
+    return float(np.interp(-1 / df, [-1 / n for n in known], [*known.values()]))
 
 
 def predict(rest):
@@ -979,21 +994,21 @@ def predict(rest):
     noise = [doll.sd for doll in dolls if doll.sd]
     names = [name for name in dolls[0].changes if all(name in doll.changes for doll in dolls)]
     refuse(not noise, 'no folder has two seeds of its base, so what is noise is not known: make them with --seeds=2')
-    refuse(len(names) < 2 or len({doll.card for doll in dolls}) > 1 or distinct([doll.size for doll in dolls]) < 2,
-           f'{" ".join(rest)} have not two ideas in common at two sizes of the doll of one model')
-    sigma = math.sqrt(2) * statistics.fmean(sd ** 2 for sd in noise) ** 0.5      # of a difference of two runs
-    x, card = np.log([doll.size for doll in dolls]), math.log(dolls[0].card)
-    spread = sigma * math.sqrt(1 / len(x) + (card - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
-    rows = []
+    refuse(len(names) < 2 or len({doll.card for doll in dolls}) > 1 or len({doll.size for doll in dolls}) < len(dolls),
+           f'{" ".join(rest)} have not two ideas in common, each at another size of the doll of one model')
+    sd = statistics.fmean(sd ** 2 for sd in noise) ** 0.5
+    quantile = student(sum(doll.seeds - 1 for doll in dolls if doll.sd))
+    x, card, rows = np.log([doll.size for doll in dolls]), math.log(dolls[0].card), []
     for name in names:
-        slope, offset = np.polyfit(x, [doll.changes[name] for doll in dolls], 1)
-        low, high = (offset + slope * card + sign * 1.645 * spread for sign in (-1, 1))
-        rows.append(dict(idea=name, **{f'{doll.size:,}': doll.changes[name] for doll in dolls},
-                         card=f'{offset + slope * card:+.1%} ({low:+.1%} to {high:+.1%})'))
+        changes = [doll.changes[name] for doll in dolls]
+        there, error = on_a_line(x, changes, [sd * math.sqrt(2 / doll.pairs[name]) for doll in dolls], card)
+        low, high = there - quantile * error, there + quantile * error
+        rows.append(dict(idea=name, **{f'{doll.size:,}': change for doll, change in zip(dolls, changes)},
+                         card=f'{there:+.1%} ({low:+.1%} to {high:+.1%})'))
     columns = {'idea': None} | {f'{doll.size:,}': '+.2%' for doll in dolls} | {'card': None}
     print('\n'.join(text_table(columns, sorted(rows, key=lambda row: row[f'{dolls[-1].size:,}']))))
     print(f'\nChange of bits per byte by parameters of the doll; card: on a line in log(parameters), at '
-          f'{dolls[0].card:,}, 90 % of\nwhat the noise of seeds allows, {sigma:.2%} a difference.')
+          f'{dolls[0].card:,}, and 90 % of\nwhat the noise of seeds allows (sd of the base {sd:.2%}), if it is one.')
     for a, b in itertools.pairwise(dolls):
         ours, theirs = (ranks([doll.changes[name] for name in names]) for doll in (a, b))
         print(f'rank correlation of {a.size:,} and {b.size:,}: {np.corrcoef(ours, theirs)[0, 1]:.2f} of {len(names)} ideas')
@@ -1336,6 +1351,14 @@ def thinned(points, most):
     return [[statistics.fmean(column) for column in zip(*points[i:i + n])] for i in range(0, len(points), n)]
 
 
+def by_epoch(row, log, key):
+    """[epochs, bits per byte] of a run's log; not the closing evaluation where that was of an earlier step."""
+    end = row.get('steps')
+    moved = key == 'val_bpb' and row.get('measured_step', end) != end
+    return [[r['tokens'] / row['tokens'] * row['epochs'], r[key]] for r in log
+            if r.get(key) and r.get('tokens') and not (moved and r['step'] == end)]
+
+
 def progress_blocks(texts, most=8):
     """Learning curves and ability curves of the best runs."""
     for name, rows in texts.items():
@@ -1351,9 +1374,8 @@ def progress_blocks(texts, most=8):
             if any(len(one['points']) > 1 for one in series):
                 yield dict(kind='lines', title=f'{title}, {name}', x='minutes', y=y, series=series,
                            note=f'The best {most} of {len(rows)} runs.' * (len(rows) > most))
-        series = [dict(name=row['run'] + which, points=[
-            [r['step'] * row['epochs'] / row['steps'], r[key]] for r in logs[row['run']] if r.get(key)])
-            for row in rows[:most] for key, which in (('val_bpb', ''), ('train_bpb', ', training text'))]
+        series = [dict(name=row['run'] + which, points=by_epoch(row, logs[row['run']], key))
+                  for row in rows[:most] for key, which in (('val_bpb', ''), ('train_bpb', ', training text'))]
         if any(len(one['points']) > 1 for one in series):
             yield dict(kind='lines', title=f'By epoch, {name}', x='epochs', y='bits per byte', log_x=True,
                        series=[one for one in series if one['points']],

@@ -936,7 +936,7 @@ class Run:
         repetition is worth the less the more there were (Muennighoff 2023, 2305.16264, R_D = 15.39)."""
         epochs = tokens / self.stream.epoch_tokens()
         worth = epochs if epochs < 1 else 1 + 15.39 * -math.expm1((1 - epochs) / 15.39)
-        return tokens / self.model.params()['total'], epochs, worth
+        return tokens / models.blueprint(self.largest()).params()['total'], epochs, worth
 
     # -- step
 
@@ -1170,8 +1170,8 @@ class Run:
         result['seconds_per_slice'] = (time.monotonic() - began) / (result['share'] * sample.SLICES)
         if keep and not self.signals:           # a signal may have cut it short
             self.say_cut('the validation', result.get('asked', 1))
-            self.record(step=self.steps, progress=self.clock.progress, val_bpb=result['bpb'],
-                        val_loss=result['loss'], share=result['share'], elapsed_s=self.clock.elapsed())
+            self.record(step=self.steps, progress=self.clock.progress, tokens=self.tokens,
+                        val_bpb=result['bpb'], val_loss=result['loss'], share=result['share'], elapsed_s=self.clock.elapsed())
         return result
 
     def judge(self, counts, stop=None, at_once=None):

@@ -24,7 +24,7 @@ class Run(train.Run):
     def take_model(self, model):
         """A model of another shape begins anew."""
         super().take_model(model)
-        self.average, self.averaged = None, 0
+        self.average, self.averaged, self.too_soon = None, 0, False
 
     def cycle(self, progress):
         """Cycles that are done, and how far the one is that runs."""
@@ -41,7 +41,7 @@ class Run(train.Run):
     def step(self):
         before = self.cycle(self.progress)[0]
         super().step()
-        if self.cycle(self.clock.progress)[0] > before:
+        if self.cycle(self.agreed(self.clock.progress))[0] > before:
             self.take_in()
 
     def take_in(self):
@@ -53,16 +53,21 @@ class Run(train.Run):
         torch._foreach_lerp_(list(self.average.values()), list(now.values()), 1 / self.averaged)
 
     def state(self):
-        return super().state() | dict(evaluated=self.average, averaged=self.averaged)
+        return super().state() | dict(evaluated=self.average, averaged=self.averaged, too_soon=self.too_soon)
 
     def load(self, state):
         super().load(state)
-        self.averaged = state['averaged']
+        self.averaged = n = state['averaged']
         self.average = state['evaluated'] and {k: w.to(self.device) for k, w in state['evaluated'].items()}
+        if state['too_soon']:                      # stopped in its closing evaluation, it may go on after all
+            self.averaged, now = n - 1, self.model.state_dict()
+            self.average = {k: (n * w - now[k]) / (n - 1) for k, w in self.average.items()} if n > 1 else None
 
     def finish(self):
-        if not self.stopping and (self.average is None or self.cycle(self.clock.progress)[0] < self.s.cycles):
+        done = self.cycle(self.agreed(self.clock.progress))[0]
+        if not self.stopping and (self.average is None or done < self.s.cycles):
             self.take_in()                      # a clock ends the last cycle a step early
+            self.too_soon = True
         super().finish()
 
     def closing_evaluation(self):

@@ -19,8 +19,17 @@ import train
 
 members: int = 3            # 1..: models
 
-NOT_WITH = dict.fromkeys(('growth', 'distillation', 'domains', 'masked', 'plain_gpt2', 'dynamics'),
+NOT_WITH = dict.fromkeys(('growth', 'distillation', 'domains', 'masked', 'plain_gpt2', 'dynamics', 'experts'),
                          'it knows but one model')
+
+
+def last(made, *methods):
+    """Members are made of all that is named before this file: who overrides these methods after it is
+    refused."""
+    top = next(c for c in made.__mro__ if vars(c).keys() & set(methods)).__module__.split('.')[-1]
+    if top != 'ensemble':
+        raise ValueError(f'{top}.py and ensemble.py do not go together in this order: name ensemble.py after '
+                         f'it, or leave one out')
 
 
 class GPT(model.GPT):
@@ -28,6 +37,7 @@ class GPT(model.GPT):
 
     def build(self, config):
         super().build(config)
+        last(type(self), 'build', 'trunk', 'loss', 'cross_entropy', 'logits')
         alone = replace(config, members=1)
         self.others = torch.nn.ModuleList(alone.GPT(alone) for _ in range(config.members - 1))
 
@@ -59,9 +69,9 @@ class GPT(model.GPT):
         return torch.stack(each).log_softmax(-1).logsumexp(0) - math.log(len(each))
 
     def params(self):
-        heads = sum(other.params()['embedding'] - other.wte.weight.numel() for other in self.others)
-        counts = super().params()
-        return counts | {kind: counts[kind] + n for kind, n in (('embedding', heads), ('non_embedding', -heads))}
+        counts, c = super().params(), self.config
+        heads = 0 if c.tie_embeddings else len(self.others) * self.lm_head.weight.numel()
+        return counts | dict(embedding=counts['embedding'] + heads, non_embedding=counts['non_embedding'] - heads)
 
     def flops_per_token(self, attended=None):
         return super().flops_per_token(attended) + sum(other.flops_per_token(attended) for other in self.others)
@@ -73,6 +83,7 @@ class GPT(model.GPT):
 class Run(train.Run):
 
     def groups(self, model):
+        last(type(self), 'groups')
         groups = super().groups(model)
         theirs = {id(p) for p in model.others.parameters()}
         for group in groups.values():

@@ -10,6 +10,7 @@ its table does not say is GPT-2's: initialisation, attention over whole rows. No
 the baseline is measured beside; what came of it stands in RESULTS.md.
 """
 import math
+import re
 
 import torch
 import torch.nn as nn
@@ -38,6 +39,8 @@ beta1 = 0.9
 beta2 = 0.95
 warmup_frac = 0.1
 evals = 'all'
+NOT_WITH = dict.fromkeys(('climb_objective', 'domains', 'experts', 'growth', 'tokenformer'),
+                         'it looks for what the base has and the rival lacks')
 
 
 class MLP(model.MLP):
@@ -56,7 +59,9 @@ class Block(model.Block):
         return x + self.mlp(before_mlp * model.rms_norm(x), context)
 
     def init_weights(self):
-        pass                                    # GPT's does
+        self.attn.init_weights()
+        self.mlp.init_weights()
+        self.gains.fill_(1)
 
 
 class GPT(model.GPT):
@@ -65,8 +70,10 @@ class GPT(model.GPT):
         self.gain = nn.Parameter(torch.ones(config.n_embd))
 
     def init_weights(self):
+        super().init_weights()
+        self.gain.fill_(1)
         for name, p in self.named_parameters():
-            if name.endswith('weight'):
+            if re.search(r'(wte|lm_head|attn\.[qkv]|proj|mlp\.(up|down))\.weight$', name):
                 into_stream = name.endswith(('proj.weight', 'down.weight'))
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if into_stream else 0.02)
 

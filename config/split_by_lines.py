@@ -74,6 +74,11 @@ class Measure(sample.Measure):
 
 class Run(train.Run):
 
+    def closing_evaluation(self):
+        found = super().closing_evaluation()
+        self.say_cut('the validation by lines', self.measure.by_lines.get('asked', 1))
+        return found
+
     def results(self, *found):
         lines = self.measure.by_lines
-        return super().results(*found) | dict(val_bpb_by_lines=lines['bpb'], val_bpb_by_lines_error=lines['error'])
+        return super().results(*found) | {f'val_{what}_by_lines': lines[what] for what in ('bpb', 'error', 'share')}

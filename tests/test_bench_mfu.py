@@ -370,8 +370,8 @@ def test_a_doll_has_the_ratios_of_the_run(doll, tmp_path):
 
 def dolls(folder, size, sd=0.004, card=10_000_000, **changes):
     folder.mkdir()
-    rows = [dict(name='base', notes=['base'], val_bpb=2.0) | (dict(sd=sd) if sd else {})]
-    rows += [dict(name=name, notes=[], change=change) for name, change in changes.items()]
+    rows = [dict(name='base', notes=['base'], val_bpb=2.0, seeds=3 if sd else 1) | (dict(sd=sd) if sd else {})]
+    rows += [dict(name=name, notes=[], change=change, seeds=1) for name, change in changes.items()]
     (folder / 'compare.json').write_text(json.dumps(rows + [dict(name='failed', notes=['exit code 1'], seeds=0)]))
     (folder / 'doll.py').write_text(f'"""A doll.\n\n      a card   its doll\nparameters     {card:,}     {size:,}\n"""\n')
     return str(folder)
@@ -384,18 +384,31 @@ def test_what_dolls_predict(tmp_path, capsys):
     bench_mfu.main(['--predict', large, small, middle])
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in out.split('\n') if line.startswith('|')]
-    sigma = 2 ** 0.5 * (((0.004 / 2) ** 2 + (0.003 / 2) ** 2) / 2) ** 0.5
-    spread = 1.645 * sigma * (1 / 3 + 4 / 2) ** 0.5                              # two decades from the middle
+    sd = (((0.004 / 2) ** 2 + (0.003 / 2) ** 2) / 2) ** 0.5
+    spread = 2.132 * 2 ** 0.5 * sd * (1 / 3 + 4 / 2) ** 0.5                      # four degrees of freedom; two decades from the middle
     assert rows[0] == ['idea', '10,000', '100,000', '1,000,000', 'card']
     assert rows[2] == ['good', '-1.00%', '-2.00%', '-3.00%', f'-4.0% ({-0.04 - spread:+.1%} to {-0.04 + spread:+.1%})']
-    assert [row[0] for row in rows[2:]] == ['good', 'bad', 'odd'] and f'{sigma:.2%} a difference' in out
+    assert [row[0] for row in rows[2:]] == ['good', 'bad', 'odd'] and f'sd of the base {sd:.2%}' in out
     assert 'of 10,000 and 100,000: 1.00 of 3 ideas' in out and 'of 100,000 and 1,000,000: 0.50 of 3 ideas' in out
     assert bench_mfu.ranks([3, 1, 3, 2]).tolist() == [2.5, 0, 2.5, 1]
 
 
+def test_nine_of_ten_intervals_hold_what_is_so():
+    dice, x, inside = np.random.default_rng(1), np.log([1e4, 2e4, 4e4]), 0
+    for _ in range(2000):
+        base = dice.normal(size=(3, 3))                                          # three seeds at each of three sizes
+        sd, y = math.sqrt(base.var(axis=1, ddof=1).mean()), dice.normal(size=3) - base[:, 0]
+        there, error = bench_mfu.on_a_line(x, y, [sd * 2 ** 0.5] * 3, math.log(1e7))
+        inside += abs(there) < bench_mfu.student(6) * error
+    assert 0.88 < inside / 2000 < 0.92
+    there, error = bench_mfu.on_a_line(np.array([0.0, 1, 2]), np.array([1.0, 3, 9]), [1e-3, 1e-3, 1e3], 2)
+    assert there == pytest.approx(5, abs=1e-3) and error == pytest.approx(5 ** 0.5 * 1e-3, rel=1e-3)    # the noisy one hardly counts
+    assert bench_mfu.student(5) == pytest.approx(2.015, rel=0.01) and bench_mfu.student(20) == pytest.approx(1.725, rel=0.01)
+
+
 @pytest.mark.parametrize('args, said', [
     (['small'], 'takes two or more folders'), (['small', 'none'], r'none holds no doll.py with its compare.json'),
-    (['small', 'same'], 'have not two ideas in common at two sizes'), (['small', 'other'], 'have not two ideas in common'),
+    (['small', 'same'], 'have not two ideas in common, each at another size'), (['small', 'other'], 'have not two ideas in common'),
     (['still', 'still2'], 'no folder has two seeds of its base')])
 def test_dolls_that_predict_nothing(tmp_path, args, said):
     for name, size, sd, card in (('small', 10, 0.01, 99), ('same', 10, 0.01, 99), ('other', 20, 0.01, 98), ('still', 10, None, 99), ('still2', 20, None, 99)):
@@ -592,12 +605,15 @@ def test_the_leaderboard_ranks_what_can_be_compared(board, tmp_path):
 
 
 def test_curves_by_epoch_are_of_validation_and_of_training_text(board, tmp_path):
-    rows = [dict(step=n, progress=n / 4, elapsed_s=60 * n, val_bpb=2 - n / 10, train_bpb=2 - n / 5) for n in (1, 2)]
-    keep(tmp_path / 'out' / 'kept', 1.4, 200, metrics=[*rows, dict(step=4, progress=1, elapsed_s=300, val_bpb=1.4)], steps=4, epochs=12.0)
+    rows = [dict(step=n, progress=n / 4, elapsed_s=60 * n, tokens=10 * n, val_bpb=2 - n / 10, train_bpb=2 - n / 5) for n in (1, 2)]
+    rows += [dict(step=4, progress=1, elapsed_s=300, tokens=40, val_bpb=1.4)]
+    keep(tmp_path / 'out' / 'kept', 1.4, 200, metrics=rows, steps=4, epochs=12.0, tokens=40)
+    keep(tmp_path / 'out' / 'moved', 1.5, 200, metrics=rows, steps=4, epochs=12.0, tokens=40, measured_step=2)
     page = board('--where=total_params == 200')[2]
     series = next(block for block in page['blocks'] if block['title'].startswith('By epoch'))['series']
+    learned = [[3, 1.8], [6, 1.6]]
     assert {one['name']: one['points'] for one in series} == {
-        'kept': [[3, 1.9], [6, 1.8], [12, 1.4]], 'kept, training text': [[3, 1.8], [6, 1.6]]}
+        'kept': [[3, 1.9], [6, 1.8], [12, 1.4]], 'kept, training text': learned, 'moved': [[3, 1.9], [6, 1.8]], 'moved, training text': learned}
 
 
 @pytest.mark.parametrize('args, runs', [

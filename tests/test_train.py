@@ -1125,8 +1125,10 @@ def test_dry_run_of_little(main, tmp_path, more):
 @pytest.mark.parametrize('epochs, worth', [(0.5, 0.5), (1, 1), (4, 3.72), (12.3, 9.01), (1000, 16.39)])
 def test_what_repeated_text_is_worth(epochs, worth):
     """Four epochs nearly that of fresh text, no number of them more than sixteen (Muennighoff 2023)."""
-    run = SimpleNamespace(stream=SimpleNamespace(epoch_tokens=lambda: 100), model=SimpleNamespace(params=lambda: dict(total=10)))
-    assert train.Run.reading(run, 100 * epochs) == (10 * epochs, epochs, pytest.approx(worth, abs=0.01))
+    config = GPTConfig(n_layer=1, n_embd=32)
+    run = SimpleNamespace(stream=SimpleNamespace(epoch_tokens=lambda: 100), largest=lambda: config)
+    size = GPT(config).params()['total']
+    assert train.Run.reading(run, 100 * epochs) == (100 * epochs / size, epochs, pytest.approx(worth, abs=0.01))
 
 
 def test_dry_run_of_a_run_to_go_on_with(main, tmp_path):
