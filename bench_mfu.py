@@ -1379,7 +1379,7 @@ def progress_blocks(texts, most=8):
         if any(len(one['points']) > 1 for one in series):
             yield dict(kind='lines', title=f'By epoch, {name}', x='epochs', y='bits per byte', log_x=True,
                        series=[one for one in series if one['points']],
-                       note='Where repetition stops paying. Training text is measured by config/best_weights.py.')
+                       note='Where repetition stops paying; training text where a run measures it.')
 
 
 def label(key):
