@@ -11,11 +11,13 @@ Expected: a gain where text is scarce, a loss where the model is full. Not yet m
 """
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 import model
 import train
+from prepare_data import refuse
 
 members: int = 3            # 1..: models
 
@@ -23,21 +25,11 @@ NOT_WITH = dict.fromkeys(('growth', 'distillation', 'domains', 'masked', 'plain_
                          'it knows but one model')
 
 
-def last(made, *methods):
-    """Members are made of all that is named before this file: who overrides these methods after it is
-    refused."""
-    top = next(c for c in made.__mro__ if vars(c).keys() & set(methods)).__module__.split('.')[-1]
-    if top != 'ensemble':
-        raise ValueError(f'{top}.py and ensemble.py do not go together in this order: name ensemble.py after '
-                         f'it, or leave one out')
-
-
 class GPT(model.GPT):
     """The first member, which holds the others."""
 
     def build(self, config):
         super().build(config)
-        last(type(self), 'build', 'trunk', 'loss', 'cross_entropy', 'logits')
         alone = replace(config, members=1)
         self.others = torch.nn.ModuleList(alone.GPT(alone) for _ in range(config.members - 1))
 
@@ -82,8 +74,15 @@ class GPT(model.GPT):
 
 class Run(train.Run):
 
+    def __init__(self, s, ideas):
+        """Members are made of all that is named before this file."""
+        super().__init__(s, ideas)
+        ours = next(i for i, idea in enumerate(ideas.modules) if getattr(idea, 'NOT_WITH', 0) is NOT_WITH)
+        for later in [Path(idea.__file__).name for idea in ideas.modules[ours + 1:] if hasattr(idea, 'GPT')]:
+            refuse(True, f'{later} and ensemble.py do not go together in this order: name ensemble.py after '
+                   f'{later}, or leave one out')
+
     def groups(self, model):
-        last(type(self), 'groups')
         groups = super().groups(model)
         theirs = {id(p) for p in model.others.parameters()}
         for group in groups.values():

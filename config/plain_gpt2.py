@@ -28,7 +28,8 @@ tie_embeddings = True
 token_shift = False
 NOT_WITH = dict.fromkeys((
     'attention_gate climb_objective distillation domains dropout dynamics experts growth latent_attention layer_loop '
-    'loss_kernels masked multi_token softcap stochastic_depth tokenformer value_embeds window').split(),
+    'leaderboard loss_kernels masked multi_token skips softcap stochastic_depth tokenformer value_embeds '
+    'value_projections window').split(),
     'GPT-2 has a model of its own')
 
 

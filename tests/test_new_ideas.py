@@ -203,3 +203,12 @@ def test_every_member_learns(main, tmp_path):
     main(ENSEMBLE, '--members=2', '--tie_embeddings=True', '--out_dir=still', '--learning_rate=0', '--embedding_lr=0', '--head_lr=0', '--scalar_lr=0')
     still = weights(tmp_path / 'still')
     assert {k for k in still if torch.equal(still[k], trained[k])} == set() and 'others.0.lm_head.weight' in still
+
+
+def test_members_are_made_of_what_is_named_before(main, tmp_path):
+    late = tmp_path / 'late.py'
+    late.write_text('import model\nclass GPT(model.GPT):\n    def final(self, x):\n        return 2 * super().final(x)\n')
+    with pytest.raises(UserError, match=r'late.py and ensemble.py do not go together in this order: name ensemble.py after late.py'):
+        main(ENSEMBLE, str(late))
+    main(str(late), ENSEMBLE, VALUES, '--members=2', '--max_steps=1')
+    assert 'others.0.blocks.1.attn.value_of_x0.weight' in weights(tmp_path / 'run')
