@@ -849,6 +849,10 @@ class Run:
                 raise
             self.do_without_compiler(e)
             self.batch_loss(**batch).backward()
+        moved = {id(p) for o in self.optimizers if isinstance(o, Muon) for g in o.param_groups for p in g['params']}
+        idle = [name for name, p in self.model.named_parameters() if id(p) in moved and p.grad is None]
+        refuse(idle, f'{", ".join(idle[:3])} have no gradient, nothing in the loss reads them: leave out the idea '
+               f'that adds them, or name it after the others')
         seconds = seconds_of(lambda: self.batch_loss(**batch).backward(), 1)
         self.step_seconds = self.accum * self.agreed(seconds)
         self.model.zero_grad()

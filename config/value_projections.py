@@ -11,6 +11,8 @@ import torch
 
 import model
 
+NOT_WITH = dict.fromkeys(('tokenformer', 'tokenformer_grow'), 'its values are made otherwise')
+
 
 class Block(model.Block):
 

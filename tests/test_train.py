@@ -1105,6 +1105,13 @@ def test_weights_that_overflow_before_an_evaluation(main, tmp_path, monkeypatch)
     assert [row['val_bpb'] is None for row in rows(tmp_path / 'run') if 'val_bpb' in row] == [True, False, False, False]
 
 
+def test_an_idea_s_weights_that_nothing_reads_are_named(main, tmp_path):
+    (tmp_path / 'idle.py').write_text('import model\nclass MLP(model.MLP):\n    def __init__(self, config, hidden=None):\n'
+                                      '        super().__init__(config, hidden)\n        self.spare = model.Linear(8, 8)\n')
+    with pytest.raises(UserError, match=r'^blocks.0.mlp.spare.weight, blocks.1.mlp.spare.weight have no gradient'):
+        main('idle.py')
+
+
 # ---- time
 
 def test_dry_run_writes_nothing(main, tmp_path):
