@@ -77,7 +77,7 @@ class Run(train.Run):
     def __init__(self, s, ideas):
         """Members are made of all that is named before this file."""
         super().__init__(s, ideas)
-        ours = next(i for i, idea in enumerate(ideas.modules) if getattr(idea, 'NOT_WITH', 0) is NOT_WITH)
+        ours = next(i for i, idea in enumerate(ideas.modules) if issubclass(getattr(idea, 'Run', object), Run))
         for later in [Path(idea.__file__).name for idea in ideas.modules[ours + 1:] if hasattr(idea, 'GPT')]:
             refuse(True, f'{later} and ensemble.py do not go together in this order: name ensemble.py after '
                    f'{later}, or leave one out')
