@@ -833,6 +833,7 @@ class Run:
 
     def get_going(self):
         """Makes what computes a step, compiled, and learns how many seconds it takes."""
+        torch._dynamo.config.recompile_limit = 64        # programs of one function: blocks, models may differ
         self.step_model = self.compiled(self.model) if self.compiling else self.model
         self.flops_per_token = self.model.flops_per_token(self.model.attended(self.early.to(self.device)))
         batch = dict(self.first_batch)           # its ids do not matter, its kinds do
@@ -860,9 +861,10 @@ class Run:
     def compiled(self, model):
         """The model as it is trained: on a GPU one program; on a CPU one for a block, which all blocks share:
         a third of the wait, and as fast (RESULTS.md)."""
-        torch._dynamo.config.recompile_limit = 64        # programs of one function: blocks, models may differ
-        if self.device == 'cuda':
-            return torch.compile(model, dynamic=False)
+        return torch.compile(model, dynamic=False) if self.device == 'cuda' else self.by_block(model)
+
+    def by_block(self, model):
+        """The model with its blocks compiled, one program for all that are alike."""
         for block in model.blocks:
             block.compile(dynamic=False)
         return model

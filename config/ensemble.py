@@ -91,7 +91,12 @@ class Run(train.Run):
             groups[name]['params'].extend(group['params'])
         return groups
 
+    def rows_limit(self):
+        """A micro-batch goes through all members at once, with what each keeps for its way back."""
+        return max(1, super().rows_limit() // self.s.members)
+
     def compiled(self, model):
-        for other in model.others if self.device == 'cpu' else ():
-            super().compiled(other)
-        return super().compiled(model)
+        """On a GPU too one program for a block: of all members' layers in one it would take minutes."""
+        for one in (model, *model.others):
+            self.by_block(one)
+        return model
