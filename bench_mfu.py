@@ -978,8 +978,8 @@ def on_a_line(x, y, noise, at):
     return there @ spread @ points.T @ (y / np.array(noise)), float(there @ spread @ there) ** 0.5
 
 
-def student(df):
-    """The 95th percentile of Student's t, to 1 %: between those of the table on a line in 1 / df."""
+def t_quantile(df):
+    """The 95th percentile of Student's t distribution, to 1 %: between those of the table on a line in 1 / df."""
     known = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 6: 1.943, 10: 1.812, 30: 1.697, math.inf: 1.645}
     return float(np.interp(-1 / df, [-1 / n for n in known], [*known.values()]))
 
@@ -997,7 +997,7 @@ def predict(rest):
     refuse(len(names) < 2 or len({doll.card for doll in dolls}) > 1 or len({doll.size for doll in dolls}) < len(dolls),
            f'{" ".join(rest)} have not two ideas in common, each at another size of the doll of one model')
     sd = statistics.fmean(sd ** 2 for sd in noise) ** 0.5
-    quantile = student(sum(doll.seeds - 1 for doll in dolls if doll.sd))
+    quantile = t_quantile(sum(doll.seeds - 1 for doll in dolls if doll.sd))
     x, card, rows = np.log([doll.size for doll in dolls]), math.log(dolls[0].card), []
     for name in names:
         changes = [doll.changes[name] for doll in dolls]

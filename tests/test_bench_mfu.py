@@ -399,11 +399,11 @@ def test_nine_of_ten_intervals_hold_what_is_so():
         base = dice.normal(size=(3, 3))                                          # three seeds at each of three sizes
         sd, y = math.sqrt(base.var(axis=1, ddof=1).mean()), dice.normal(size=3) - base[:, 0]
         there, error = bench_mfu.on_a_line(x, y, [sd * 2 ** 0.5] * 3, math.log(1e7))
-        inside += abs(there) < bench_mfu.student(6) * error
+        inside += abs(there) < bench_mfu.t_quantile(6) * error
     assert 0.88 < inside / 2000 < 0.92
     there, error = bench_mfu.on_a_line(np.array([0.0, 1, 2]), np.array([1.0, 3, 9]), [1e-3, 1e-3, 1e3], 2)
     assert there == pytest.approx(5, abs=1e-3) and error == pytest.approx(5 ** 0.5 * 1e-3, rel=1e-3)    # the noisy one hardly counts
-    assert bench_mfu.student(5) == pytest.approx(2.015, rel=0.01) and bench_mfu.student(20) == pytest.approx(1.725, rel=0.01)
+    assert bench_mfu.t_quantile(5) == pytest.approx(2.015, rel=0.01) and bench_mfu.t_quantile(20) == pytest.approx(1.725, rel=0.01)
 
 
 @pytest.mark.parametrize('args, said', [
