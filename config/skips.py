@@ -3,7 +3,8 @@
     python train.py config/babylm.py config/skips.py
 
 Whence: the slowrun leaderboard (2026), which reports 0.015 to 0.021 nats where text is read sixteen times.
-Expected: half of that at our depth. Not yet measured.
+Expected: half of that at our depth. What it did: 2.0846 bits per byte beside 2.0949 and 2.0936 (seeds 1, 2)
+in a doll of config/babylm.py's half hour, twelve epochs (RESULTS.md, "Dolls"): 0.5 % better, one seed. Won.
 """
 import torch
 
