@@ -728,11 +728,9 @@ def test_every_option_is_compared_when_data_is_opened(tmp_path):
     for name, value in dict(val_fraction=0.5, max_doc_bytes=300, min_doc_bytes=5000, text_field='body').items():
         refuses(f'{name} .*, not .*: say the same, prepare it anew with --overwrite', sets(**given, **{name: value}).open
                 if name != 'min_doc_bytes' else sets(**given | {name: value}).open)
-    refuses("dedup False, not True|dedup None, not True", sets('dedup', **given).open)
     sets(**given | dict(vocab_size=99)).open()                           # of no account to bytes
-    sets('dedup', **given | dict(data_dir=tmp_path / 'clean')).open()
-    said = refuses('dedup True, not False', sets(**given | dict(data_dir=tmp_path / 'clean')).open)
-    assert 'say the same (config/dedup.py)' in said
+    sets('clean', **given).open()
+    refuses("clean 'all', not 'boilerplate'", sets('clean', **given, clean='boilerplate').open)
     data = sets(**given | dict(data_dir=tmp_path / 'bpe', tokenizer='bpe', vocab_size=300)).open()
     write(tmp_path / 'y.txt', '\n\n'.join(prose(90, 5))[::-1])
     theirs = sets(dataset=f'files:{tmp_path}/y.txt', data_dir=tmp_path / 'bpe', tokenizer='bpe', vocab_size=300).build(quiet=True)
