@@ -833,8 +833,10 @@ class Run:
 
     def get_going(self):
         """Makes what computes a step, compiled, and learns how many seconds it takes."""
-        torch._dynamo.config.recompile_limit = 64        # programs of one function: blocks, models may differ
-        self.step_model = self.compiled(self.model) if self.compiling else self.model
+        self.step_model = self.model
+        if self.compiling:
+            torch._dynamo.config.recompile_limit = 64    # programs of one function: blocks, models may differ
+            self.step_model = self.compiled(self.model)
         self.flops_per_token = self.model.flops_per_token(self.model.attended(self.early.to(self.device)))
         batch = dict(self.first_batch)           # its ids do not matter, its kinds do
         shape, size = batch['idx'].shape, batch['idx'].numel()
