@@ -371,6 +371,8 @@ def given(run_dir, checkout, cwd, prompt, fresh):
                for path in sorted((cwd / result['data']['folder']).iterdir())
                if path.name in KEPT or path.name.startswith('tokenizer')}
     rows = [numbers(json.loads(line)) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    for row in rows:
+        row.pop('tokens', None)                  # OLD did not say them there; result.json has them
     dynamics = json.loads((out / 'dynamics.json').read_text()) if (out / 'dynamics.json').exists() else None
     asked = [run_dir, prompt, '--temperature', '0', '--max_new_tokens', '40', '--device', 'cpu']
     sample = run(checkout / 'sample.py', asked, cwd, fresh)
