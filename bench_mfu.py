@@ -98,6 +98,10 @@ class Options:
     card_mfu: float = 0.45      # 0.01..1: what share of its peak the run will reach there
     text_words: float = 0.0     # words that the run will read there, such as are here; 0: those that are here
     minutes: float = 10.0       # 0.01..: training of a doll
+    plan: bool = False          # say what to train in budget_minutes, with the text that there is
+    most_params: float = 1e8    # 65536..: parameters, all members together, that a plan may have
+    plan_runs: str = ''         # runs, or a table of them, that a plan goes by; '': config/law.tsv
+    write: str = ''             # a config to be made of the plan
     predict: bool = False       # say what dolls of several sizes say of the card's
     leaderboard: bool = False   # rank all finished runs of a folder
     sort: str = 'val_bpb'       # by what the leaderboard is sorted
@@ -1098,29 +1102,34 @@ def dots(title, said, x, series, **more):
     return dict(kind='dots', title=title, note=said, x=x, y='val_bpb', log_x=True, series=series) | more
 
 
-def law(p, n, d):
-    """Log of E + A / N^alpha + B / D^beta, (k, points), and the terms' shares in it; p (k, 5) holds log E,
-    log A, alpha, log B and beta, n and d (points,) or (k, 1) the logs of N and D."""
-    e, a, alpha, b, beta = p.T[..., None]
-    terms = np.stack([e + 0 * n, a - alpha * n, b - beta * d], -1)
-    total = np.logaddexp.reduce(terms, -1)
-    return total, np.exp(terms - total[..., None])
+def hoffmann(n, d):
+    """Terms of E + A / N^alpha + B / D^beta for law(): the logs of N and D, of one shape."""
+    one, no = np.ones_like(n), np.zeros_like(n)
+    return np.stack([np.stack(term, -1) for term in (
+        [one, no, no, no, no], [no, one, -n, no, no], [no, no, no, one, -d])], -2)
 
 
-def fit_law(n, d, y, p):
-    """p (k, 5) of the least Huber loss of log losses y, (points,) or (k, points), from these starts, and that
-    loss (k,): steps of Levenberg and Marquardt for all k at once, more than it takes, since Hoffmann's fit
-    had stopped too early (Besiroglu 2024, 2404.10102)."""
-    damp, eye = np.full(len(p), 0.01), np.eye(len(LAW))
+def law(p, terms):
+    """Log of a sum of powers, (k, points), and the shares of its terms: terms (points or k or 1, points, n,
+    len(LAW)) times p (k, len(LAW)) are their logs. Of hoffmann(): p holds log E, log A, alpha, log B, beta."""
+    each = (terms @ p[:, None, :, None])[..., 0]
+    total = np.logaddexp.reduce(each, -1)
+    return total, np.exp(each - total[..., None])
+
+
+def fit_law(terms, y, p):
+    """p (k, len(LAW)) of the least Huber loss of log losses y, (points,) or (k, points), from these starts, and
+    that loss (k,): steps of Levenberg and Marquardt for all k at once, more than it takes, since Hoffmann's
+    fit had stopped too early (Besiroglu 2024, 2404.10102)."""
+    damp, eye = np.full(len(p), 0.01), np.eye(p.shape[1])
 
     def loss(p):
-        r = abs(law(p, n, d)[0] - y)
+        r = abs(law(p, terms)[0] - y)
         return np.where(r < HUBER, r * r / 2, HUBER * (r - HUBER / 2)).sum(-1)
 
     for _ in range(200):
-        total, shares = law(p, n, d)
-        r, (e, a, b) = total - y, np.moveaxis(shares, -1, 0)
-        slopes = np.stack([e, a, -n * a, b, -d * b], -1)                         # (k, points, 5)
+        total, shares = law(p, terms)
+        r, slopes = total - y, (shares[..., None] * terms).sum(-2)               # (k, points, len(LAW))
         weighed = (slopes / np.maximum(1, abs(r) / HUBER)[..., None]).swapaxes(-1, -2)
         curved = weighed @ slopes * (1 + damp[:, None, None] * eye) + 1e-12 * eye
         tried = p - np.linalg.solve(curved, weighed @ r[..., None])[..., 0].clip(-1, 1)
@@ -1141,12 +1150,13 @@ def law_of(runs):
                 f'among them, and 6 runs; missing: {lacks}.'], {}, []
     at, m = np.array([n.mean(), d.mean()]), y.mean()
     tries = itertools.product((0.1, 0.5, 0.9), (0.1, 0.3, 1), (0.1, 0.3, 1))    # E's share, alpha, beta
-    p, loss = fit_law(n - at[0], d - at[1], y, np.array(
+    terms = hoffmann(n - at[0], d - at[1])
+    p, loss = fit_law(terms, y, np.array(
         [(m + math.log(E), a := m + math.log(0.5 - E / 2), alpha, a, beta) for E, alpha, beta in tries]))
     p = p[[loss.argmin()]]
-    fitted = law(p, n - at[0], d - at[1])[0][0]
+    fitted = law(p, terms)[0][0]
     again = redrawn(fitted, y - fitted, len(LAW), np.random.default_rng(0))
-    p = np.concatenate([p, fit_law(n - at[0], d - at[1], again, p.repeat(DRAWS, 0))[0]])
+    p = np.concatenate([p, fit_law(terms, again, p.repeat(DRAWS, 0))[0]])
     p[:, [1, 3]] += p[:, [2, 4]] * at                       # of N and D themselves, not about their means
     values = dict(zip(LAW, np.where([1, 1, 0, 1, 0], np.exp(p.clip(-50, 50)), p).T))
     found = {k: [float(v[0]), *np.quantile(v[1:], INTERVAL).tolist()] for k, v in values.items()}
@@ -1159,7 +1169,7 @@ def law_of(runs):
         said.append('Some read their text more than 4 times: it is worth less then (Muennighoff 2023).')
     line = np.linspace(d.min(), d.max(), 40)
     chart = dots('Size and tokens', said[0], 'tokens', log_y=True, series=[
-        (f'{math.exp(N) / 1e6:.3g}M parameters', d[n == N], y[n == N], line, law(p, N + 0 * line, line)[0][0])
+        (f'{math.exp(N) / 1e6:.3g}M parameters', d[n == N], y[n == N], line, law(p, hoffmann(N + 0 * line, line))[0][0])
         for N in np.unique(n)])
     return said + best_for_time(p, n, runs), found, [chart]
 
@@ -1172,7 +1182,7 @@ def best_for_time(p, n, runs):
     for seconds in sorted({run.result['budget_seconds'] for run in runs}) if g < 0 else []:
         rate = k + math.log(seconds)
         best = ((np.log(alpha / (-g * beta)) + a - b + beta * rate) / (alpha - g * beta)).clip(0, 50)
-        bpb = np.exp(law(p, best[:, None], (rate + g * best)[:, None])[0][:, 0].clip(-50, 50))
+        bpb = np.exp(law(p, hoffmann(best, rate + g * best)[:, None])[0][:, 0].clip(-50, 50))
         said.append(f'In {seconds / 60:g} minutes of training alone at the speed measured, best is N = '
                     f'{spoken(np.exp(best))}, with val_bpb {spoken(bpb)}; tried were '
                     f'{math.exp(n.min()) / 1e6:.3g}M to {math.exp(n.max()) / 1e6:.3g}M.')
@@ -1242,6 +1252,188 @@ def keep_sweep(runs, root):
     said = dict(kind='text', title='What the runs say', text='\n'.join(said))
     sample.write_page(root / 'sweep.html', f'A sweep of {", ".join(keys)}', blocks=[said, *charts, table])
     return text
+
+
+# ---- the planner: what to train with so much time and text --------------------------------------------------
+
+RUNS = Path(train.__file__).with_name('config') / 'law.tsv'     # of scale models: RESULTS.md, "The planner"
+AS_RUN = 'params text_bytes bytes members dropout val_bpb'.split()
+MEMBERS, THIN, PARTS = (1, 2, 3, 4, 6, 8), (0.0, 0.1), 2.0 ** -np.arange(0, 6.5, 0.5)     # of the time, for text
+TOKENS_A_STEP = 640, 1e6, 0.4       # at so many tokens in all, and the power of those it grows with
+PLANNED = dict(what=None, layers=0, width=0, vocabulary=0, parameters=0, members=0, dropout=1, tokens=0, epochs=2,
+               val_bpb=None)
+LONGER_TOKENS = 0.27                # the power of the vocabulary that bytes a token grow with (512 to 8,192 ids)
+UNITS = 1e5, 1e6, 1e6               # parameters and bytes of a run that the law's terms are given of
+
+
+def repeated(params, text, read, members, dropout):
+    """Terms for law() of runs that read their text again and again: E + A / N^alpha + B / D^beta, as if all were
+    new, and C (N D / U^2)^gamma / K^kappa for what is learned by heart: N parameters of each of K members, U
+    bytes of text, D that each reads. Dropout lessens the last and adds to the second."""
+    n, u, d = (np.log(x) - math.log(unit) for x, unit in zip((params, text, read), UNITS))
+    n, u, d, k, thin = np.broadcast_arrays(n, u, d, np.log(members), dropout)
+    one, no = np.ones(n.shape), np.zeros(n.shape)
+    return np.stack([np.stack(term, -1) for term in (
+        [one, *[no] * 9],
+        [no, one, -n, thin, *[no] * 6],
+        [*[no] * 4, one, -d, *[no] * 4],
+        [*[no] * 6, one, n + d - 2 * u, -k, -thin])], -2)
+
+
+def law_of_repeats(rows):
+    """p (1 + DRAWS, 10) of law(repeated(...)), that of rows (points, 6), as AS_RUN, then of redraws; and the
+    residuals of their logs."""
+    *x, y = np.asarray(rows, float).T
+    terms, y = repeated(*x), np.log(y)
+    m, tries = y.mean(), itertools.product((0.2, 0.6), (0.1, 0.4), (0.1, 0.4), (0.4, 0.8))
+    p, loss = fit_law(terms, y, np.array([
+        (m + math.log(E), a := m + math.log(0.45 - E / 2), alpha, 0, a, beta, m - 2.3, gamma, 1, 5)
+        for E, alpha, beta, gamma in tries]))
+    p = p[[loss.argmin()]]
+    fitted = law(p, terms)[0][0]
+    again = redrawn(fitted, y - fitted, p.shape[1], np.random.default_rng(0))
+    return np.concatenate([p, fit_law(terms, again, p.repeat(DRAWS, 0))[0]]), y - fitted
+
+
+def runs_known(path):
+    """Rows (points, 6) of a table of runs, or of the finished runs in a folder."""
+    if path.is_dir():
+        results = [json.loads(file.read_text()) for file in sorted(path.rglob('result.json'))]
+        return np.array([as_run(r) for r in results if r['val_bpb'] > 0])
+    return np.loadtxt(path, delimiter='\t', skiprows=1, usecols=range(len(AS_RUN)))
+
+
+def as_run(r):
+    """What a law needs of a result.json, as AS_RUN; bytes are what tokens of the validation text stand for."""
+    read = r['tokens'] * r['val_loss'] / (math.log(2) * r['val_bpb'])
+    members = r['settings'].get('members', 1)
+    return [r['total_params'] / members, read / r['epochs'], read, members, r['settings'].get('dropout', 0.0), r['val_bpb']]
+
+
+class Choices:
+    """What could be trained here: models in the proportions of a config, of up to `most` parameters, and how
+    fast."""
+
+    def __init__(self, s, ideas, most):
+        run = measured(ideas)(s, device='cpu', compile='off')
+        self.s, self.ideas, self.config, self.text = s, ideas, run.config, run.data.meta['splits']['train']
+        self.most, self.known, self.shapes = most, {}, {}           # seconds a token takes and settings, by parameters
+        smaller = [2 ** k for k in range(9, 17) if s.tokenizer == 'bpe' and 2 ** k < run.config.vocab_size]
+        for size in np.geomspace(2 ** 15, most, max(2, round(2 * math.log2(most / 2 ** 15)))):
+            shape = doll_shape(run.config, size, [run.config.vocab_size, *smaller])
+            shape['block_size'] = run.config.block_size
+            self.shapes[m.blueprint(replace(run.config, **shape)).params()['total']] = shape
+        self.sizes = np.array(sorted(self.shapes), float)
+
+    def nearest(self, size):
+        return int(self.sizes[abs(np.log(self.sizes / size)).argmin()])
+
+    def measure(self, size):
+        """A few steps; their batches are the config's, as if of no more ids than the model's."""
+        shape = dict(self.shapes[size])
+        V, T = shape.pop('vocab_size'), shape['block_size']
+        rows = max(1, min(self.s.micro_batch_size, 8192 // T))
+        run = measured(self.ideas)(SimpleNamespace(**vars(self.s) | shape | dict(
+            micro_batch_size=rows, tokens_per_step=rows * T)), vocab_size=V)
+        read = run.stream.batch
+        run.stream.batch = lambda *which: {k: t % V for k, t in read(*which).items()}
+        run.step()
+        self.known[size] = train.seconds_of(run.step, 3) / (rows * T)
+        run.batches.close()
+        print(f'{size:,} parameters: {1 / self.known[size]:,.0f} tokens a second here', flush=True)
+
+    def seconds_a_token(self):
+        """Of each size: on lines between what was measured, in logarithms, beyond it as parameters."""
+        (x, y), size = np.log(sorted(self.known.items())).T, np.log(self.sizes)
+        return np.exp(np.interp(size, x, y) + np.minimum(0, size - x[0]) + np.maximum(0, size - x[-1]))
+
+    def bytes_a_token(self, size):
+        grown = self.shapes[int(size)]['vocab_size'] / self.config.vocab_size
+        return self.text['bytes'] / self.text['tokens'] * grown ** LONGER_TOKENS
+
+    def best(self, p, seconds, text=1.0):
+        """What could be trained in so many seconds, on so many times the text: rows (points, 5), as AS_RUN
+        without its end, those first of which law p expects the fewest bits per byte."""
+        read = seconds / self.seconds_a_token() * [self.bytes_a_token(size) for size in self.sizes]
+        (size, members, part, thin), read = (np.meshgrid(x, MEMBERS, PARTS, THIN, indexing='ij') for x in (self.sizes, read))
+        rows = np.stack([np.ravel(x) for x in (
+            size, np.full_like(size, text * self.text['bytes']), part * read[0] / members, members, thin)], -1)
+        rows = rows[rows[:, 0] * rows[:, 3] <= self.most]
+        return rows[np.argsort(law(p[:1], repeated(*rows.T))[0][0])]
+
+    def settings(self, row, seconds):
+        """The config that a row of best() is; where it ends before its time, by tokens."""
+        size, text, read, members, thin = row
+        (at_once, at, power), T = TOKENS_A_STEP, self.config.block_size
+        tokens = read / self.bytes_a_token(size)
+        step = T * max(1, round(at_once * (tokens / at) ** power / T))
+        shape = self.shapes[int(size)] | dict(
+            tokens_per_step=step, micro_batch_size=min(step // T, self.s.micro_batch_size))
+        shape |= (dict(members=int(members)) if members > 1 else {}) | (dict(dropout=float(thin)) if thin else {})
+        whole = seconds / members / np.interp(size, self.sizes, self.seconds_a_token())
+        return shape | (dict(max_tokens=round(tokens / step) * step) if tokens < 0.9 * whole else {})
+
+    def described(self, p, residuals, row):
+        """A line of the table of a plan; what laws p expect of it, with the interval of their redraws and of what
+        runs are off them."""
+        size, text, read, members, thin = row
+        off = np.random.default_rng(0).choice(residuals, len(p)) * np.sign(np.arange(len(p)))      # not of the first
+        c, bpb = self.shapes[int(size)], np.exp(law(p, repeated(*row)[None])[0][:, 0] + off)
+        return dict(layers=c['n_layer'], width=c['n_embd'], vocabulary=c['vocab_size'], parameters=int(size * members),
+                    members=int(members), dropout=float(thin), tokens=int(read / self.bytes_a_token(size)),
+                    epochs=read / text, val_bpb=spoken(bpb))
+
+
+def plan(own, argv):
+    """Says which model, how many of them, and how often which text, end with the fewest bits per byte in
+    budget_minutes of this machine, as runs of scale models have it; --write makes a config of it."""
+    began, configs = time.monotonic(), [a for a in argv if not a.startswith('--')]
+    refuse(not configs, '--plan names no config: it takes what is to be trained')
+    path = Path(at_home(own.plan_runs)) if own.plan_runs else RUNS
+    try:
+        known = runs_known(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f'--plan_runs is {path}, it must be a folder of runs or a table like {RUNS}: {e}') from None
+    refuse(len(known) < 20, f'{path} holds {len(known)} finished runs: a law of text that is read again takes 20')
+    s, ideas = train.read_settings(argv)
+    if s.compile == 'auto' and s.budget_minutes < 5 and train.choose_device(s) == 'cpu':
+        s.compile = 'off'                       # as the run itself
+    p, residuals = law_of_repeats(known)
+    here, size = Choices(s, ideas, own.most_params), 2 ** 18
+    seconds = 60 * s.budget_minutes * (TRAINED if s.budget_counts == 'all' else 1)
+    while time.monotonic() - began < 90 and (size := here.nearest(size)) not in here.known:
+        here.measure(size)                      # until what is planned has been measured
+        size = here.best(p, seconds)[0, 0]
+    first, *_ = rows = here.best(p, seconds)
+    others = {'a smaller model': rows[:, 0] < first[0] / 1.8, 'a larger one': rows[:, 0] > 1.8 * first[0],
+              'one' if first[3] > 1 else 'several': (rows[:, 3] > 1) != (first[3] > 1),
+              'half the text': abs(rows[:, 2] / first[2] - 0.5) < 0.1,
+              'no dropout' if first[4] else 'with dropout': rows[:, 4] != first[4]}
+    shown = {'the plan': first} | {name: rows[like.argmax()] for name, like in others.items() if like.any()}
+    shown |= {'twice the time': here.best(p, 2 * seconds)[0], 'twice the text': here.best(p, seconds, 2)[0]}
+    table = [dict(what=name) | here.described(p, residuals, row) for name, row in shown.items()]
+    far = [f'{what} are {value / most:.1f} times the most' for what, value, most in zip(
+        ('parameters', 'bytes of text', 'bytes read'), first, known.max(0)) if value > 1.5 * most]
+    said = [f'Of {s.budget_minutes:g} minutes of this machine, {here.text["tokens"]:,} tokens of text and at most '
+            f'{own.most_params:,.0f} parameters, expected of', '', *text_table(PLANNED, table), '',
+            f'tokens: that each member reads. bits per byte: by a law that is within {abs(np.expm1(residuals)).max():.1%} of '
+            f'{len(known)} runs ({path}); in brackets nine of ten redraws. Other text has other bits per byte.',
+            *[f'Beyond what those runs show, so trust the order more than the number: {", ".join(far)} of theirs.'] * bool(far)]
+    print('\n'.join(said))
+    if own.write:
+        write_plan(own, configs, first, here.settings(first, seconds), table[0])
+
+
+def write_plan(own, configs, row, settings, expected):
+    """The plan as a config, to be stacked on those that it was made for."""
+    path = Path(at_home(own.write))
+    refuse(path.suffix != '.py' or path.exists(), f'--write is {path}, it must be a new file that ends in .py')
+    lines = [f'"""The plan of bench_mfu.py for {"+".join(configs)}: {expected["val_bpb"]} bits per byte expected.', '',
+             f'    python train.py {" ".join(configs)} {path}', '"""',
+             *['from config.dropout import Block'] * bool(row[4] > 0), *['from config.ensemble import GPT, Run'] * bool(row[3] > 1),
+             *(f'{k} = {v!r}' for k, v in settings.items())]
+    sample.write_beside(path, lambda f: f.write('\n'.join([*lines, '']).encode()))
+    print(f'{path} is written: python train.py {" ".join(configs)} {path}')
 
 
 # ---- leaderboard -------------------------------------------------------------------------------------------
@@ -1552,6 +1744,8 @@ def main(argv):
         return leaderboard(own, rest)
     if own.predict:
         return predict(rest)
+    if own.plan:
+        return plan(own, rest)
     if own.compare or own.doll or 'sweep' in given:
         return compare_runs(own, rest, argv, *([dolls] if own.doll else [] if own.compare else [swept, keep_sweep]))
     s, ideas = train.read_settings(words, TABLES)

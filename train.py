@@ -305,17 +305,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, lr, momentum = group['params'], group['lr'], group['momentum']
+            params = group['params']
             grad = torch.stack([p.grad for p in params])
-            state = self.state[params[0]]
-            if 'momentum' not in state:
-                state['momentum'] = torch.zeros_like(grad)
-            average = state['momentum'].lerp_(grad, 1 - momentum)
-            update = orthogonalize(grad.lerp(average, momentum).to(self.dtype)).to(grad.dtype)   # Nesterov
+            update = self.direction(grad, self.state[params[0]], group)
             rows, cols = grad.shape[-2:]
-            update *= lr * max(1, rows / cols) ** 0.5        # unit inputs change the output by a unit
-            torch._foreach_mul_(params, 1 - lr * group['weight_decay'])
-            torch._foreach_sub_(params, list(update.unbind()))
+            update *= group['lr'] * max(1, rows / cols) ** 0.5       # unit inputs change the output by a unit
+            self.move(params, list(update.unbind()), group)
+
+    def direction(self, grad, state, group):
+        """Where the matrices of a group go, of their gradients (n, rows, cols): an average of them, after
+        Nesterov, orthogonalised."""
+        if 'momentum' not in state:
+            state['momentum'] = torch.zeros_like(grad)
+        average = state['momentum'].lerp_(grad, 1 - group['momentum'])
+        return self.toward(grad.lerp(average, group['momentum']))
+
+    def toward(self, average):
+        return orthogonalize(average.to(self.dtype)).to(average.dtype)
+
+    def move(self, params, updates, group):
+        torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+        torch._foreach_sub_(params, updates)
 
 
 # ---- clock -------------------------------------------------------------------------------------------------
@@ -716,11 +726,15 @@ class Run:
                     scalars=dict(params=scalars, base_lr=s.scalar_lr),
                     matrices=dict(params=matrices, base_lr=lr, base_decay=decay))
 
+    def muon(self):
+        """The class of what moves the matrices."""
+        return Muon
+
     def make_optimizers(self, model):
         s, muon = self.s, []
         groups = {name: dict(base_decay=0.0) | g for name, g in self.groups(model).items() if g['params']}
         if s.optimizer == 'muon':
-            muon = [Muon(momentum=s.momentum, dtype=self.dtype, **groups.pop('matrices'))]
+            muon = [self.muon()(momentum=s.momentum, dtype=self.dtype, **groups.pop('matrices'))]
         return muon + [torch.optim.AdamW([*groups.values()], lr=0.0, betas=(s.beta1, s.beta2), eps=1e-10,
                                          weight_decay=0.0, fused=True)]
 

@@ -804,3 +804,100 @@ def test_grids_that_cannot_be(sweep, tmp_path, grid, said):
     lines = str(e.value).split('\n  ')
     assert lines[1:] == said if said else 'it must be like "n_embd=128,192;head_lr=1e-3,2e-3", nothing twice' in lines[0]
     assert not (tmp_path / 'out').exists()
+
+
+# ---- the planner
+
+REPEATED = [math.log(1.2), math.log(0.8), 0.25, 0.5, math.log(0.6), 0.3, math.log(0.03), 0.55, 1, 4]    # as law_of_repeats has them
+
+
+def rows_of_dolls(noise=0.0, seed=0):
+    """Runs that obey a law of repeated text: four sizes, text read 1 to 40 times, some with dropout, some of members."""
+    text = [(1.1e5, 4), (1.1e5, 12), (1.1e5, 40), (4.4e5, 1), (4.4e5, 4), (4.4e5, 12), (1.76e6, 1), (1.76e6, 4), (7e6, 1)]
+    rows = [(N, U, U * R, 1, 0) for N in (65e3, 135e3, 286e3, 572e3) for U, R in text]
+    rows += [(135e3, U, U * R, 1, 0.1) for U, R in text[1:5:2] + text[5:8:2]]
+    rows += [(65e3, 1.1e5, 1.3e6, 4, 0), (135e3, 4.4e5, 5.3e6, 3, 0), (135e3, 4.4e5, 1.8e6, 2, 0)]
+    bpb = np.exp(bench_mfu.law(np.array([REPEATED]), bench_mfu.repeated(*np.array(rows).T))[0][0])
+    return np.c_[rows, bpb * np.exp(noise * np.random.default_rng(seed).standard_normal(len(rows)))]
+
+
+def test_the_law_of_repeated_text_by_hand():
+    N, U, D, K = 2e5, 5e5, 3e6, 3
+    bpb = 1.2 + 0.8 * math.exp(0.05) / 2 ** 0.25 + 0.6 / 3 ** 0.3 + 0.03 * math.exp(-0.4) * (2 * 3 / 0.5 ** 2) ** 0.55 / K
+    total, shares = bench_mfu.law(np.array([REPEATED] * 2), bench_mfu.repeated(N, U, D, K, 0.1)[None])
+    assert np.exp(total) == pytest.approx(bpb) and shares[0, 0] * bpb == pytest.approx([
+        1.2, 0.8 * math.exp(0.05) / 2 ** 0.25, 0.6 / 3 ** 0.3, 0.03 * math.exp(-0.4) * 24 ** 0.55 / K])
+
+
+def test_a_planted_law_of_repeated_text_is_found(monkeypatch):
+    monkeypatch.setattr(bench_mfu, 'DRAWS', 40)
+    p, residuals = bench_mfu.law_of_repeats(rows_of_dolls())
+    assert p[0] == pytest.approx(REPEATED, abs=0.02) and abs(residuals).max() < 1e-4
+    x, inside = bench_mfu.repeated([1e5, 3e5], [3e5, 2e5], [3e6, 2e6], [1, 4], [0, 0.1]), []        # of no run
+    expected = np.exp(bench_mfu.law(np.array([REPEATED]), x)[0][0])
+    for seed in range(6):
+        bpb = np.exp(bench_mfu.law(bench_mfu.law_of_repeats(rows_of_dolls(0.003, seed))[0], x)[0])
+        low, high = np.quantile(bpb[1:], (0.05, 0.95), axis=0)
+        inside += [*(low < expected) & (expected < high)]
+        assert bpb[0] == pytest.approx(expected, rel=0.01) and (high < 1.03 * low).all()
+    assert sum(inside) >= 7                                            # of 12, nine of ten to be expected
+
+
+@pytest.fixture
+def choices(corpus):
+    s, ideas = train.read_settings([*corpus.args, '--block_size=64', '--micro_batch_size=4'])
+    here = bench_mfu.Choices(s, ideas, 3e5)
+    here.known = {30000: 1e-5, 100000: 3e-5}
+    return here
+
+
+def test_a_plan_is_the_best_of_all(choices):
+    sizes, times = choices.sizes, choices.seconds_a_token()
+    assert (sizes <= 3.3e5).all() and len(sizes) >= 4 and choices.nearest(1) == sizes[0]
+    assert 30000 < sizes[2] < 100000 < sizes[-1]
+    assert times[2] == pytest.approx(1e-5 * 3 ** (math.log(sizes[2] / 30000) / math.log(100 / 30)))
+    assert times[-1] == pytest.approx(3e-5 * sizes[-1] / 100000)
+    p = np.array([REPEATED])
+    rows = choices.best(p, 30)
+    bpb = np.exp(bench_mfu.law(p, bench_mfu.repeated(*rows.T))[0][0])
+    assert (np.diff(bpb) >= 0).all() and (rows[:, 0] * rows[:, 3] <= 3e5).all() and {*rows[:, 3]} > {1, 2} and {*rows[:, 4]} == {0, 0.1}
+    size, text, read, members, thin = rows[0]
+    at = int(np.searchsorted(sizes, size))
+    most = 30 / times[at] / members * choices.bytes_a_token(size)
+    assert read <= most * 1.001 and text == choices.text['bytes']
+    # with little text it ends early or trains several; with much it reads for all of its time
+    poor, rich = choices.best(p, 30, 0.01)[0], choices.best(p, 30, 1000)[0]
+    assert rich[3] == 1 and rich[4] == 0 and 'max_tokens' not in choices.settings(rich, 30)
+    assert poor[3] > 1 or poor[4] > 0 or 'max_tokens' in choices.settings(poor, 30)
+    step = choices.settings(rich, 30)['tokens_per_step']
+    assert step % 64 == 0 and step == pytest.approx(640 * (rich[2] / choices.bytes_a_token(rich[0]) / 1e6) ** 0.4, abs=33)
+
+
+def test_a_plan_from_end_to_end(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_mfu, 'DRAWS', 20)
+    np.savetxt('law.tsv', rows_of_dolls(0.002), delimiter='\t', header='\t'.join(bench_mfu.AS_RUN), comments='')
+    (tmp_path / 'base.py').write_text('n_embd = 64\n')
+    args = ['--plan', 'base.py', *corpus.args, '--plan_runs=law.tsv', '--budget_minutes=0.5', '--most_params=2e5', '--write=planned.py']
+    bench_mfu.main(args)
+    out = capsys.readouterr().out
+    assert ' tokens a second here' in out and 'twice the time' in out and 'law.tsv' in out and 'python train.py base.py planned.py' in out
+    row = next(line for line in out.split('\n') if line.startswith('| ') and 'the plan' in line).strip('| ').split('|')
+    s, ideas = train.read_settings(['base.py', 'planned.py'])
+    assert [s.n_layer, s.n_embd, s.vocab_size] == [int(cell.replace(',', '')) for cell in row[1:4]]
+    assert int(row[5]) == getattr(s, 'members', 1) and float(row[6]) == getattr(s, 'dropout', 0)
+    with pytest.raises(UserError, match='--write is planned.py, it must be a new file'):
+        bench_mfu.main(args)
+
+
+def test_runs_that_a_plan_goes_by(tmp_path):
+    result = dict(tokens=1000, val_loss=2 * math.log(2), val_bpb=1.0, epochs=4, total_params=300, settings=dict(members=3))
+    assert bench_mfu.as_run(result) == pytest.approx([100, 500, 2000, 3, 0, 1])
+    known = bench_mfu.runs_known(bench_mfu.RUNS)
+    assert len(known) >= 40 and (known > 0)[:, :4].all() and (known[:, 2] / known[:, 1]).max() > 30 and {0, 0.1} == {*known[:, 4]}
+    (tmp_path / 'few').mkdir()
+    (tmp_path / 'few' / 'result.json').write_text(json.dumps(result))
+    for args, said in ((['--plan'], '--plan names no config'), (['--plan', 'a.py', f'--plan_runs={tmp_path}/none'], 'must be a folder of runs'),
+                       (['--plan', 'a.py', f'--plan_runs={tmp_path}/few'], 'holds 1 finished runs')):
+        with pytest.raises(UserError, match=re.escape(said)):
+            bench_mfu.main(args)

@@ -1,0 +1,46 @@
+"""Bigram embeddings: beside each token's embedding comes one of the token together with the one before, from a
+table that many pairs share.
+
+    torchrun train.py config/nocap.py config/bigrams.py
+
+Whence: hashed n-gram embeddings (Tito Svenstrup 2017, 1709.03933; Huang 2025, 2501.16975), of which the
+modded-nanogpt speedrun has one since 2026. A row is looked up, not multiplied: parameters grow, FLOPs do not.
+Where pairs collide they share a row, with a sign of their own. Expected: a gain where parameters are free and
+text is read a few times; a loss where it is read often, as rare pairs are learned by heart.
+Not yet measured.
+"""
+import torch
+import torch.nn as nn
+
+import model
+
+bigram_rows: int = 32768    # 2..: of the table, which is that times n_embd
+
+
+class GPT(model.GPT):
+
+    def build(self, config):
+        super().build(config)
+        self.bigrams = nn.Embedding(config.bigram_rows, config.n_embd)
+        self.bigram_gain = nn.Parameter(torch.empty(()))
+
+    def init_weights(self):
+        super().init_weights()
+        self.bigrams.weight.zero_()
+        self.bigram_gain.fill_(0.2)
+
+    def embed(self, context):
+        row, sign = self.pairs(context)
+        more = self.bigram_gain * sign * self.bigrams(row)
+        x = super().embed(context)
+        return x + more.to(x.dtype)
+
+    def pairs(self, context):
+        """Where each token's pair with the one before, none at a document's start, stands in the table (B, T),
+        and its sign (B, T, 1)."""
+        now, V = context.idx, self.config.vocab_size
+        follows = (now != self.config.bos)[..., None]
+        before = model.shift(now[..., None] + 1, follows, self.bigrams, context.cache)[..., 0]
+        mixed = (before * V + now) * 0x9E3779B1 % 2 ** 32       # Knuth's multiplicative hash
+        mixed = (mixed ^ mixed >> 15) * 0x85EBCA77 % 2 ** 32
+        return mixed // 2 % self.config.bigram_rows, (1 - 2 * (mixed % 2))[..., None]

@@ -1,0 +1,21 @@
+"""Muon on rows of one length: before the update is orthogonalised, each row of it is divided by its norm.
+
+    torchrun train.py config/babylm.py config/row_muon.py
+
+Whence: the slowrun leaderboard's MuonEq-R (2026), which reports 0.003 to 0.009 nats where text is read sixteen
+times. Newton-Schulz steps are few, so what they make of small singular values depends on how uneven the rows
+were. Expected: a third of a percent. Not yet measured.
+"""
+import train
+
+
+class Run(train.Run):
+
+    def muon(self):
+
+        class RowMuon(super().muon()):
+
+            def toward(self, average):
+                return super().toward(average / average.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+
+        return RowMuon
