@@ -1,18 +1,22 @@
-"""Ideas written by README's chapter: attention_gate, layer_loop, batch_rampup, skips, value_projections, masked_inputs, ensemble."""
+"""Ideas written by README's chapter: of the net, of the optimizer, of the text."""
 import json
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model as model_file
 import prepare_data
+import train
 from conftest import ROOT, in_two_parts
 from model import GPT, GPTConfig, KVCache
 from prepare_data import UserError
 
 CONFIG = ROOT / 'config'
-GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN, ENSEMBLE = (str(CONFIG / f'{name}.py') for name in (
-    'attention_gate', 'layer_loop', 'batch_rampup', 'skips', 'value_projections', 'masked_inputs', 'ensemble'))
+GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN, ENSEMBLE, BIGRAMS, NORMUON, ROWS, CAUTIOUS, EVEN, RANDOM = (str(CONFIG / f'{name}.py') for name in (
+    'attention_gate', 'layer_loop', 'batch_rampup', 'skips', 'value_projections', 'masked_inputs', 'ensemble', 'bigrams', 'normuon',
+    'row_muon', 'cautious_decay', 'even_mix', 'random_sources'))
 SHAPE = dict(vocab_size=257, bos=256, block_size=64, n_layer=4, n_head=2, n_embd=32)
 
 
@@ -46,7 +50,7 @@ def weights(folder):
     return torch.load(folder / 'ckpt.pt', weights_only=True)['model']
 
 
-@pytest.mark.parametrize('ideas', [[GATE], [LOOP], [SKIPS], [VALUES], [VALUES, SKIPS], [ENSEMBLE], [LOOP, GATE], [str(CONFIG / 'latent_attention.py'), LOOP, GATE]])
+@pytest.mark.parametrize('ideas', [[GATE], [LOOP], [SKIPS], [VALUES], [VALUES, SKIPS], [ENSEMBLE], [BIGRAMS], [BIGRAMS, ENSEMBLE], [LOOP, GATE], [str(CONFIG / 'latent_attention.py'), LOOP, GATE]])
 def test_a_cache_changes_nothing(ideas):
     model = net(*ideas, **dict(rotary_dim=8) if len(ideas) == 3 else {})
     torch.testing.assert_close(in_bits(model, some()), model.trunk(some()), rtol=1e-4, atol=1e-4)
@@ -212,3 +216,113 @@ def test_members_are_made_of_what_is_named_before(main, tmp_path):
         main(ENSEMBLE, str(late))
     main(str(late), ENSEMBLE, VALUES, '--members=2', '--max_steps=1')
     assert 'others.0.blocks.1.attn.value_of_x0.weight' in weights(tmp_path / 'run')
+
+
+def test_bigrams_begin_as_the_base_and_a_pair_has_its_row():
+    idx, base = some(), net()
+    model = net(BIGRAMS, base=base, bigram_rows=64)
+    assert torch.equal(model.trunk(idx), base.trunk(idx)) and model.flops_per_token() == base.flops_per_token()
+    pairs = torch.tensor([[7, 9, 7, 9, 256, 9, 9]])
+    context = lambda idx: model_file.Context(idx, None, None, None, None, None, {})
+    row, sign = model.pairs(context(pairs))
+    assert row[0, 1] == row[0, 3] and sign[0, 1] == sign[0, 3] and {*sign.flatten().tolist()} <= {1, -1}
+    assert row[0, 0] == model.pairs(context(torch.tensor([[7]])))[0] != row[0, 2]      # after nothing, not after a 9
+    assert row[0, 4] == model.pairs(context(torch.tensor([[256]])))[0]                  # a document knows none before it
+    many = torch.randint(256, (1, 20000), generator=torch.Generator().manual_seed(0))
+    row, sign = model.pairs(context(many))
+    counts = torch.bincount(row.flatten(), minlength=64)
+    assert counts.min() > 200 and counts.max() < 450 and abs(sign.float().mean()) < 0.03
+    model.bigrams.weight.normal_()
+    assert not torch.equal(model.trunk(idx), base.trunk(idx))
+
+
+def moved(kind, p, grads, decay=0.0):
+    p = [torch.nn.Parameter(x.clone()) for x in p]
+    optimizer = kind(p, 0.9, torch.float32)
+    for group in optimizer.param_groups:
+        group.update(lr=0.02, weight_decay=decay)
+    for step in grads:
+        for x, g in zip(p, step):
+            x.grad = g.clone()
+        optimizer.step()
+    return [x.detach() for x in p]
+
+
+def optimizer_of(idea):
+    s, ideas = train.read_settings([idea])
+    run = ideas.seam(train.Run).__new__(ideas.seam(train.Run))
+    run.s = s
+    return run.muon()
+
+
+def test_normuon_evens_rows_and_keeps_the_length():
+    torch.manual_seed(0)
+    uneven = torch.randn(8, 6) * torch.tensor([10.0, 1, 1, 1, 1, 1, 1, 1e-3])[:, None]
+    p = [torch.zeros(8, 6)]
+    plain, even = (-moved(kind, p, [[uneven]])[0] for kind in (train.Muon, optimizer_of(NORMUON)))
+    assert even.norm() == pytest.approx(plain.norm().item(), rel=1e-5)
+    assert plain.norm(dim=1).min() < 0.5 * plain.norm(dim=1).max()
+    torch.testing.assert_close(even.norm(dim=1), even.norm(dim=1).mean().expand(8), rtol=1e-4, atol=0)
+    torch.testing.assert_close(F.normalize(even, dim=1), F.normalize(plain, dim=1))
+    # a second step: of the mean of both steps' squares, each counted as it should be
+    steps = [[torch.randn(8, 6)], [torch.randn(8, 6)]]
+    first, second = (moved(train.Muon, p, steps[:n])[0] for n in (1, 2))
+    a, b = -first, first - second
+    mean = (0.95 * 0.05 * a.square().mean(1) + 0.05 * b.square().mean(1)) / (1 - 0.95 ** 2)
+    wanted = b / mean.sqrt()[:, None]
+    ours = moved(optimizer_of(NORMUON), p, steps[:1])[0] - moved(optimizer_of(NORMUON), p, steps)[0]
+    torch.testing.assert_close(ours, wanted * b.norm() / wanted.norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_one_length_before_muon():
+    torch.manual_seed(0)
+    p, g = [torch.zeros(6, 8)], torch.randn(6, 8)
+    scale = torch.tensor([1e3, 1, 1, 1, 1, 1e-3])[:, None]
+    plain = moved(train.Muon, p, [[F.normalize(g, dim=1)]])[0]
+    torch.testing.assert_close(moved(optimizer_of(ROWS), p, [[scale * g]])[0], plain, rtol=1e-3, atol=1e-5)
+    assert (moved(train.Muon, p, [[scale * g]])[0] - plain).abs().max() > 1e-3
+
+
+def test_decay_is_cautious():
+    torch.manual_seed(0)
+    p, g = [torch.randn(6, 8)], [[torch.randn(6, 8)]]
+    none, all_, some_ = (moved(kind, p, g, decay)[0] for kind, decay in (
+        (train.Muon, 0.0), (train.Muon, 0.5), (optimizer_of(CAUTIOUS), 0.5)))
+    towards = (p[0] - none) * p[0] > 0                       # what is subtracted has the weight's sign
+    assert 10 < towards.sum() < 38
+    torch.testing.assert_close(some_, torch.where(towards, all_, none), rtol=0, atol=1e-7)
+
+
+def test_optimizers_go_on_to_the_bit(main, monkeypatch, tmp_path):
+    args = [NORMUON, ROWS, CAUTIOUS, '--weight_decay=0.5']
+    main(*args)
+    in_two_parts(main, monkeypatch, 3, *args)
+    whole, parts = weights(tmp_path / 'run'), weights(tmp_path / 'parts')
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    kept = torch.load(tmp_path / 'run' / 'ckpt.pt', weights_only=True)['optimizers'][0]['state'].values()
+    assert {len(state) for state in kept} == {3}
+
+
+def test_an_even_mix_reads_every_source_as_often(corpus):
+    s, ideas = train.read_settings([*corpus.args, EVEN])
+    data = corpus.open()
+    stream = ideas.seam(train.Stream)(data, s)
+    starts, places = stream.epoch(0)
+    source = data.docs['train']['source'][np.searchsorted(data.docs['train']['start'], starts)]
+    tokens = np.bincount(source, np.diff(places))
+    tokens = tokens[tokens > 0]
+    assert len(tokens) > 1 and tokens.max() < 1.15 * tokens.min() and tokens.sum() == pytest.approx(len(data.tokens['train']), rel=0.1)
+    plain = np.bincount(data.docs['train']['source'], stream.lengths)
+    assert plain[plain > 0].max() > 1.3 * plain[plain > 0].min()
+    s.weights = f'{data.meta["sources"][0]}:3'
+    assert ideas.seam(train.Stream)(data, s).weights[0] == 3
+
+
+def test_random_sources_are_as_many_and_are_others(corpus):
+    s, ideas = train.read_settings([*corpus.args, RANDOM])
+    run, before = ideas.seam(train.Run)(s, ideas), corpus.open()
+    run.open()
+    for split, docs in run.data.docs.items():
+        ours, theirs = docs['source'], before.docs[split]['source']
+        assert np.array_equal(np.bincount(ours), np.bincount(theirs)) and np.array_equal(docs['start'], before.docs[split]['start'])
+    assert (run.data.docs['train']['source'] != before.docs['train']['source']).mean() > 0.2

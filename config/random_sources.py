@@ -1,0 +1,20 @@
+"""A control: every document is said to be of some other document's source.
+
+    torchrun train.py config/babylm.py config/domains.py config/random_sources.py
+
+What config/domains.py or another that goes by sources gains with these labels too comes of more parameters, or
+of another order, and not of domains. Each source keeps its number of documents. val_bpb_per_source is that of
+such labels. Expected: bits per byte of plain text with as many parameters. Not yet measured.
+"""
+import numpy as np
+
+import train
+
+
+class Run(train.Run):
+
+    def open(self):
+        super().open()
+        for number, (split, docs) in enumerate(self.data.docs.items()):
+            docs = self.data.docs[split] = np.array(docs)
+            docs['source'] = np.random.default_rng([self.s.seed, number]).permutation(docs['source'])
