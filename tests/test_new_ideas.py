@@ -14,9 +14,9 @@ from model import GPT, GPTConfig, KVCache
 from prepare_data import UserError
 
 CONFIG = ROOT / 'config'
-GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN, ENSEMBLE, BIGRAMS, NORMUON, ROWS, CAUTIOUS, EVEN, RANDOM = (str(CONFIG / f'{name}.py') for name in (
+GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN, ENSEMBLE, BIGRAMS, NORMUON, ROWS, CAUTIOUS, EVEN, RANDOM, NARROW = (str(CONFIG / f'{name}.py') for name in (
     'attention_gate', 'layer_loop', 'batch_rampup', 'skips', 'value_projections', 'masked_inputs', 'ensemble', 'bigrams', 'normuon',
-    'row_muon', 'cautious_decay', 'even_mix', 'random_sources'))
+    'row_muon', 'cautious_decay', 'even_mix', 'random_sources', 'factorised'))
 SHAPE = dict(vocab_size=257, bos=256, block_size=64, n_layer=4, n_head=2, n_embd=32)
 
 
@@ -50,7 +50,7 @@ def weights(folder):
     return torch.load(folder / 'ckpt.pt', weights_only=True)['model']
 
 
-@pytest.mark.parametrize('ideas', [[GATE], [LOOP], [SKIPS], [VALUES], [VALUES, SKIPS], [ENSEMBLE], [BIGRAMS], [BIGRAMS, ENSEMBLE], [LOOP, GATE], [str(CONFIG / 'latent_attention.py'), LOOP, GATE]])
+@pytest.mark.parametrize('ideas', [[GATE], [LOOP], [SKIPS], [VALUES], [VALUES, SKIPS], [ENSEMBLE], [BIGRAMS], [BIGRAMS, ENSEMBLE], [NARROW], [LOOP, GATE], [str(CONFIG / 'latent_attention.py'), LOOP, GATE]])
 def test_a_cache_changes_nothing(ideas):
     model = net(*ideas, **dict(rotary_dim=8) if len(ideas) == 3 else {})
     torch.testing.assert_close(in_bits(model, some()), model.trunk(some()), rtol=1e-4, atol=1e-4)
@@ -91,6 +91,18 @@ def test_a_loop_is_the_deeper_model_that_it_looks_like(times):
     assert looped.params() == GPT(GPTConfig(**SHAPE)).params()
     with pytest.raises(ValueError, match='loop_layers is 5, n_layer only 4'):
         net(LOOP, loop_layers=5)
+
+
+def test_a_loop_may_begin_late(main, tmp_path):
+    args = [LOOP, '--n_layer=3', '--max_steps=4', '--overwrite']
+    main(*args, '--loop_from=0.5')
+    late = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    main(*args, '--loop_from=1')
+    never = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    main(*args)
+    always = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert late['flops'] == pytest.approx((never['flops'] + always['flops']) / 2) and never['flops'] < always['flops']
+    assert late['flops_per_token'] == always['flops_per_token'] and len({r['val_bpb'] for r in (late, never, always)}) == 3
 
 
 def test_generation_goes_over_a_full_block():
@@ -326,3 +338,29 @@ def test_random_sources_are_as_many_and_are_others(corpus):
         ours, theirs = docs['source'], before.docs[split]['source']
         assert np.array_equal(np.bincount(ours), np.bincount(theirs)) and np.array_equal(docs['start'], before.docs[split]['start'])
     assert (run.data.docs['train']['source'] != before.docs['train']['source']).mean() > 0.2
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_a_narrow_table_is_the_wide_one_of_its_product(tied):
+    idx, model = some(), net(NARROW, table_dim=8, tie_embeddings=tied)
+    V, C, E = 257, 32, 8
+    assert model.params()['embedding'] == (1 if tied else 2) * V * E
+    assert model.params()['total'] == net(tie_embeddings=tied).params()['total'] + (1 if tied else 2) * V * (E - C) + 2 * C * E
+    wide, state = net(), model.state_dict()
+    wide.load_state_dict({k: w for k, w in state.items() if not k.startswith(('wte', 'lm_head', 'narrow'))}, strict=False)
+    wide.wte.weight.copy_(model.wte.weight @ model.wte.widen.weight.t())
+    x = wide.trunk(idx)
+    torch.testing.assert_close(model.trunk(idx), x, rtol=1e-4, atol=1e-4)
+    h = F.normalize(x @ model.narrow.weight.t(), dim=-1) * E ** 0.5
+    torch.testing.assert_close(model.logits(x), h @ model.lm_head.weight.t(), rtol=1e-4, atol=1e-4)
+    assert model(idx, idx.roll(-1, 1)) == pytest.approx(F.cross_entropy(model.logits(x).flatten(0, 1), idx.roll(-1, 1).flatten()).item(), rel=1e-5)
+    layers = sum(w.numel() for w in net().matrices()[:-1])
+    assert sum(w.numel() for w in model.matrices()) == layers + 2 * C * E + V * E
+
+
+def test_a_narrow_table_learns(main, tmp_path):
+    main(NARROW, '--table_dim=16', '--tie_embeddings=True')
+    trained = weights(tmp_path / 'run')
+    main(NARROW, '--table_dim=16', '--tie_embeddings=True', '--out_dir=still', *(f'--{name}_lr=0' for name in ('embedding', 'head', 'scalar')), '--learning_rate=0')
+    still = weights(tmp_path / 'still')
+    assert {k for k in still if torch.equal(still[k], trained[k])} == set()
