@@ -1095,10 +1095,17 @@ def spoken(values, least=-math.inf, most=math.inf):
 
 
 def dots(title, said, x, series, **more):
-    """A chart of losses for sample.write_page; series of (name, x, loss, x and loss of a curve), all logs."""
-    def pairs(x, y):
-        return np.exp(np.stack([x, y], 1)).tolist()
-    series = [dict(name=name, points=pairs(x, y), path=pairs(*curve)) for name, x, y, *curve in series]
+    """A chart of losses for sample.write_page; series of (name, x, loss, x and loss of a curve), all logs. Where
+    that loss is (k, points), it is the curve's and those of redraws, which make a band."""
+    def columns(*y):
+        return np.exp(np.stack(y, 1)).tolist()
+
+    def drawn(name, x, y, line, curves):
+        first, *more = np.atleast_2d(curves)
+        band = dict(band=columns(line, *np.quantile(more, INTERVAL, axis=0))) if more else {}
+        return dict(name=name, points=columns(x, y), path=columns(line, first)) | band
+
+    series = [drawn(*one) for one in series]
     return dict(kind='dots', title=title, note=said, x=x, y='val_bpb', log_x=True, series=series) | more
 
 
@@ -1169,7 +1176,7 @@ def law_of(runs):
         said.append('Some read their text more than 4 times: it is worth less then (Muennighoff 2023).')
     line = np.linspace(d.min(), d.max(), 40)
     chart = dots('Size and tokens', said[0], 'tokens', log_y=True, series=[
-        (f'{math.exp(N) / 1e6:.3g}M parameters', d[n == N], y[n == N], line, law(p, hoffmann(N + 0 * line, line))[0][0])
+        (f'{math.exp(N) / 1e6:.3g}M parameters', d[n == N], y[n == N], line, law(p, hoffmann(N + 0 * line, line))[0])
         for N in np.unique(n)])
     return said + best_for_time(p, n, runs), found, [chart]
 
@@ -1420,8 +1427,26 @@ def plan(own, argv):
             f'{len(known)} runs ({path}); in brackets nine of ten redraws. Other text has other bits per byte.',
             *[f'Beyond what those runs show, so trust the order more than the number: {", ".join(far)} of theirs.'] * bool(far)]
     print('\n'.join(said))
+    root = Path('out/plan') / '+'.join(Path(c).stem for c in configs)
+    root.mkdir(parents=True, exist_ok=True)
+    times = {time: here.best(p, time * seconds)[0] for time in 2.0 ** np.arange(-4, 5)}
+    again = {f'{part:g} of the text' if part != 1 else 'the text': [
+        (first[0], part * first[1], part * first[1] * epochs, *first[3:]) for epochs in np.geomspace(1, 100, 40)] for part in (0.25, 1, 4)}
+    blocks = [dict(kind='text', title='The plan', text='\n'.join(said)),
+              expected('What time buys', 'The best plan for each time, as here.', 'minutes', p, {
+                  'the best': (s.budget_minutes * np.array([*times]), [*times.values()])}),
+              expected('Where reading again stops paying', f'A model of {first[0]:,.0f} parameters, {int(first[3])} of them.', 'epochs', p, {
+                  name: ([row[2] / row[1] for row in rows], rows) for name, rows in again.items()})]
+    sample.write_page(root / 'plan.html', f'What {" ".join(configs)} should be', blocks=blocks)
+    print(f'{root / "plan.html"} draws it')
     if own.write:
         write_plan(own, configs, first, here.settings(first, seconds), table[0])
+
+
+def expected(title, said, x, p, lines):
+    """A chart of what laws p expect of {name: (x, rows as of Choices.best)}."""
+    return dots(title, said, x, [(name, np.log(at), (y := law(p, repeated(*np.array(rows).T))[0])[0], np.log(at), y)
+                                 for name, (at, rows) in lines.items()])
 
 
 def write_plan(own, configs, row, settings, expected):

@@ -688,6 +688,8 @@ def test_a_planted_law_is_found_within_its_interval(monkeypatch):
     assert best == pytest.approx(N[bpb.argmin()] / 1e6, rel=1e-3) and least == pytest.approx(bpb.min(), rel=1e-3)
     xs, ys = np.array(charts[0]['series'][1]['path']).T
     assert ys == pytest.approx(0.9 + 40 / 4e6 ** 0.3 + 300 / xs ** 0.4) and len(charts[0]['series'][1]['points']) == 3
+    at, low, high = np.array(charts[0]['series'][1]['band']).T
+    assert at == pytest.approx(xs) and (low <= ys * 1.0001).all() and (high >= ys * 0.9999).all()
     inside = {k: 0 for k in TRUE}
     for seed in range(12):
         for k, (value, low, high) in bench_mfu.law_of(points(seed))[1].items():

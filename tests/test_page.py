@@ -283,7 +283,7 @@ def test_every_kind_of_block_in_a_browser(tmp_path):
     kinds = [dict(kind='facts', title='F', rows=[['a', 1.5], ['<b>', None]]), dict(kind='text', title='T', text='</script><img src=x onerror=1>'),
              dict(kind='lines', title='L', x='minutes', y='loss', log_x=True, log_y=True, series=[dict(name=n, points=points) for n in 'pq']),
              dict(kind='heat', title='H', x=['0.1', '0.9'], y=['wide ' * 20, 'k', 'v'], values=[[1, 2], [None, 3], [4, 5]]),
-             dict(kind='dots', title='D', x='size', y='loss', series=[dict(name='one', points=[[1, 2, 'here']])], path=[[1, 2], [3, 4]]),
+             dict(kind='dots', title='D', x='size', y='loss', series=[dict(name='one', points=[[1, 2, 'here']], path=[[1, 2], [3, 5]], band=[[1, 1, 3], [2, None, 4], [3, 4, 6]])], path=[[1, 2], [3, 4]]),
              dict(kind='lines', title='none', series=[]), dict(kind='table', title='empty', columns=[dict(key='x' * 99)], rows=[])]
     sample.write_page(tmp_path / 'kinds.html', 'K' * 200, blocks=kinds)
     sample.write_page(tmp_path / 'wrong.html', 'wrong', blocks=[dict(kind='nonsense')])
