@@ -15,7 +15,7 @@ from model import Linear, rms_norm
 
 table_dim: int = 128        # 1..: channels of a row
 
-NOT_WITH = dict.fromkeys(('growth', 'distillation', 'plain_gpt2', 'leaderboard'), 'it takes a table to be as wide as the layers')
+NOT_WITH = dict.fromkeys(('growth', 'distillation', 'multi_token', 'plain_gpt2', 'leaderboard'), 'it takes a table to be as wide as the layers')
 
 
 class Table(nn.Embedding):
@@ -44,8 +44,8 @@ class GPT(model.GPT):
             linear.weight.normal_(std=linear.in_features ** -0.5)
         self.lm_head.weight.normal_(std=0.5 / self.config.table_dim)
 
-    def cross_entropy(self, x, targets, reduction, **extras):
-        return super().cross_entropy(rms_norm(self.narrow(x)), targets, reduction, **extras)
+    def loss(self, x, targets, reduction, **extras):
+        return super().loss(rms_norm(self.narrow(x)), targets, reduction, **extras)
 
     def logits(self, x):
         return super().logits(rms_norm(self.narrow(x)))
