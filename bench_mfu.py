@@ -9,6 +9,7 @@
     python bench_mfu.py config/babylm.py --kernels=compile-only     build them all without a GPU, check limits
     python bench_mfu.py --compare config/babylm.py config/a.py      whole runs: ideas beside their base
     python bench_mfu.py --doll config/babylm.py config/a.py         the same at the ratios of a card's run
+    python bench_mfu.py --plan config/babylm.py --budget_minutes=5  what to train with so much time and text
     python bench_mfu.py --leaderboard out                           a table and a page of all finished runs
     python bench_mfu.py --sweep "n_embd=160,240,320;learning_rate=1e-2,2e-2,4e-2" config/babylm.py     laws
 
@@ -38,6 +39,12 @@ proportions, in --minutes of training each. A doll is a config, out/doll/<base>/
 --sweep "learning_rate=0.01,0.02" config/babylm.py config/text_share.py out/doll/babylm/doll.py tunes it.
 --jobs=2 makes two such runs at a time: they go by tokens, not by the clock. --predict out/doll/a out/doll/b
 says of dolls of two or more sizes (other --minutes, each its --compare_dir) whether they agree.
+
+--plan measures this machine for a minute or so, or takes --card at --card_mfu, and says which size in the
+config's proportions, how many members, dropout or not, and how much reading end with the fewest bits per byte
+in budget_minutes on the text that is here, or on --text_words such as are here, with at most --most_params
+(1e8). It goes by a law of runs that read their text 1 to 40 times: config/law.tsv, or --plan_runs, a folder of
+yours. --write=plan.py makes a config of it.
 
 --sweep makes every point of a grid in the same way, --seeds=3 times each, into out/sweep/<configs>, and fits:
 bits per byte against parameters and tokens, the best size for a budget, the best learning rate at a width.
@@ -865,12 +872,17 @@ def doll_shape(config, size, vocabularies):
     return near[int(np.argmin(off))]
 
 
-def doll_of(own, argv):
-    """What the run of argv is on its card and what its doll is here, {ratio: (run, doll)}; the doll's
-    settings."""
+def card_peak(own):
     peak = sample.peak_flops(own.card)
     refuse(not peak, f'--card is {own.card!r}, whose peak is not known; there are '
            f'{", ".join(sample.PEAK_TFLOPS)}')
+    return peak
+
+
+def doll_of(own, argv):
+    """What the run of argv is on its card and what its doll is here, {ratio: (run, doll)}; the doll's
+    settings."""
+    peak = card_peak(own)
     s, ideas = train.read_settings([argv[0], SHARE, *argv[1:]])
     run = measured(ideas)(s, device='cpu', compile='off')
     there, text, flops = run.config, run.data.meta['splits']['train'], run.model.flops_per_token(
@@ -1319,11 +1331,13 @@ def as_run(r):
 
 class Choices:
     """What could be trained here: models in the proportions of a config, of up to `most` parameters, and how
-    fast."""
+    fast; on the text that is here, or so many words such as are here."""
 
-    def __init__(self, s, ideas, most):
+    def __init__(self, s, ideas, most, words=0):
         run = measured(ideas)(s, device='cpu', compile='off')
-        self.s, self.ideas, self.config, self.text = s, ideas, run.config, run.data.meta['splits']['train']
+        text = run.data.meta['splits']['train']
+        self.text = {k: text[k] * (words or text['words']) / text['words'] for k in ('bytes', 'tokens')}
+        self.s, self.ideas, self.config = s, ideas, run.config
         self.most, self.known, self.shapes = most, {}, {}           # seconds a token takes and settings, by parameters
         smaller = [2 ** k for k in range(9, 17) if s.tokenizer == 'bpe' and 2 ** k < run.config.vocab_size]
         for size in np.geomspace(2 ** 15, most, max(2, round(2 * math.log2(most / 2 ** 15)))):
@@ -1348,6 +1362,11 @@ class Choices:
         self.known[size] = train.seconds_of(run.step, 3) / (rows * T)
         run.batches.close()
         print(f'{size:,} parameters: {1 / self.known[size]:,.0f} tokens a second here', flush=True)
+
+    def suppose(self, speed):
+        """Seconds a token where FLOPs a second are known and no card is here."""
+        for size, shape in self.shapes.items():
+            self.known[size] = m.blueprint(replace(self.config, **shape)).flops_per_token() / speed
 
     def seconds_a_token(self):
         """Of each size: on lines between what was measured, in logarithms, beyond it as parameters."""
@@ -1391,9 +1410,10 @@ class Choices:
                     epochs=read / text, val_bpb=spoken(bpb))
 
 
-def plan(own, argv):
+def plan(own, argv, given=()):
     """Says which model, how many of them, and how often which text, end with the fewest bits per byte in
-    budget_minutes of this machine, as runs of scale models have it; --write makes a config of it."""
+    budget_minutes of this machine, or of --card, as runs of scale models have it; --write makes a config of
+    it."""
     began, configs = time.monotonic(), [a for a in argv if not a.startswith('--')]
     refuse(not configs, '--plan names no config: it takes what is to be trained')
     path = Path(at_home(own.plan_runs)) if own.plan_runs else RUNS
@@ -1406,9 +1426,11 @@ def plan(own, argv):
     if s.compile == 'auto' and s.budget_minutes < 5 and train.choose_device(s) == 'cpu':
         s.compile = 'off'                       # as the run itself
     p, residuals = law_of_repeats(known)
-    here, size = Choices(s, ideas, own.most_params), 2 ** 18
+    here, size = Choices(s, ideas, own.most_params, own.text_words), 2 ** 18
     seconds = 60 * s.budget_minutes * (TRAINED if s.budget_counts == 'all' else 1)
-    while time.monotonic() - began < 90 and (size := here.nearest(size)) not in here.known:
+    if 'card' in given:
+        here.suppose(card_peak(own) * own.card_mfu)
+    while 'card' not in given and time.monotonic() - began < 90 and (size := here.nearest(size)) not in here.known:
         here.measure(size)                      # until what is planned has been measured
         size = here.best(p, seconds)[0, 0]
     first, *_ = rows = here.best(p, seconds)
@@ -1421,7 +1443,8 @@ def plan(own, argv):
     table = [dict(what=name) | here.described(p, residuals, row) for name, row in shown.items()]
     far = [f'{what} are {value / most:.1f} times the most' for what, value, most in zip(
         ('parameters', 'bytes of text', 'bytes read'), first, known.max(0)) if value > 1.5 * most]
-    said = [f'Of {s.budget_minutes:g} minutes of this machine, {here.text["tokens"]:,} tokens of text and at most '
+    machine = f'{own.card}, at {own.card_mfu:.0%} of its peak,' if 'card' in given else 'this machine'
+    said = [f'Of {s.budget_minutes:g} minutes of {machine}, {here.text["tokens"]:,.0f} tokens of text and at most '
             f'{own.most_params:,.0f} parameters, expected of', '', *text_table(PLANNED, table), '',
             f'tokens: that each member reads. bits per byte: by a law that is within {abs(np.expm1(residuals)).max():.1%} of '
             f'{len(known)} runs ({path}); in brackets nine of ten redraws. Other text has other bits per byte.',
@@ -1770,7 +1793,7 @@ def main(argv):
     if own.predict:
         return predict(rest)
     if own.plan:
-        return plan(own, rest)
+        return plan(own, rest, given)
     if own.compare or own.doll or 'sweep' in given:
         return compare_runs(own, rest, argv, *([dolls] if own.doll else [] if own.compare else [swept, keep_sweep]))
     s, ideas = train.read_settings(words, TABLES)
