@@ -1282,32 +1282,33 @@ TOKENS_A_STEP = 640, 1e6, 0.4       # at so many tokens in all, and the power of
 PLANNED = dict(what=None, layers=0, width=0, vocabulary=0, parameters=0, members=0, dropout=1, tokens=0, epochs=2,
                val_bpb=None)
 LONGER_TOKENS = 0.27                # the power of the vocabulary that bytes a token grow with (512 to 8,192 ids)
-UNITS = 1e5, 1e6, 1e6               # parameters and bytes of a run that the law's terms are given of
+REPEATED = 'E A alpha cost B beta C a b g kappa thin'.split()       # E, A, B and C as logs
+UNITS = 1e5, 1e6, 1e6               # parameters and bytes of a run that these are of
+LEAST_AGAIN, LEAST_HELD = 1e-3, -2.0    # of R - 1, so that text read once costs nothing; of log h: the least seen
 
 
 def repeated(params, text, read, members, dropout):
-    """Terms for law() of runs that read their text again and again: E + A / N^alpha + B / D^beta, as if all were
-    new, and C (N D / U^2)^gamma / K^kappa for what is learned by heart: N parameters of each of K members, U
-    bytes of text, D that each reads. Dropout lessens the last and adds to the second."""
+    """Terms for law() of runs that read their text again: E + A / N^alpha + B / D^beta, as if all were new, and
+    C h^a (R - 1)^b / K^kappa for what is learned by heart: N parameters of each of K members, h of them a byte of
+    text, R readings of it, D bytes in all. From R = 2 on it rises by b + g log h, as larger models know their
+    text by heart sooner. Dropout lessens it and adds to the second."""
     n, u, d = (np.log(x) - math.log(unit) for x, unit in zip((params, text, read), UNITS))
-    n, u, d, k, thin = np.broadcast_arrays(n, u, d, np.log(members), dropout)
-    one, no = np.ones(n.shape), np.zeros(n.shape)
-    return np.stack([np.stack(term, -1) for term in (
-        [one, *[no] * 9],
-        [no, one, -n, thin, *[no] * 6],
-        [*[no] * 4, one, -d, *[no] * 4],
-        [*[no] * 6, one, n + d - 2 * u, -k, -thin])], -2)
+    n, h, d, again, k, thin = np.broadcast_arrays(
+        n, np.maximum(n - u, LEAST_HELD), d, np.log(np.maximum(np.exp(d - u) - 1, LEAST_AGAIN)), np.log(members), dropout)
+    terms = [dict(E=1), dict(A=1, alpha=-n, cost=thin), dict(B=1, beta=-d),
+             dict(C=1, a=h, b=again, g=h * np.maximum(again, 0), kappa=-k, thin=-thin)]
+    return np.stack([np.stack([np.broadcast_to(term.get(name, 0.0), n.shape) for name in REPEATED], -1) for term in terms], -2)
 
 
 def law_of_repeats(rows):
-    """p (1 + DRAWS, 10) of law(repeated(...)), that of rows (points, 6), as AS_RUN, then of redraws; and the
-    residuals of their logs."""
+    """p (1 + DRAWS, len(REPEATED)) of law(repeated(...)), that of rows (points, 6), as AS_RUN, then of redraws; and
+    the residuals of their logs."""
     *x, y = np.asarray(rows, float).T
     terms, y = repeated(*x), np.log(y)
     m, tries = y.mean(), itertools.product((0.2, 0.6), (0.1, 0.4), (0.1, 0.4), (0.4, 0.8))
-    p, loss = fit_law(terms, y, np.array([
-        (m + math.log(E), a := m + math.log(0.45 - E / 2), alpha, 0, a, beta, m - 2.3, gamma, 1, 5)
-        for E, alpha, beta, gamma in tries]))
+    p, loss = fit_law(terms, y, np.array([[dict(
+        E=m + math.log(E), A=(rest := m + math.log(0.45 - E / 2)), alpha=alpha, B=rest, beta=beta, C=m - 2.3, a=0.4, b=b,
+        kappa=1, thin=5).get(name, 0) for name in REPEATED] for E, alpha, beta, b in tries]))
     p = p[[loss.argmin()]]
     fitted = law(p, terms)[0][0]
     again = redrawn(fitted, y - fitted, p.shape[1], np.random.default_rng(0))

@@ -810,7 +810,8 @@ def test_grids_that_cannot_be(sweep, tmp_path, grid, said):
 
 # ---- the planner
 
-REPEATED = [math.log(1.2), math.log(0.8), 0.25, 0.5, math.log(0.6), 0.3, math.log(0.03), 0.55, 1, 4]    # as law_of_repeats has them
+TRULY = dict(E=math.log(1.2), A=math.log(0.8), alpha=0.25, cost=1.5, B=math.log(0.6), beta=0.3, C=math.log(0.1), a=0.1, b=0.6, g=0.2, kappa=0.8, thin=4)
+REPEATED = [TRULY[name] for name in bench_mfu.REPEATED]
 
 
 def rows_of_dolls(noise=0.0, seed=0):
@@ -818,17 +819,23 @@ def rows_of_dolls(noise=0.0, seed=0):
     text = [(1.1e5, 4), (1.1e5, 12), (1.1e5, 40), (4.4e5, 1), (4.4e5, 4), (4.4e5, 12), (1.76e6, 1), (1.76e6, 4), (7e6, 1)]
     rows = [(N, U, U * R, 1, 0) for N in (65e3, 135e3, 286e3, 572e3) for U, R in text]
     rows += [(135e3, U, U * R, 1, 0.1) for U, R in text[1:5:2] + text[5:8:2]]
-    rows += [(65e3, 1.1e5, 1.3e6, 4, 0), (135e3, 4.4e5, 5.3e6, 3, 0), (135e3, 4.4e5, 1.8e6, 2, 0)]
+    rows += [(N, U, U * 12, K, 0) for N, U, K in ((65e3, 1.1e5, 4), (135e3, 4.4e5, 3), (135e3, 1.1e5, 2))]
     bpb = np.exp(bench_mfu.law(np.array([REPEATED]), bench_mfu.repeated(*np.array(rows).T))[0][0])
     return np.c_[rows, bpb * np.exp(noise * np.random.default_rng(seed).standard_normal(len(rows)))]
 
 
 def test_the_law_of_repeated_text_by_hand():
     N, U, D, K = 2e5, 5e5, 3e6, 3
-    bpb = 1.2 + 0.8 * math.exp(0.05) / 2 ** 0.25 + 0.6 / 3 ** 0.3 + 0.03 * math.exp(-0.4) * (2 * 3 / 0.5 ** 2) ** 0.55 / K
+    heart = 0.1 * math.exp(-0.4) * 4 ** 0.1 * 5 ** (0.6 + 0.2 * math.log(4)) / 3 ** 0.8        # h = 2 / 0.5, R - 1 = 5
+    each = [1.2, 0.8 * math.exp(0.15) / 2 ** 0.25, 0.6 / 3 ** 0.3, heart]
     total, shares = bench_mfu.law(np.array([REPEATED] * 2), bench_mfu.repeated(N, U, D, K, 0.1)[None])
-    assert np.exp(total) == pytest.approx(bpb) and shares[0, 0] * bpb == pytest.approx([
-        1.2, 0.8 * math.exp(0.05) / 2 ** 0.25, 0.6 / 3 ** 0.3, 0.03 * math.exp(-0.4) * 24 ** 0.55 / K])
+    assert np.exp(total) == pytest.approx(sum(each)) and shares[0, 0] * sum(each) == pytest.approx(each)
+
+    def by_heart(text, read):
+        total, shares = bench_mfu.law(np.array([REPEATED]), bench_mfu.repeated(N, text, read, 1, 0.0)[None])
+        return float(np.exp(total[0, 0]) * shares[0, 0, 3])
+    assert by_heart(D, 0.5 * D) < 0.003 < 0.1 < by_heart(U, D)
+    assert by_heart(1e8, 9e8) == pytest.approx(by_heart(1e9, 9e9))      # no less than runs have shown
 
 
 def test_a_planted_law_of_repeated_text_is_found(monkeypatch):
@@ -869,7 +876,7 @@ def test_a_plan_is_the_best_of_all(choices):
     assert read <= most * 1.001 and text == choices.text['bytes']
     # with little text it ends early or trains several; with much it reads for all of its time
     poor, rich = choices.best(p, 30, 0.01)[0], choices.best(p, 30, 1000)[0]
-    assert rich[3] == 1 and rich[4] == 0 and 'max_tokens' not in choices.settings(rich, 30)
+    assert rich[3] == 1 and 'max_tokens' not in choices.settings(rich, 30)
     assert poor[3] > 1 or poor[4] > 0 or 'max_tokens' in choices.settings(poor, 30)
     step = choices.settings(rich, 30)['tokens_per_step']
     assert step % 64 == 0 and step == pytest.approx(640 * (rich[2] / choices.bytes_a_token(rich[0]) / 1e6) ** 0.4, abs=33)
@@ -896,7 +903,7 @@ def test_runs_that_a_plan_goes_by(tmp_path):
     result = dict(tokens=1000, val_loss=2 * math.log(2), val_bpb=1.0, epochs=4, total_params=300, settings=dict(members=3))
     assert bench_mfu.as_run(result) == pytest.approx([100, 500, 2000, 3, 0, 1])
     known = bench_mfu.runs_known(bench_mfu.RUNS)
-    assert len(known) >= 40 and (known > 0)[:, :4].all() and (known[:, 2] / known[:, 1]).max() > 30 and {0, 0.1} == {*known[:, 4]}
+    assert len(known) >= 40 and (known > 0)[:, :4].all() and (known[:, 2] / known[:, 1]).max() > 30 and {0, 0.1} == {*known[:, 4]} and {1, 3, 4} <= {*known[:, 3]}
     (tmp_path / 'few').mkdir()
     (tmp_path / 'few' / 'result.json').write_text(json.dumps(result))
     for args, said in ((['--plan'], '--plan names no config'), (['--plan', 'a.py', f'--plan_runs={tmp_path}/none'], 'must be a folder of runs'),
