@@ -845,6 +845,18 @@ LEAST_LAYERS, LEAST_HEAD = 4, 16    # of a doll: with fewer a model does other t
 SHARE = str(Path(train.__file__).with_name('config') / 'text_share.py')
 
 
+def shape_like(config, L, C, V, heads=0):
+    """The settings of a model L deep, C wide, of V ids, its MLP and context to its width as config's are; heads
+    too, or as many as config has if they are not too narrow."""
+    fit = [h for h in range(1, config.n_head + 1) if C % (2 * h) == 0 and C >= LEAST_HEAD * h]
+    heads = heads or max(fit, default=1)
+    shared = [k for k in range(1, heads + 1) if heads % k == 0 and k * config.n_head <= heads * config.n_kv_head]
+    T = 2 ** max(6, round(math.log2(config.block_size * C / config.n_embd)))
+    return dict(n_layer=L, n_embd=C, n_head=heads, n_kv_head=max(shared, default=1), head_dim=0,
+                rotary_dim=0, mlp_hidden=max(1, round(config.mlp_hidden * C / config.n_embd)),
+                vocab_size=V, block_size=min(T, config.block_size))
+
+
 def doll_shape(config, size, vocabularies):
     """The settings of a model of about `size` parameters whose table, depth and width stand to each other,
     and whose context to its width, as config's do."""
@@ -852,22 +864,14 @@ def doll_shape(config, size, vocabularies):
         total = m.blueprint(c).params()['total']
         return np.log([total / size, c.vocab_size * c.n_embd / total, c.n_embd / c.n_layer])
 
-    def made(L, C, V):
-        fit = [h for h in range(1, config.n_head + 1) if C % (2 * h) == 0 and C >= LEAST_HEAD * h]
-        heads = max(fit, default=1)
-        shared = [k for k in range(1, heads + 1) if heads % k == 0 and k * config.n_head <= heads * config.n_kv_head]
-        T = 2 ** max(6, round(math.log2(config.block_size * C / config.n_embd)))
-        return dict(n_layer=L, n_embd=C, n_head=heads, n_kv_head=max(shared, default=1), head_dim=0,
-                    rotary_dim=0, mlp_hidden=max(1, round(config.mlp_hidden * C / config.n_embd)),
-                    vocab_size=V, block_size=min(T, config.block_size))
-
     def rough(shape):
         L, C, V = shape
         return abs(math.log((12 * L * C + V * (2 - config.tie_embeddings)) * C / size))
 
     layers = range(min(LEAST_LAYERS, config.n_layer), config.n_layer + 1)
     shapes = itertools.product(layers, range(min(32, config.n_embd), config.n_embd + 1, 8), vocabularies)
-    near, wanted = [made(*shape) for shape in sorted(shapes, key=rough)[:50]], proportions(config) * [0, 1, 1]
+    near = [shape_like(config, *shape) for shape in sorted(shapes, key=rough)[:50]]
+    wanted = proportions(config) * [0, 1, 1]
     off = [(proportions(replace(config, **shape)) - wanted) ** 2 @ [9, 1, 0.5] for shape in near]
     return near[int(np.argmin(off))]
 
@@ -1129,16 +1133,16 @@ def hoffmann(n, d):
 
 
 def law(p, terms):
-    """Log of a sum of powers, (k, points), and the shares of its terms: terms (points or k or 1, points, n,
-    len(LAW)) times p (k, len(LAW)) are their logs. Of hoffmann(): p holds log E, log A, alpha, log B, beta."""
+    """Log of a sum of powers, (k, points), and the shares of its terms: terms ((k or 1,) points, n, P) times
+    p (k, P) are the terms' logs. Of hoffmann(): p holds log E, log A, alpha, log B, beta."""
     each = (terms @ p[:, None, :, None])[..., 0]
     total = np.logaddexp.reduce(each, -1)
     return total, np.exp(each - total[..., None])
 
 
 def fit_law(terms, y, p):
-    """p (k, len(LAW)) of the least Huber loss of log losses y, (points,) or (k, points), from these starts, and
-    that loss (k,): steps of Levenberg and Marquardt for all k at once, more than it takes, since Hoffmann's
+    """p (k, P) of the least Huber loss of log losses y, (points,) or (k, points), from these starts, and that
+    loss (k,): steps of Levenberg and Marquardt for all k at once, more than it takes, since Hoffmann's
     fit had stopped too early (Besiroglu 2024, 2404.10102)."""
     damp, eye = np.full(len(p), 0.01), np.eye(p.shape[1])
 
@@ -1148,7 +1152,7 @@ def fit_law(terms, y, p):
 
     for _ in range(200):
         total, shares = law(p, terms)
-        r, slopes = total - y, (shares[..., None] * terms).sum(-2)               # (k, points, len(LAW))
+        r, slopes = total - y, (shares[..., None] * terms).sum(-2)               # (k, points, P)
         weighed = (slopes / np.maximum(1, abs(r) / HUBER)[..., None]).swapaxes(-1, -2)
         curved = weighed @ slopes * (1 + damp[:, None, None] * eye) + 1e-12 * eye
         tried = p - np.linalg.solve(curved, weighed @ r[..., None])[..., 0].clip(-1, 1)
@@ -1277,14 +1281,18 @@ def keep_sweep(runs, root):
 
 RUNS = Path(train.__file__).with_name('config') / 'law.tsv'     # of scale models: RESULTS.md, "The planner"
 AS_RUN = 'params text_bytes bytes members dropout val_bpb'.split()
-MEMBERS, THIN, PARTS = (1, 2, 3, 4, 6, 8), (0.0, 0.1), 2.0 ** -np.arange(0, 6.5, 0.5)     # of the time, for text
-TOKENS_A_STEP = 640, 1e6, 0.4       # at so many tokens in all, and the power of those it grows with
+WIDTHS = [*range(32, 129, 16), *range(160, 257, 32), *range(320, 513, 64), *range(640, 1025, 128)]
+HEADS = 64, 32, 16                  # channels of one, the widest of which there are two: the kernels have these
+MOST_IN_TABLE = 0.35                # of parameters: with more of them ids are too rare for the law
+MEMBERS, DROPOUTS = (1, 2, 3, 4, 6, 8), (0.0, 0.1)
+PARTS = 2.0 ** -np.arange(0, 6.5, 0.5)          # of the time spent reading; below 1 a run ends early
+TOKENS_A_STEP = 640, 1e6, 0.4       # 640 in a run of a million tokens, and growing as the 0.4th power of these
 PLANNED = dict(what=None, layers=0, width=0, vocabulary=0, parameters=0, members=0, dropout=1, tokens=0, epochs=2,
                val_bpb=None)
 LONGER_TOKENS = 0.27                # the power of the vocabulary that bytes a token grow with (512 to 8,192 ids)
 REPEATED = 'E A alpha cost B beta C a b g kappa thin'.split()       # E, A, B and C as logs
 UNITS = 1e5, 1e6, 1e6               # parameters and bytes of a run that these are of
-LEAST_AGAIN, LEAST_HELD = 1e-3, -2.0    # of R - 1, so that text read once costs nothing; of log h: the least seen
+LEAST_AGAIN, LEAST_HELD = 1e-3, -2.0    # of R - 1: text read once costs nothing; of log h, beyond which no run reads again
 
 
 def repeated(params, text, read, members, dropout):
@@ -1316,170 +1324,213 @@ def law_of_repeats(rows):
 
 
 def runs_known(path):
-    """Rows (points, 6) of a table of runs, or of the finished runs in a folder."""
-    if path.is_dir():
-        results = [json.loads(file.read_text()) for file in sorted(path.rglob('result.json'))]
-        return np.array([as_run(r) for r in results if r['val_bpb'] > 0])
-    return np.loadtxt(path, delimiter='\t', skiprows=1, usecols=range(len(AS_RUN)))
+    """Rows (points, 6) of a table of runs, or of the finished runs in a folder, of which a law can be made."""
+    try:
+        if path.is_dir():
+            results = [json.loads(file.read_text()) for file in sorted(path.rglob('result.json'))]
+            refuse(len({r['data']['val_bytes'] for r in results}) > 1, f'{path} holds runs that were measured on different '
+                   f'text: name a folder of one')
+            rows = np.array([as_run(r) for r in results])
+        else:
+            rows = np.loadtxt(path, delimiter='\t', skiprows=1, usecols=range(len(AS_RUN)))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f'--plan_runs is {path}, it must be a folder of runs or a table like {RUNS}: {e!r}') from None
+    refuse(len(rows) < 20, f'{path} holds {len(rows)} finished runs: a law of text that is read again takes 20')
+    return rows
 
 
 def as_run(r):
     """What a law needs of a result.json, as AS_RUN; bytes are what tokens of the validation text stand for."""
     read = r['tokens'] * r['val_loss'] / (math.log(2) * r['val_bpb'])
-    members = r['settings'].get('members', 1)
-    return [r['total_params'] / members, read / r['epochs'], read, members, r['settings'].get('dropout', 0.0), r['val_bpb']]
+    members, dropout = (r['settings'].get(k, least) for k, least in (('members', 1), ('dropout', 0.0)))
+    return [r['total_params'] / members, read / r['epochs'], read, members, dropout, r['val_bpb']]
 
 
 class Choices:
-    """What could be trained here: models in the proportions of a config, of up to `most` parameters, and how
-    fast; on the text that is here, or so many words such as are here."""
+    """What could be trained here: models in the proportions of a config but for their tables, of up to `most`
+    parameters, alone or as members, with dropout or without, and how fast; on the text that is here, or so many
+    words such as are here."""
 
-    def __init__(self, s, ideas, most, words=0):
-        run = measured(ideas)(s, device='cpu', compile='off')
-        text = run.data.meta['splits']['train']
+    def __init__(self, s, argv, ideas, known, most, words=0, on_card=False):
+        vars(s).update({k: v for k, v in dict(members=1, dropout=0.0).items() if k in vars(s)})     # a plan has its own
+        rows = min(8, s.micro_batch_size)        # a step of the plan's, not of the config's, must fit the text
+        run = measured(ideas)(s, device='cpu', compile='off', tokens_per_step=rows * s.block_size)
+        text, c = run.data.meta['splits']['train'], run.config
         self.text = {k: text[k] * (words or text['words']) / text['words'] for k in ('bytes', 'tokens')}
-        self.s, self.ideas, self.config = s, ideas, run.config
-        self.most, self.known, self.shapes = most, {}, {}           # seconds a token takes and settings, by parameters
-        smaller = [2 ** k for k in range(9, 17) if s.tokenizer == 'bpe' and 2 ** k < run.config.vocab_size]
-        for size in np.geomspace(2 ** 15, most, max(2, round(2 * math.log2(most / 2 ** 15)))):
-            shape = doll_shape(run.config, size, [run.config.vocab_size, *smaller])
-            shape['block_size'] = run.config.block_size
-            self.shapes[m.blueprint(replace(run.config, **shape)).params()['total']] = shape
-        self.sizes = np.array(sorted(self.shapes), float)
+        self.s, self.ideas, self.config, self.on_card, shapes = s, ideas, c, on_card, []
+        ids = [2 ** k for k in range(9, 17) if s.tokenizer == 'bpe' and 2 ** k < c.vocab_size]
+        for V, C in itertools.product([*ids, c.vocab_size], WIDTHS):
+            heads = C // next(D for D in HEADS if C % D == 0 and C >= 2 * D)
+            shape = shape_like(c, max(LEAST_LAYERS, round(c.n_layer * C / c.n_embd)), C, V, heads)
+            size = m.blueprint(replace(c, **shape | dict(block_size=c.block_size))).params()['total']
+            if size <= most and V * C <= MOST_IN_TABLE * size:
+                shapes.append((size, shape | dict(block_size=c.block_size)))
+        refuse(not shapes, f'--most_params is {most:,.0f}, and no model in these proportions has so few: raise it, or '
+               f'lower vocab_size')
+        self.shapes, self.sizes = shapes, np.array([size for size, _ in shapes], float)
+        self.bytes_a_token = text['bytes'] / text['tokens'] * np.array(
+            [(shape['vocab_size'] / c.vocab_size) ** LONGER_TOKENS for _, shape in shapes])
+        # only what the law has seen, and what goes with the config's ideas
+        tried = [('ensemble', MEMBERS, known[:, 3] > 1), ('dropout', DROPOUTS, known[:, 4] > 0)]
+        kinds = [some if any_.any() and goes_with(argv, idea) else some[:1] for idea, some, any_ in tried]
+        grid = (x.ravel() for x in np.meshgrid(np.arange(len(shapes)), PARTS, *kinds, indexing='ij'))
+        self.which, self.part, self.members, self.dropout = grid
+        self.fit = self.sizes[self.which] * self.members <= most
+        self.seconds = {}                        # that a token takes, by parameters
 
-    def nearest(self, size):
-        return int(self.sizes[abs(np.log(self.sizes / size)).argmin()])
+    def step_of(self, tokens):
+        """Tokens a step in a run of so many; a card wants no fewer than the config has."""
+        (at_once, at, power), T = TOKENS_A_STEP, self.config.block_size
+        rows = max(1, round(at_once * (tokens / at) ** power / T))
+        most = self.s.micro_batch_size
+        rows = rows if rows < most else rows // most * most        # of whole micro-batches
+        return max(rows * T, self.s.tokens_per_step * self.on_card)
 
-    def measure(self, size):
-        """A few steps; their batches are the config's, as if of no more ids than the model's."""
-        shape = dict(self.shapes[size])
-        V, T = shape.pop('vocab_size'), shape['block_size']
-        rows = max(1, min(self.s.micro_batch_size, 8192 // T))
+    def measure(self, which, tokens):
+        """A few steps as a run of so many tokens has them; their batches are the config's, as if of no more ids than
+        the model's."""
+        size, shape = self.shapes[which]
+        V, step = shape['vocab_size'], self.step_of(tokens)
         run = measured(self.ideas)(SimpleNamespace(**vars(self.s) | shape | dict(
-            micro_batch_size=rows, tokens_per_step=rows * T)), vocab_size=V)
+            vocab_size=self.s.vocab_size, tokens_per_step=step)), vocab_size=V)
+        run.choose_kernels()
         read = run.stream.batch
-        run.stream.batch = lambda *which: {k: t % V for k, t in read(*which).items()}
+        run.stream.batch = lambda *rows: {k: t % V for k, t in read(*rows).items()}
         run.step()
-        self.known[size] = train.seconds_of(run.step, 3) / (rows * T)
+        self.seconds[size] = train.seconds_of(run.step, 5) / step
         run.batches.close()
-        print(f'{size:,} parameters: {1 / self.known[size]:,.0f} tokens a second here', flush=True)
+        print(f'{size:,} parameters, {step:,} tokens a step: {1 / self.seconds[size]:,.0f} tokens a second here', flush=True)
 
     def suppose(self, speed):
         """Seconds a token where FLOPs a second are known and no card is here."""
-        for size, shape in self.shapes.items():
-            self.known[size] = m.blueprint(replace(self.config, **shape)).flops_per_token() / speed
+        for size, shape in self.shapes:
+            self.seconds[size] = m.blueprint(replace(self.config, **shape)).flops_per_token() / speed
 
     def seconds_a_token(self):
-        """Of each size: on lines between what was measured, in logarithms, beyond it as parameters."""
-        (x, y), size = np.log(sorted(self.known.items())).T, np.log(self.sizes)
+        """Of each shape: on lines between what was measured, in logarithms of parameters, beyond it as
+        parameters."""
+        (x, y), size = np.log(sorted(self.seconds.items())).T, np.log(self.sizes)
         return np.exp(np.interp(size, x, y) + np.minimum(0, size - x[0]) + np.maximum(0, size - x[-1]))
 
-    def bytes_a_token(self, size):
-        grown = self.shapes[int(size)]['vocab_size'] / self.config.vocab_size
-        return self.text['bytes'] / self.text['tokens'] * grown ** LONGER_TOKENS
-
     def best(self, p, seconds, text=1.0):
-        """What could be trained in so many seconds, on so many times the text: rows (points, 5), as AS_RUN
-        without its end, those first of which law p expects the fewest bits per byte."""
-        read = seconds / self.seconds_a_token() * [self.bytes_a_token(size) for size in self.sizes]
-        (size, members, part, thin), read = (np.meshgrid(x, MEMBERS, PARTS, THIN, indexing='ij') for x in (self.sizes, read))
-        rows = np.stack([np.ravel(x) for x in (
-            size, np.full_like(size, text * self.text['bytes']), part * read[0] / members, members, thin)], -1)
-        rows = rows[rows[:, 0] * rows[:, 3] <= self.most]
-        return rows[np.argsort(law(p[:1], repeated(*rows.T))[0][0])]
+        """What could be trained in so many seconds, on so many times the text: rows (points, 6), as AS_RUN but the
+        number of its shape at the end, those first of which law p expects the fewest bits per byte."""
+        read = (seconds / self.seconds_a_token() * self.bytes_a_token)[self.which] * self.part / self.members
+        bytes_ = np.full(len(read), text * self.text['bytes'])
+        rows = np.stack([self.sizes[self.which], bytes_, read, self.members, self.dropout, self.which], -1)[self.fit]
+        return rows[np.argsort(expected(p[:1], rows)[0])]
 
     def settings(self, row, seconds):
         """The config that a row of best() is; where it ends before its time, by tokens."""
-        size, text, read, members, thin = row
-        (at_once, at, power), T = TOKENS_A_STEP, self.config.block_size
-        tokens = read / self.bytes_a_token(size)
-        step = T * max(1, round(at_once * (tokens / at) ** power / T))
-        shape = self.shapes[int(size)] | dict(
-            tokens_per_step=step, micro_batch_size=min(step // T, self.s.micro_batch_size))
-        shape |= (dict(members=int(members)) if members > 1 else {}) | (dict(dropout=float(thin)) if thin else {})
-        whole = seconds / members / np.interp(size, self.sizes, self.seconds_a_token())
+        size, text, read, members, dropout, which = row
+        tokens = read / self.bytes_a_token[int(which)]
+        step = self.step_of(tokens)
+        more = dict(members=int(members), dropout=float(dropout))
+        shape = self.shapes[int(which)][1] | dict(tokens_per_step=step, max_steps=0, max_tokens=0)
+        shape |= {k: v for k, v in more.items() if v > (k == 'members') or k in vars(self.s)}
+        whole = seconds / members / self.seconds_a_token()[int(which)]
         return shape | (dict(max_tokens=round(tokens / step) * step) if tokens < 0.9 * whole else {})
 
     def described(self, p, residuals, row):
         """A line of the table of a plan; what laws p expect of it, with the interval of their redraws and of what
         runs are off them."""
-        size, text, read, members, thin = row
+        size, text, read, members, dropout, which = row
         off = np.random.default_rng(0).choice(residuals, len(p)) * np.sign(np.arange(len(p)))      # not of the first
-        c, bpb = self.shapes[int(size)], np.exp(law(p, repeated(*row)[None])[0][:, 0] + off)
+        c, bpb = self.shapes[int(which)][1], np.exp(expected(p, row[None])[:, 0] + off)
         return dict(layers=c['n_layer'], width=c['n_embd'], vocabulary=c['vocab_size'], parameters=int(size * members),
-                    members=int(members), dropout=float(thin), tokens=int(read / self.bytes_a_token(size)),
+                    members=int(members), dropout=float(dropout), tokens=int(read / self.bytes_a_token[int(which)]),
                     epochs=read / text, val_bpb=spoken(bpb))
+
+
+def goes_with(argv, idea):
+    """Whether config/<idea>.py can be stacked on these."""
+    try:
+        return bool(train.read_settings([*argv, str(RUNS.with_name(f'{idea}.py'))]))
+    except UserError:
+        return False
+
+
+def expected(p, rows):
+    """Logs of bits per byte, (k, points), that laws p (k, 12) expect of rows as Choices.best has them."""
+    return law(p, repeated(*rows.T[:5]))[0]
 
 
 def plan(own, argv, given=()):
     """Says which model, how many of them, and how often which text, end with the fewest bits per byte in
     budget_minutes of this machine, or of --card, as runs of scale models have it; --write makes a config of
     it."""
-    began, configs = time.monotonic(), [a for a in argv if not a.startswith('--')]
+    configs, out = [a for a in argv if not a.startswith('--')], Path(at_home(own.write))
     refuse(not configs, '--plan names no config: it takes what is to be trained')
-    path = Path(at_home(own.plan_runs)) if own.plan_runs else RUNS
-    try:
-        known = runs_known(path)
-    except (OSError, ValueError) as e:
-        raise UserError(f'--plan_runs is {path}, it must be a folder of runs or a table like {RUNS}: {e}') from None
-    refuse(len(known) < 20, f'{path} holds {len(known)} finished runs: a law of text that is read again takes 20')
+    refuse(own.write and (out.suffix != '.py' or out.exists() or not out.stem.isidentifier()),
+           f'--write is {own.write}, it must be a new file with a name like my_plan.py')
+    known = runs_known(Path(at_home(own.plan_runs)) if own.plan_runs else RUNS)
     s, ideas = train.read_settings(argv)
-    if s.compile == 'auto' and s.budget_minutes < 5 and train.choose_device(s) == 'cpu':
-        s.compile = 'off'                       # as the run itself
+    cpu, card = train.choose_device(s) == 'cpu', 'card' in given
+    typed = {k: vars(s)[k] for k, at in ideas.set_at.items() if at.startswith('--')}
     p, residuals = law_of_repeats(known)
-    here, size = Choices(s, ideas, own.most_params, own.text_words), 2 ** 18
-    seconds = 60 * s.budget_minutes * (TRAINED if s.budget_counts == 'all' else 1)
-    if 'card' in given:
+    here = Choices(s, argv, ideas, known, own.most_params, own.text_words, card or not cpu)
+    seconds = 60 * s.budget_minutes
+    if s.budget_counts == 'all':                # a tenth measures; starting, and compiling on a CPU, take their time
+        seconds = min(TRAINED * seconds, 0.9 * seconds - (30 if s.budget_minutes >= 5 else 10))
+    if s.compile == 'auto' and s.budget_minutes < 5 and cpu:
+        s.compile = 'off'                       # as the run itself
+    if card:
         here.suppose(card_peak(own) * own.card_mfu)
-    while 'card' not in given and time.monotonic() - began < 90 and (size := here.nearest(size)) not in here.known:
-        here.measure(size)                      # until what is planned has been measured
-        size = here.best(p, seconds)[0, 0]
+    which, tokens, began = int(abs(np.log(here.sizes / 2 ** 18)).argmin()), 1e6, time.monotonic()
+    while not card and time.monotonic() - began < 90 and here.shapes[which][0] not in here.seconds:
+        here.measure(which, tokens)             # until what is planned has been measured
+        row = here.best(p, seconds)[0]
+        which, tokens = int(row[5]), row[2] / here.bytes_a_token[int(row[5])]
     first, *_ = rows = here.best(p, seconds)
+    same = rows[:, 3:5] == first[3:5]
     others = {'a smaller model': rows[:, 0] < first[0] / 1.8, 'a larger one': rows[:, 0] > 1.8 * first[0],
-              'one' if first[3] > 1 else 'several': (rows[:, 3] > 1) != (first[3] > 1),
-              'half the text': abs(rows[:, 2] / first[2] - 0.5) < 0.1,
-              'no dropout' if first[4] else 'with dropout': rows[:, 4] != first[4]}
+              'one model' if first[3] > 1 else 'several models': (rows[:, 3] > 1) != (first[3] > 1),
+              'half the reading': same.all(1) & (rows[:, 5] == first[5]) & (abs(rows[:, 2] / first[2] - 0.5) < 0.1),
+              'no dropout' if first[4] else 'with dropout': ~same[:, 1]}
     shown = {'the plan': first} | {name: rows[like.argmax()] for name, like in others.items() if like.any()}
     shown |= {'twice the time': here.best(p, 2 * seconds)[0], 'twice the text': here.best(p, seconds, 2)[0]}
     table = [dict(what=name) | here.described(p, residuals, row) for name, row in shown.items()]
     far = [f'{what} are {value / most:.1f} times the most' for what, value, most in zip(
-        ('parameters', 'bytes of text', 'bytes read'), first, known.max(0)) if value > 1.5 * most]
-    machine = f'{own.card}, at {own.card_mfu:.0%} of its peak,' if 'card' in given else 'this machine'
+        ('parameters', 'bytes of text', 'bytes read', 'members'), first, known.max(0)) if value > 1.5 * most]
+    machine = f'{own.card}, at {own.card_mfu:.0%} of its peak,' if card else 'this machine'
     said = [f'Of {s.budget_minutes:g} minutes of {machine}, {here.text["tokens"]:,.0f} tokens of text and at most '
             f'{own.most_params:,.0f} parameters, expected of', '', *text_table(PLANNED, table), '',
-            f'tokens: that each member reads. bits per byte: by a law that is within {abs(np.expm1(residuals)).max():.1%} of '
-            f'{len(known)} runs ({path}); in brackets nine of ten redraws. Other text has other bits per byte.',
+            f'tokens: that each member reads. bits per byte: by a law that is within '
+            f'{abs(np.expm1(residuals)).max():.1%} of {len(known)} runs ({own.plan_runs or "config/law.tsv"}); in brackets nine '
+            f'of ten redraws. Other text has other bits per byte.',
             *[f'Beyond what those runs show, so trust the order more than the number: {", ".join(far)} of theirs.'] * bool(far)]
     print('\n'.join(said))
+    draw_plan(configs, '\n'.join(said), here, p, first, s.budget_minutes, seconds)
+    if own.write:
+        write_plan(out, configs, vars(s), typed | here.settings(first, seconds), table[0])
+
+
+def draw_plan(configs, text, here, p, first, minutes, seconds):
+    """The page of a plan: what time buys, and where reading again stops paying."""
+    def chart(title, note, x, lines):
+        lines = {name: (np.log(at), expected(p, np.array(rows))) for name, (at, rows) in lines.items()}
+        return dots(title, note, x, [(name, at, bpb[0], at, bpb) for name, (at, bpb) in lines.items()])
+
+    longer, epochs, shares = 2.0 ** np.arange(-4, 5), np.geomspace(1, 100, 40), (0.25, 1, 4)
+    size, bytes_, _, members, dropout, _ = first
+    again = {f'{share:g} of the text': (epochs, [(size, share * bytes_, share * bytes_ * n, members, dropout) for n in epochs])
+             for share in shares}
     root = Path('out/plan') / '+'.join(Path(c).stem for c in configs)
     root.mkdir(parents=True, exist_ok=True)
-    times = {time: here.best(p, time * seconds)[0] for time in 2.0 ** np.arange(-4, 5)}
-    again = {f'{part:g} of the text' if part != 1 else 'the text': [
-        (first[0], part * first[1], part * first[1] * epochs, *first[3:]) for epochs in np.geomspace(1, 100, 40)] for part in (0.25, 1, 4)}
-    blocks = [dict(kind='text', title='The plan', text='\n'.join(said)),
-              expected('What time buys', 'The best plan for each time, as here.', 'minutes', p, {
-                  'the best': (s.budget_minutes * np.array([*times]), [*times.values()])}),
-              expected('Where reading again stops paying', f'A model of {first[0]:,.0f} parameters, {int(first[3])} of them.', 'epochs', p, {
-                  name: ([row[2] / row[1] for row in rows], rows) for name, rows in again.items()})]
-    sample.write_page(root / 'plan.html', f'What {" ".join(configs)} should be', blocks=blocks)
+    sample.write_page(root / 'plan.html', f'What {" ".join(configs)} should be', blocks=[
+        dict(kind='text', title='The plan', text=text),
+        chart('What time buys', 'The best plan for each time.', 'minutes', {
+            'the best': (minutes * longer, [here.best(p, n * seconds)[0] for n in longer])}),
+        chart('Where reading again stops paying', f'{int(members)} of {size:,.0f} parameters.', 'epochs', again)])
     print(f'{root / "plan.html"} draws it')
-    if own.write:
-        write_plan(own, configs, first, here.settings(first, seconds), table[0])
 
 
-def expected(title, said, x, p, lines):
-    """A chart of what laws p expect of {name: (x, rows as of Choices.best)}."""
-    return dots(title, said, x, [(name, np.log(at), (y := law(p, repeated(*np.array(rows).T))[0])[0], np.log(at), y)
-                                 for name, (at, rows) in lines.items()])
-
-
-def write_plan(own, configs, row, settings, expected):
+def write_plan(path, configs, before, settings, told):
     """The plan as a config, to be stacked on those that it was made for."""
-    path = Path(at_home(own.write))
-    refuse(path.suffix != '.py' or path.exists(), f'--write is {path}, it must be a new file that ends in .py')
-    lines = [f'"""The plan of bench_mfu.py for {"+".join(configs)}: {expected["val_bpb"]} bits per byte expected.', '',
+    needs = dict(dropout='from config.dropout import Block', members='from config.ensemble import GPT, Run')
+    lines = [f'"""The plan of bench_mfu.py for {"+".join(configs)}: {told["val_bpb"]} bits per byte expected.', '',
              f'    python train.py {" ".join(configs)} {path}', '"""',
-             *['from config.dropout import Block'] * bool(row[4] > 0), *['from config.ensemble import GPT, Run'] * bool(row[3] > 1),
+             *(line for k, line in needs.items() if k in settings and k not in before),
              *(f'{k} = {v!r}' for k, v in settings.items())]
     sample.write_beside(path, lambda f: f.write('\n'.join([*lines, '']).encode()))
     print(f'{path} is written: python train.py {" ".join(configs)} {path}')

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 
 import model
+import train
 
 bigram_rows: int = 32768    # 2..: of the table, which is that times n_embd
 
@@ -44,3 +45,9 @@ class GPT(model.GPT):
         mixed = (before * V + now) * 0x9E3779B1 % 2 ** 32       # Knuth's multiplicative hash
         mixed = (mixed ^ mixed >> 15) * 0x85EBCA77 % 2 ** 32
         return mixed // 2 % self.config.bigram_rows, (1 - 2 * (mixed % 2))[..., None]
+
+
+class Run(train.Run):
+
+    def shape_names(self):
+        return [*super().shape_names(), 'bigram_rows']

@@ -85,6 +85,9 @@ class Run(train.Run):
             refuse(True, f'{later} and ensemble.py do not go together in this order: name ensemble.py after '
                    f'{later}, or leave one out')
 
+    def shape_names(self):
+        return [*super().shape_names(), 'members']
+
     def groups(self, model):
         groups = super().groups(model)
         theirs = {id(p) for p in model.others.parameters()}

@@ -2,9 +2,8 @@
 
     torchrun train.py config/babylm.py config/even_mix.py
 
-Small sources come round more often, large ones not whole. --weights takes precedence. The control of
-config/domains.py, whose micro-batches are such a mix: at 300,000 tokens the mix alone had made 2.145 bits per
-byte of 2.191, where validation weighs its sources evenly too (RESULTS.md). Expected: a gain where the smallest
+Small sources come round more often, large ones not whole. --weights takes precedence. Not the mix of
+config/domains.py, which reads sources in proportion to their text, each micro-batch of one. Expected: a gain where the smallest
 source differs most and is read a few times; a loss where it is read a hundred times. Not yet measured apart.
 """
 import numpy as np

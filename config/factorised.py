@@ -15,7 +15,8 @@ from model import Linear, rms_norm
 
 table_dim: int = 128        # 1..: channels of a row
 
-NOT_WITH = dict.fromkeys(('growth', 'distillation', 'multi_token', 'plain_gpt2', 'leaderboard'), 'it takes a table to be as wide as the layers')
+NOT_WITH = dict.fromkeys(('growth', 'distillation', 'multi_token', 'plain_gpt2', 'leaderboard'),
+                         'it takes a table to be as wide as the layers')
 
 
 class Table(nn.Embedding):
@@ -56,6 +57,9 @@ class GPT(model.GPT):
 
 
 class Run(train.Run):
+
+    def shape_names(self):
+        return [*super().shape_names(), 'table_dim']
 
     def groups(self, model):
         groups = super().groups(model)

@@ -12,11 +12,11 @@ import train
 
 loop_layers: int = 2        # 1..: how many layers, those in the middle, at most n_layer
 loop_times: int = 2         # 1..: how often they are run
-loop_from: float = 0.0      # 0..1: progress after which they are; before, each runs once
+loop_from: float = 0.0      # 0..0.99: progress after which they are; before, each runs once
 
 
 class GPT(model.GPT):
-    looping = True          # as it is sampled from
+    looping = True          # as it is sampled from; a checkpoint from before loop_from is not yet that model
 
     def build(self, config):
         super().build(config)
@@ -24,12 +24,13 @@ class GPT(model.GPT):
             raise ValueError(f'loop_layers is {config.loop_layers}, n_layer only {config.n_layer}')
 
     def layers(self, x, context):
-        c, x0, first = self.config, x, (self.config.n_layer - self.config.loop_layers) // 2
+        c, x0, first = self.config, x.view_as(x), (self.config.n_layer - self.config.loop_layers) // 2
         times = c.loop_times if self.looping else 1
         for n in range(times):                       # the first from the bottom, the last to the top
             end = first + c.loop_layers if n < times - 1 else c.n_layer
+            mine = context._replace(cache=self.cache_of(n, context.cache))
             for block in self.blocks[first if n else 0:end]:
-                x = block(x, x0, context._replace(cache=self.cache_of(n, context.cache)))
+                x = block(x, x0, mine)
         return x
 
     def cache_of(self, n, cache):
@@ -54,13 +55,24 @@ class Run(train.Run):
 
     def loop(self):
         """Whether the model is at where its loops begin; True if that is new."""
-        due, before = self.progress >= self.s.loop_from, self.model.looping
+        before = self.model.looping
+        self.set_looping(self.progress >= self.s.loop_from)
+        return self.model.looping != before
+
+    def set_looping(self, looping):
         for net in self.model.modules():
             if hasattr(net, 'looping'):
-                net.looping = due
-        return due != before
+                net.looping = looping
 
     def step(self):
         if self.loop():
             self.flops_per_token = self.model.flops_per_token(self.model.attended(self.early.to(self.device)))
         super().step()
+
+    def dearer(self):
+        """The closing evaluation is of a model that loops."""
+        looping, now = self.model.looping, self.model.flops_per_token()
+        self.set_looping(True)
+        then = self.model.flops_per_token()
+        self.set_looping(looping)
+        return super().dearer() * then / now

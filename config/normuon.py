@@ -29,6 +29,7 @@ class Run(train.Run):
                 state['seen'] += 1
                 mean = state['squares'].lerp_(squares, 1 - beta) / (1 - beta ** state['seen'])
                 even = update / (mean.sqrt() + 1e-8)
-                return even * (update.norm(dim=(-2, -1), keepdim=True) / even.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12))
+                before, after = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, even))
+                return even * (before / after.clamp(min=1e-12))
 
         return NorMuon

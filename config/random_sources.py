@@ -3,8 +3,9 @@
     torchrun train.py config/babylm.py config/domains.py config/random_sources.py
 
 What config/domains.py or another that goes by sources gains with these labels too comes of more parameters, or
-of another order, and not of domains. Each source keeps its number of documents. val_bpb_per_source is that of
-such labels. Expected: bits per byte of plain text with as many parameters. Not yet measured.
+of another order, and not of domains. Each source keeps its number of documents, not of tokens;
+val_bpb_per_source is that of such labels. A part of the validation text is drawn by source, so compare only
+runs that read all of it. Expected: bits per byte of plain text with as many parameters. Not yet measured.
 """
 import numpy as np
 

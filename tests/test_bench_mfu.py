@@ -855,31 +855,42 @@ def test_a_planted_law_of_repeated_text_is_found(monkeypatch):
 @pytest.fixture
 def choices(corpus):
     s, ideas = train.read_settings([*corpus.args, '--block_size=64', '--micro_batch_size=4'])
-    here = bench_mfu.Choices(s, ideas, 3e5)
-    here.known = {30000: 1e-5, 100000: 3e-5}
+    here = bench_mfu.Choices(s, corpus.args, ideas, rows_of_dolls(), 1e6)
+    here.seconds = {70000: 1e-5, 200000: 3e-5}
     return here
 
 
+def test_what_a_plan_chooses_from(choices):
+    assert len(choices.shapes) >= 6 and choices.sizes.max() <= 1e6
+    for size, shape in choices.shapes:
+        made = model.blueprint(bench_mfu.replace(choices.config, **shape))
+        assert made.params()['total'] == size and shape['block_size'] == 64 and shape['n_embd'] // shape['n_head'] in (16, 32, 64)
+        assert shape['mlp_hidden'] == 4 * shape['n_embd'] and shape['n_layer'] >= 4
+    at = int(np.searchsorted(choices.sizes, 100000))
+    times = choices.seconds_a_token()
+    assert 70000 < choices.sizes[at] < 200000 < choices.sizes[-1]
+    assert times[at] == pytest.approx(1e-5 * 3 ** (math.log(choices.sizes[at] / 70000) / math.log(20 / 7)))
+    assert times[-1] == pytest.approx(3e-5 * choices.sizes[-1] / 200000)
+    choices.suppose(1e9)
+    assert choices.seconds_a_token()[0] == pytest.approx(model.blueprint(bench_mfu.replace(choices.config, **choices.shapes[0][1])).flops_per_token() / 1e9)
+
+
 def test_a_plan_is_the_best_of_all(choices):
-    sizes, times = choices.sizes, choices.seconds_a_token()
-    assert (sizes <= 3.3e5).all() and len(sizes) >= 4 and choices.nearest(1) == sizes[0]
-    assert 30000 < sizes[2] < 100000 < sizes[-1]
-    assert times[2] == pytest.approx(1e-5 * 3 ** (math.log(sizes[2] / 30000) / math.log(100 / 30)))
-    assert times[-1] == pytest.approx(3e-5 * sizes[-1] / 100000)
-    p = np.array([REPEATED])
+    p, times = np.array([REPEATED]), choices.seconds_a_token()
     rows = choices.best(p, 30)
-    bpb = np.exp(bench_mfu.law(p, bench_mfu.repeated(*rows.T))[0][0])
-    assert (np.diff(bpb) >= 0).all() and (rows[:, 0] * rows[:, 3] <= 3e5).all() and {*rows[:, 3]} > {1, 2} and {*rows[:, 4]} == {0, 0.1}
-    size, text, read, members, thin = rows[0]
-    at = int(np.searchsorted(sizes, size))
-    most = 30 / times[at] / members * choices.bytes_a_token(size)
-    assert read <= most * 1.001 and text == choices.text['bytes']
+    bpb = np.exp(bench_mfu.law(p, bench_mfu.repeated(*rows.T[:5]))[0][0])
+    assert (np.diff(bpb) >= 0).all() and (rows[:, 0] * rows[:, 3] <= 1e6).all() and {*rows[:, 3]} > {1, 2} and {*rows[:, 4]} == {0, 0.1}
+    for size, text, read, members, thin, which in rows[::50]:
+        assert size == choices.sizes[int(which)] and text == choices.text['bytes']
+        assert read <= 1.001 * 30 / times[int(which)] / members * choices.bytes_a_token[int(which)]
     # with little text it ends early or trains several; with much it reads for all of its time
     poor, rich = choices.best(p, 30, 0.01)[0], choices.best(p, 30, 1000)[0]
-    assert rich[3] == 1 and 'max_tokens' not in choices.settings(rich, 30)
-    assert poor[3] > 1 or poor[4] > 0 or 'max_tokens' in choices.settings(poor, 30)
+    assert rich[3] == 1 and choices.settings(rich, 30)['max_tokens'] == 0
+    assert poor[3] > 1 or poor[4] > 0 or choices.settings(poor, 30)['max_tokens']
     step = choices.settings(rich, 30)['tokens_per_step']
-    assert step % 64 == 0 and step == pytest.approx(640 * (rich[2] / choices.bytes_a_token(rich[0]) / 1e6) ** 0.4, abs=33)
+    assert step % 256 == 0 and -256 < step - 640 * (rich[2] / choices.bytes_a_token[int(rich[5])] / 1e6) ** 0.4 < 33
+    choices.on_card = True
+    assert choices.step_of(1e6) == 512 and choices.step_of(6e6) == 1280 and choices.step_of(1) == choices.s.tokens_per_step == 512
 
 
 def test_a_plan_from_end_to_end(corpus, tmp_path, monkeypatch, capsys):
@@ -897,16 +908,45 @@ def test_a_plan_from_end_to_end(corpus, tmp_path, monkeypatch, capsys):
     assert int(row[5]) == getattr(s, 'members', 1) and float(row[6]) == getattr(s, 'dropout', 0)
     with pytest.raises(UserError, match='--write is planned.py, it must be a new file'):
         bench_mfu.main(args)
+    page = re.search(r'id="data">(.*?)</script>', (tmp_path / 'out/plan/base/plan.html').read_text(), re.S)[1]
+    text, times, again = json.loads(page)['blocks']
+    assert len(times['series'][0]['band']) == 9 and [len(one['points']) for one in again['series']] == [40] * 3
+    bits = [y for _, y in times['series'][0]['points']]
+    assert (np.diff(bits) <= 1e-9).all() and bits[-1] < bits[0]                                # more time, no more bits
+
+
+def test_a_plan_goes_with_what_it_is_for(corpus, tmp_path, monkeypatch, capsys):
+    """Of a config that has members the plan's are the only ones; what does not go with members has none; what was typed is kept."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_mfu, 'DRAWS', 5)
+    table, ensemble = rows_of_dolls(0.002), str(ROOT / 'config' / 'ensemble.py')
+    np.savetxt('law.tsv', table, delimiter='\t', header='\t'.join(bench_mfu.AS_RUN), comments='')
+    s, ideas = train.read_settings(args := [*corpus.args, ensemble, '--members=3'])
+    here = bench_mfu.Choices(s, args, ideas, table, 1e6)
+    assert s.members == 1 and here.sizes.min() < 70000
+    here.suppose(1e9)
+    one, several = (next(row for row in here.best(np.array([REPEATED]), 30) if (row[3] > 1) == many) for many in (False, True))
+    assert [here.settings(row, 30)['members'] for row in (one, several)] == [1, several[3]]
+    s, ideas = train.read_settings(args := [*corpus.args, str(PLAIN)])
+    assert {*bench_mfu.Choices(s, args, ideas, table, 1e6).members} == {1}
+    assert {*bench_mfu.Choices(s, args, ideas, table[table[:, 4] == 0], 1e6).dropout} == {0}
+    with pytest.raises(UserError, match='--most_params is 50,000, and no model in these proportions has so few'):
+        bench_mfu.Choices(s, args, ideas, table, 5e4)
+    bench_mfu.main(['--plan', ensemble, *corpus.args, '--plan_runs=law.tsv', '--card=RTX 4090', '--seed=7', '--write=mine.py', '--most_params=1e6'])
+    assert 'RTX 4090, at 45% of its peak' in capsys.readouterr().out
+    written = (tmp_path / 'mine.py').read_text()
+    assert 'seed = 7' in written and 'members = ' in written and 'config.ensemble' not in written
+    train.read_settings([ensemble, 'mine.py'])
 
 
 def test_runs_that_a_plan_goes_by(tmp_path):
-    result = dict(tokens=1000, val_loss=2 * math.log(2), val_bpb=1.0, epochs=4, total_params=300, settings=dict(members=3))
+    result = dict(tokens=1000, val_loss=2 * math.log(2), val_bpb=1.0, epochs=4, total_params=300, settings=dict(members=3), data=dict(val_bytes=9))
     assert bench_mfu.as_run(result) == pytest.approx([100, 500, 2000, 3, 0, 1])
     known = bench_mfu.runs_known(bench_mfu.RUNS)
     assert len(known) >= 40 and (known > 0)[:, :4].all() and (known[:, 2] / known[:, 1]).max() > 30 and {0, 0.1} == {*known[:, 4]} and {1, 3, 4} <= {*known[:, 3]}
     (tmp_path / 'few').mkdir()
     (tmp_path / 'few' / 'result.json').write_text(json.dumps(result))
     for args, said in ((['--plan'], '--plan names no config'), (['--plan', 'a.py', f'--plan_runs={tmp_path}/none'], 'must be a folder of runs'),
-                       (['--plan', 'a.py', f'--plan_runs={tmp_path}/few'], 'holds 1 finished runs')):
+                       (['--plan', 'a.py', f'--plan_runs={tmp_path}/few'], 'holds 1 finished runs'), (['--plan', 'a.py', '--write=a-plan.py'], 'with a name like my_plan.py')):
         with pytest.raises(UserError, match=re.escape(said)):
             bench_mfu.main(args)

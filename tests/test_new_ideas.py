@@ -97,7 +97,7 @@ def test_a_loop_may_begin_late(main, tmp_path):
     args = [LOOP, '--n_layer=3', '--max_steps=4', '--overwrite']
     main(*args, '--loop_from=0.5')
     late = json.loads((tmp_path / 'run' / 'result.json').read_text())
-    main(*args, '--loop_from=1')
+    main(*args, '--loop_from=0.99')
     never = json.loads((tmp_path / 'run' / 'result.json').read_text())
     main(*args)
     always = json.loads((tmp_path / 'run' / 'result.json').read_text())
@@ -313,6 +313,19 @@ def test_optimizers_go_on_to_the_bit(main, monkeypatch, tmp_path):
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
     kept = torch.load(tmp_path / 'run' / 'ckpt.pt', weights_only=True)['optimizers'][0]['state'].values()
     assert {len(state) for state in kept} == {3}
+
+
+def test_what_changes_muon_needs_it(main):
+    for idea, name in ((NORMUON, 'normuon'), (CAUTIOUS, 'cautious_decay')):
+        with pytest.raises(UserError, match=f'optimizer is adamw, and {name}.py changes Muon: leave one out'):
+            main(idea, '--optimizer=adamw')
+
+
+@pytest.mark.parametrize('idea, name, value', [(NARROW, 'table_dim', 16), (BIGRAMS, 'bigram_rows', 64), (ENSEMBLE, 'members', 2)])
+def test_weights_of_another_run_bring_their_shape(main, tmp_path, idea, name, value):
+    main(idea, f'--{name}={value}', '--out_dir=first')
+    main(idea, '--init_from=first', '--out_dir=second')
+    assert json.loads((tmp_path / 'second' / 'result.json').read_text())['config'][name] == value
 
 
 def test_an_even_mix_reads_every_source_as_often(corpus):
