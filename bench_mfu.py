@@ -1292,7 +1292,8 @@ PLANNED = dict(what=None, layers=0, width=0, vocabulary=0, parameters=0, members
 LONGER_TOKENS = 0.27                # the power of the vocabulary that bytes a token grow with (512 to 8,192 ids)
 REPEATED = 'E A alpha cost B beta C a b g kappa thin'.split()       # E, A, B and C as logs
 UNITS = 1e5, 1e6, 1e6               # parameters and bytes of a run that these are of
-LEAST_AGAIN, LEAST_HELD = 1e-3, -2.0    # of R - 1: text read once costs nothing; of log h, beyond which no run reads again
+LEAST_AGAIN = 1e-3                  # of R - 1: text that is read once costs nothing
+LEAST_HELD = -2.0                   # of log h: of less no run has read its text again
 
 
 def repeated(params, text, read, members, dropout):
@@ -1301,11 +1302,12 @@ def repeated(params, text, read, members, dropout):
     text, R readings of it, D bytes in all. From R = 2 on it rises by b + g log h, as larger models know their
     text by heart sooner. Dropout lessens it and adds to the second."""
     n, u, d = (np.log(x) - math.log(unit) for x, unit in zip((params, text, read), UNITS))
-    n, h, d, again, k, thin = np.broadcast_arrays(
-        n, np.maximum(n - u, LEAST_HELD), d, np.log(np.maximum(np.exp(d - u) - 1, LEAST_AGAIN)), np.log(members), dropout)
+    h, again = np.maximum(n - u, LEAST_HELD), np.log(np.maximum(np.exp(d - u) - 1, LEAST_AGAIN))
+    n, h, d, again, k, thin = np.broadcast_arrays(n, h, d, again, np.log(members), dropout)
     terms = [dict(E=1), dict(A=1, alpha=-n, cost=thin), dict(B=1, beta=-d),
              dict(C=1, a=h, b=again, g=h * np.maximum(again, 0), kappa=-k, thin=-thin)]
-    return np.stack([np.stack([np.broadcast_to(term.get(name, 0.0), n.shape) for name in REPEATED], -1) for term in terms], -2)
+    columns = [[np.broadcast_to(term.get(name, 0.0), n.shape) for name in REPEATED] for term in terms]
+    return np.stack([np.stack(term, -1) for term in columns], -2)
 
 
 def law_of_repeats(rows):
@@ -1315,8 +1317,8 @@ def law_of_repeats(rows):
     terms, y = repeated(*x), np.log(y)
     m, tries = y.mean(), itertools.product((0.2, 0.6), (0.1, 0.4), (0.1, 0.4), (0.4, 0.8))
     p, loss = fit_law(terms, y, np.array([[dict(
-        E=m + math.log(E), A=(rest := m + math.log(0.45 - E / 2)), alpha=alpha, B=rest, beta=beta, C=m - 2.3, a=0.4, b=b,
-        kappa=1, thin=5).get(name, 0) for name in REPEATED] for E, alpha, beta, b in tries]))
+        E=m + math.log(E), A=(rest := m + math.log(0.45 - E / 2)), alpha=alpha, B=rest, beta=beta, C=m - 2.3, a=0.4,
+        b=b, kappa=1, thin=5).get(name, 0) for name in REPEATED] for E, alpha, beta, b in tries]))
     p = p[[loss.argmin()]]
     fitted = law(p, terms)[0][0]
     again = redrawn(fitted, y - fitted, p.shape[1], np.random.default_rng(0))
@@ -1328,8 +1330,8 @@ def runs_known(path):
     try:
         if path.is_dir():
             results = [json.loads(file.read_text()) for file in sorted(path.rglob('result.json'))]
-            refuse(len({r['data']['val_bytes'] for r in results}) > 1, f'{path} holds runs that were measured on different '
-                   f'text: name a folder of one')
+            refuse(len({r['data']['val_bytes'] for r in results}) > 1,
+                   f'{path} holds runs that were measured on different text: name a folder of one')
             rows = np.array([as_run(r) for r in results])
         else:
             rows = np.loadtxt(path, delimiter='\t', skiprows=1, usecols=range(len(AS_RUN)))
@@ -1399,7 +1401,8 @@ class Choices:
         run.step()
         self.seconds[size] = train.seconds_of(run.step, 5) / step
         run.batches.close()
-        print(f'{size:,} parameters, {step:,} tokens a step: {1 / self.seconds[size]:,.0f} tokens a second here', flush=True)
+        speed = 1 / self.seconds[size]
+        print(f'{size:,} parameters, {step:,} tokens a step: {speed:,.0f} tokens a second here', flush=True)
 
     def suppose(self, speed):
         """Seconds a token where FLOPs a second are known and no card is here."""
@@ -1496,9 +1499,9 @@ def plan(own, argv, given=()):
     said = [f'Of {s.budget_minutes:g} minutes of {machine}, {here.text["tokens"]:,.0f} tokens of text and at most '
             f'{own.most_params:,.0f} parameters, expected of', '', *text_table(PLANNED, table), '',
             f'tokens: that each member reads. bits per byte: by a law that is within '
-            f'{abs(np.expm1(residuals)).max():.1%} of {len(known)} runs ({own.plan_runs or "config/law.tsv"}); in brackets nine '
-            f'of ten redraws. Other text has other bits per byte.',
-            *[f'Beyond what those runs show, so trust the order more than the number: {", ".join(far)} of theirs.'] * bool(far)]
+            f'{abs(np.expm1(residuals)).max():.1%} of {len(known)} runs ({own.plan_runs or "config/law.tsv"}); in '
+            f'brackets nine of ten redraws. Other text has other bits per byte.']
+    said += [f'Beyond what those runs show, so trust the order more than the number: {", ".join(far)} of theirs.'] * bool(far)
     print('\n'.join(said))
     draw_plan(configs, '\n'.join(said), here, p, first, s.budget_minutes, seconds)
     if own.write:
@@ -1513,8 +1516,8 @@ def draw_plan(configs, text, here, p, first, minutes, seconds):
 
     longer, epochs, shares = 2.0 ** np.arange(-4, 5), np.geomspace(1, 100, 40), (0.25, 1, 4)
     size, bytes_, _, members, dropout, _ = first
-    again = {f'{share:g} of the text': (epochs, [(size, share * bytes_, share * bytes_ * n, members, dropout) for n in epochs])
-             for share in shares}
+    again = {f'{share:g} of the text': (epochs, [
+        (size, share * bytes_, share * bytes_ * n, members, dropout) for n in epochs]) for share in shares}
     root = Path('out/plan') / '+'.join(Path(c).stem for c in configs)
     root.mkdir(parents=True, exist_ok=True)
     sample.write_page(root / 'plan.html', f'What {" ".join(configs)} should be', blocks=[

@@ -733,9 +733,9 @@ class Run:
     def make_optimizers(self, model):
         s, muon = self.s, []
         groups = {name: dict(base_decay=0.0) | g for name, g in self.groups(model).items() if g['params']}
-        changed = [kind.__module__.rpartition('.')[2] for kind in type(self).__mro__[:-1] if 'muon' in vars(kind) and kind is not Run]
-        refuse(changed and s.optimizer != 'muon', f'optimizer is {s.optimizer}, and {"".join(changed[:1])}.py changes Muon: '
-               f'leave one out')
+        changed = next(kind for kind in type(self).__mro__ if 'muon' in vars(kind)).__module__
+        refuse(changed != Run.__module__ and s.optimizer != 'muon',
+               f'optimizer is {s.optimizer}, and {changed.rpartition(".")[2]}.py changes Muon: leave one out')
         if s.optimizer == 'muon':
             muon = [self.muon()(momentum=s.momentum, dtype=self.dtype, **groups.pop('matrices'))]
         return muon + [torch.optim.AdamW([*groups.values()], lr=0.0, betas=(s.beta1, s.beta2), eps=1e-10,

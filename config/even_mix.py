@@ -3,8 +3,9 @@
     torchrun train.py config/babylm.py config/even_mix.py
 
 Small sources come round more often, large ones not whole. --weights takes precedence. Not the mix of
-config/domains.py, which reads sources in proportion to their text, each micro-batch of one. Expected: a gain where the smallest
-source differs most and is read a few times; a loss where it is read a hundred times. Not yet measured apart.
+config/domains.py, which reads sources in proportion to their text, each micro-batch of one. Expected: a gain
+where the smallest source differs most and is read a few times; a loss where it is read a hundred times. Not yet
+measured apart.
 """
 import numpy as np
 
