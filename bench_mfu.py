@@ -41,8 +41,8 @@ proportions, in --minutes of training each. A doll is a config, out/doll/<base>/
 says of dolls of two or more sizes (other --minutes, each its --compare_dir) whether they agree.
 
 --plan measures this machine for a minute or so, or takes --card at --card_mfu, and says which size in the
-config's proportions, how many members, dropout or not, and how much reading end with the fewest bits per byte
-in budget_minutes on the text that is here, or on --text_words such as are here, with at most --most_params
+config's proportions, how many side by side, thinned or not, and how much reading end with the fewest bits per
+byte in budget_minutes on the text that is here, or on --text_words such as are here, with at most --most_params
 (1e8). It goes by a law of runs that read their text 1 to 40 times: config/law.tsv, or --plan_runs, a folder of
 yours. --write=plan.py makes a config of it.
 
@@ -1280,30 +1280,31 @@ def keep_sweep(runs, root):
 # ---- the planner: what to train with so much time and text --------------------------------------------------
 
 RUNS = Path(train.__file__).with_name('config') / 'law.tsv'     # of scale models: RESULTS.md, "The planner"
-AS_RUN = 'params text_bytes bytes members dropout val_bpb'.split()
+AS_RUN = RUNS.read_text().partition('\n')[0].split('\t')         # its columns: what a run was, and what came of it
+SEVERAL, THINNED = AS_RUN[3:5]      # settings of two ideas: models side by side, and how much is left out at random
 WIDTHS = [*range(32, 129, 16), *range(160, 257, 32), *range(320, 513, 64), *range(640, 1025, 128)]
 HEADS = 64, 32, 16                  # channels of one, the widest of which there are two: the kernels have these
 MOST_IN_TABLE = 0.35                # of parameters: with more of them ids are too rare for the law
-MEMBERS, DROPOUTS = (1, 2, 3, 4, 6, 8), (0.0, 0.1)
+MEMBERS, RATES = (1, 2, 3, 4, 6, 8), (0.0, 0.1)          # of these two, what a plan may be
 PARTS = 2.0 ** -np.arange(0, 6.5, 0.5)          # of the time spent reading; below 1 a run ends early
-TOKENS_A_STEP = 640, 1e6, 0.4       # 640 in a run of a million tokens, and growing as the 0.4th power of these
-PLANNED = dict(what=None, layers=0, width=0, vocabulary=0, parameters=0, members=0, dropout=1, tokens=0, epochs=2,
+TOKENS_A_STEP = 640, 1e6, 0.4       # 640 in a run of a million tokens, and as the 0.4th power of these
+PLANNED = dict(what=None, layers=0, width=0, vocabulary=0, parameters=0, members=0, thinned=1, tokens=0, epochs=2,
                val_bpb=None)
-LONGER_TOKENS = 0.27                # the power of the vocabulary that bytes a token grow with (512 to 8,192 ids)
+LONGER_TOKENS = 0.27                # bytes a token go as this power of the vocabulary (512 to 8,192 ids)
 REPEATED = 'E A alpha cost B beta C a b g kappa thin'.split()       # E, A, B and C as logs
 UNITS = 1e5, 1e6, 1e6               # parameters and bytes of a run that these are of
 LEAST_AGAIN = 1e-3                  # of R - 1: text that is read once costs nothing
 LEAST_HELD = -2.0                   # of log h: of less no run has read its text again
 
 
-def repeated(params, text, read, members, dropout):
+def repeated(params, text, read, members, thinned):
     """Terms for law() of runs that read their text again: E + A / N^alpha + B / D^beta, as if all were new, and
     C h^a (R - 1)^b / K^kappa for what is learned by heart: N parameters of each of K members, h of them a byte of
     text, R readings of it, D bytes in all. From R = 2 on it rises by b + g log h, as larger models know their
-    text by heart sooner. Dropout lessens it and adds to the second."""
+    text by heart sooner. What is thinned has less of it and more of the second."""
     n, u, d = (np.log(x) - math.log(unit) for x, unit in zip((params, text, read), UNITS))
     h, again = np.maximum(n - u, LEAST_HELD), np.log(np.maximum(np.exp(d - u) - 1, LEAST_AGAIN))
-    n, h, d, again, k, thin = np.broadcast_arrays(n, h, d, again, np.log(members), dropout)
+    n, h, d, again, k, thin = np.broadcast_arrays(n, h, d, again, np.log(members), thinned)
     terms = [dict(E=1), dict(A=1, alpha=-n, cost=thin), dict(B=1, beta=-d),
              dict(C=1, a=h, b=again, g=h * np.maximum(again, 0), kappa=-k, thin=-thin)]
     columns = [[np.broadcast_to(term.get(name, 0.0), n.shape) for name in REPEATED] for term in terms]
@@ -1344,17 +1345,17 @@ def runs_known(path):
 def as_run(r):
     """What a law needs of a result.json, as AS_RUN; bytes are what tokens of the validation text stand for."""
     read = r['tokens'] * r['val_loss'] / (math.log(2) * r['val_bpb'])
-    members, dropout = (r['settings'].get(k, least) for k, least in (('members', 1), ('dropout', 0.0)))
-    return [r['total_params'] / members, read / r['epochs'], read, members, dropout, r['val_bpb']]
+    members, thinned = r['settings'].get(SEVERAL, 1), r['settings'].get(THINNED, 0.0)
+    return [r['total_params'] / members, read / r['epochs'], read, members, thinned, r['val_bpb']]
 
 
 class Choices:
     """What could be trained here: models in the proportions of a config but for their tables, of up to `most`
-    parameters, alone or as members, with dropout or without, and how fast; on the text that is here, or so many
-    words such as are here."""
+    parameters, alone or as members, thinned or not, and how fast; on the text that is here, or so many words such
+    as are here."""
 
     def __init__(self, s, argv, ideas, known, most, words=0, on_card=False):
-        vars(s).update({k: v for k, v in dict(members=1, dropout=0.0).items() if k in vars(s)})     # a plan has its own
+        vars(s).update({k: v for k, v in ((SEVERAL, 1), (THINNED, 0.0)) if k in vars(s)})       # a plan has its own
         rows = min(8, s.micro_batch_size)        # a step of the plan's, not of the config's, must fit the text
         run = measured(ideas)(s, device='cpu', compile='off', tokens_per_step=rows * s.block_size)
         text, c = run.data.meta['splits']['train'], run.config
@@ -1373,10 +1374,10 @@ class Choices:
         self.bytes_a_token = text['bytes'] / text['tokens'] * np.array(
             [(shape['vocab_size'] / c.vocab_size) ** LONGER_TOKENS for _, shape in shapes])
         # only what the law has seen, and what goes with the config's ideas
-        tried = [('ensemble', MEMBERS, known[:, 3] > 1), ('dropout', DROPOUTS, known[:, 4] > 0)]
-        kinds = [some if any_.any() and goes_with(argv, idea) else some[:1] for idea, some, any_ in tried]
+        tried = (SEVERAL, MEMBERS, known[:, 3] > 1), (THINNED, RATES, known[:, 4] > 0)
+        kinds = [some if seen.any() and goes_with(argv, name) else some[:1] for name, some, seen in tried]
         grid = (x.ravel() for x in np.meshgrid(np.arange(len(shapes)), PARTS, *kinds, indexing='ij'))
-        self.which, self.part, self.members, self.dropout = grid
+        self.which, self.part, self.members, self.thinned = grid
         self.fit = self.sizes[self.which] * self.members <= most
         self.seconds = {}                        # that a token takes, by parameters
 
@@ -1420,35 +1421,40 @@ class Choices:
         number of its shape at the end, those first of which law p expects the fewest bits per byte."""
         read = (seconds / self.seconds_a_token() * self.bytes_a_token)[self.which] * self.part / self.members
         bytes_ = np.full(len(read), text * self.text['bytes'])
-        rows = np.stack([self.sizes[self.which], bytes_, read, self.members, self.dropout, self.which], -1)[self.fit]
+        rows = np.stack([self.sizes[self.which], bytes_, read, self.members, self.thinned, self.which], -1)[self.fit]
         return rows[np.argsort(expected(p[:1], rows)[0])]
 
     def settings(self, row, seconds):
         """The config that a row of best() is; where it ends before its time, by tokens."""
-        size, text, read, members, dropout, which = row
+        size, text, read, members, thinned, which = row
         tokens = read / self.bytes_a_token[int(which)]
         step = self.step_of(tokens)
-        more = dict(members=int(members), dropout=float(dropout))
+        more = {SEVERAL: int(members), THINNED: float(thinned)}
         shape = self.shapes[int(which)][1] | dict(tokens_per_step=step, max_steps=0, max_tokens=0)
-        shape |= {k: v for k, v in more.items() if v > (k == 'members') or k in vars(self.s)}
+        shape |= {k: v for k, v in more.items() if v > (k == SEVERAL) or k in vars(self.s)}
         whole = seconds / members / self.seconds_a_token()[int(which)]
         return shape | (dict(max_tokens=round(tokens / step) * step) if tokens < 0.9 * whole else {})
 
     def described(self, p, residuals, row):
         """A line of the table of a plan; what laws p expect of it, with the interval of their redraws and of what
         runs are off them."""
-        size, text, read, members, dropout, which = row
+        size, text, read, members, thinned, which = row
         off = np.random.default_rng(0).choice(residuals, len(p)) * np.sign(np.arange(len(p)))      # not of the first
         c, bpb = self.shapes[int(which)][1], np.exp(expected(p, row[None])[:, 0] + off)
         return dict(layers=c['n_layer'], width=c['n_embd'], vocabulary=c['vocab_size'], parameters=int(size * members),
-                    members=int(members), dropout=float(dropout), tokens=int(read / self.bytes_a_token[int(which)]),
+                    members=int(members), thinned=float(thinned), tokens=int(read / self.bytes_a_token[int(which)]),
                     epochs=read / text, val_bpb=spoken(bpb))
 
 
-def goes_with(argv, idea):
-    """Whether config/<idea>.py can be stacked on these."""
+def declaring(setting):
+    """The file of config/ that declares a setting."""
+    return next(path for path in RUNS.parent.glob('*.py') if re.search(rf'^{setting}: ', path.read_text(), re.M))
+
+
+def goes_with(argv, setting):
+    """Whether the idea that declares it can be stacked on these."""
     try:
-        return bool(train.read_settings([*argv, str(RUNS.with_name(f'{idea}.py'))]))
+        return bool(train.read_settings([*argv, str(declaring(setting))]))
     except UserError:
         return False
 
@@ -1489,7 +1495,7 @@ def plan(own, argv, given=()):
     others = {'a smaller model': rows[:, 0] < first[0] / 1.8, 'a larger one': rows[:, 0] > 1.8 * first[0],
               'one model' if first[3] > 1 else 'several models': (rows[:, 3] > 1) != (first[3] > 1),
               'half the reading': same.all(1) & (rows[:, 5] == first[5]) & (abs(rows[:, 2] / first[2] - 0.5) < 0.1),
-              'no dropout' if first[4] else 'with dropout': ~same[:, 1]}
+              'not thinned' if first[4] else 'thinned': ~same[:, 1]}
     shown = {'the plan': first} | {name: rows[like.argmax()] for name, like in others.items() if like.any()}
     shown |= {'twice the time': here.best(p, 2 * seconds)[0], 'twice the text': here.best(p, seconds, 2)[0]}
     table = [dict(what=name) | here.described(p, residuals, row) for name, row in shown.items()]
@@ -1499,8 +1505,8 @@ def plan(own, argv, given=()):
     said = [f'Of {s.budget_minutes:g} minutes of {machine}, {here.text["tokens"]:,.0f} tokens of text and at most '
             f'{own.most_params:,.0f} parameters, expected of', '', *text_table(PLANNED, table), '',
             f'tokens: that each member reads. bits per byte: by a law that is within '
-            f'{abs(np.expm1(residuals)).max():.1%} of {len(known)} runs ({own.plan_runs or "config/law.tsv"}); in '
-            f'brackets nine of ten redraws. Other text has other bits per byte.']
+            f'{abs(np.expm1(residuals)).max():.1%} of {len(known)} runs ({own.plan_runs or "config/law.tsv"}); '
+            f'in brackets nine of ten redraws. Other text has other bits per byte.']
     said += [f'Beyond what those runs show, so trust the order more than the number: {", ".join(far)} of theirs.'] * bool(far)
     print('\n'.join(said))
     draw_plan(configs, '\n'.join(said), here, p, first, s.budget_minutes, seconds)
@@ -1515,9 +1521,9 @@ def draw_plan(configs, text, here, p, first, minutes, seconds):
         return dots(title, note, x, [(name, at, bpb[0], at, bpb) for name, (at, bpb) in lines.items()])
 
     longer, epochs, shares = 2.0 ** np.arange(-4, 5), np.geomspace(1, 100, 40), (0.25, 1, 4)
-    size, bytes_, _, members, dropout, _ = first
+    size, bytes_, _, members, thinned, _ = first
     again = {f'{share:g} of the text': (epochs, [
-        (size, share * bytes_, share * bytes_ * n, members, dropout) for n in epochs]) for share in shares}
+        (size, share * bytes_, share * bytes_ * n, members, thinned) for n in epochs]) for share in shares}
     root = Path('out/plan') / '+'.join(Path(c).stem for c in configs)
     root.mkdir(parents=True, exist_ok=True)
     sample.write_page(root / 'plan.html', f'What {" ".join(configs)} should be', blocks=[
@@ -1530,10 +1536,11 @@ def draw_plan(configs, text, here, p, first, minutes, seconds):
 
 def write_plan(path, configs, before, settings, told):
     """The plan as a config, to be stacked on those that it was made for."""
-    needs = dict(dropout='from config.dropout import Block', members='from config.ensemble import GPT, Run')
+    ideas = [declaring(k) for k in settings if k in (SEVERAL, THINNED) and k not in before]
+    seams = {idea.stem: re.findall(rf'^class ({"|".join(prepare_data.SEAMS)})\(', idea.read_text(), re.M) for idea in ideas}
     lines = [f'"""The plan of bench_mfu.py for {"+".join(configs)}: {told["val_bpb"]} bits per byte expected.', '',
              f'    python train.py {" ".join(configs)} {path}', '"""',
-             *(line for k, line in needs.items() if k in settings and k not in before),
+             *(f'from config.{name} import {", ".join(classes)}' for name, classes in sorted(seams.items())),
              *(f'{k} = {v!r}' for k, v in settings.items())]
     sample.write_beside(path, lambda f: f.write('\n'.join([*lines, '']).encode()))
     print(f'{path} is written: python train.py {" ".join(configs)} {path}')

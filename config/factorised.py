@@ -15,7 +15,7 @@ from model import Linear, rms_norm
 
 table_dim: int = 128        # 1..: channels of a row
 
-NOT_WITH = dict.fromkeys(('growth', 'distillation', 'multi_token', 'plain_gpt2', 'leaderboard'),
+NOT_WITH = dict.fromkeys(('growth', 'climb_objective', 'distillation', 'multi_token', 'plain_gpt2', 'leaderboard'),
                          'it takes a table to be as wide as the layers')
 
 

@@ -929,7 +929,7 @@ def test_a_plan_goes_with_what_it_is_for(corpus, tmp_path, monkeypatch, capsys):
     assert [here.settings(row, 30)['members'] for row in (one, several)] == [1, several[3]]
     s, ideas = train.read_settings(args := [*corpus.args, str(PLAIN)])
     assert {*bench_mfu.Choices(s, args, ideas, table, 1e6).members} == {1}
-    assert {*bench_mfu.Choices(s, args, ideas, table[table[:, 4] == 0], 1e6).dropout} == {0}
+    assert {*bench_mfu.Choices(s, args, ideas, table[table[:, 4] == 0], 1e6).thinned} == {0}
     with pytest.raises(UserError, match='--most_params is 50,000, and no model in these proportions has so few'):
         bench_mfu.Choices(s, args, ideas, table, 5e4)
     bench_mfu.main(['--plan', ensemble, *corpus.args, '--plan_runs=law.tsv', '--card=RTX 4090', '--seed=7', '--write=mine.py', '--most_params=1e6'])
