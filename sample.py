@@ -9,11 +9,13 @@
     python sample.py out/babylm config/my_measure.py --eval=mine       what an idea measures
     python sample.py data/babylm-bpe8192 --eval=all                    fetch BLiMP, tokenize all of data/eval
     python sample.py out/quickstart "Mia" --stats                      and what that took in energy and cache
+    python sample.py out/babylm --export html                          the model in a page that opens anywhere
 
 A run is asked by the code of the ideas that made it. What train.py measures stands here too: Measure, a seam,
 and Energy.
 """
 import argparse
+import base64
 import codecs
 import contextlib
 import ctypes
@@ -50,8 +52,8 @@ except ImportError:                             # Windows
     fcntl = resource = None
 
 import prepare_data
-from config import UserError, at_home, in_words, print_without_fail
-from model import IN_USE, KVCache, configured
+from config import UserError, at_home, in_words, name_of, print_without_fail, refuse
+from model import GPT, IN_USE, MLP, Attention, Block, KVCache, configured
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
 
@@ -226,6 +228,60 @@ def thinned(rows, most=3000):
         means.append({key: sum(values) / len(values) if values else None for key, values in known.items()}
                      | dict(step=group[-1]['step'], averaged=n))
     return sorted([*means, *(row for row in rows if 'train_loss' not in row)], key=lambda row: row['step'])
+
+
+# ---- a model in one file -----------------------------------------------------------------------------------
+
+def quantised(weight):
+    """int8 q (rows, columns) and fp32 scale (rows,) of a matrix: symmetric, scale q is nearest to it."""
+    scale = weight.abs().amax(dim=1) / 127
+    return (weight / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
+
+
+def arithmetic_of(ideas):
+    """JavaScript that ideas add to web/model.html: `page` of each class that changes the net, the first last.
+    It overrides methods of the page's Model; '' says that what the page computes is right as it is."""
+    changed = [c for seam in (MLP, Attention, Block, GPT) for c in reversed(ideas.seam(seam).__mro__)
+               if issubclass(c, seam) and c.__module__ not in (seam.__module__, 'stack')]
+    for c in changed:
+        refuse('page' not in vars(c), f'{name_of(c)} changes the net, its {c.__name__} does not say how a page '
+               f'computes that: give it page = \'JavaScript\', or export a run without this idea')
+    return '\n'.join(c.page for c in changed)
+
+
+def write_model_page(run):
+    """model.html in a run's folder: web/model.html with the model, its matrices in int8, and the tokenizer."""
+    tokenizer, config, path = run.tokenizer, run.model.config, run.folder / 'model.html'
+    ideas = arithmetic_of(run.ideas)
+    pieces = getattr(tokenizer, 'bpe', None) if tokenizer.kind == 'bpe' else None
+    unigram = pieces and any(pieces.get_score(i) != 258 - i for i in range(258, pieces.vocab_size()))
+    refuse(unigram, f'{run.folder} has a unigram vocabulary, and a page can encode bpe, bytes and gpt2: train '
+           f'with one of them')
+    tensors, floats, ints = [], [], []
+    for name, w in run.model.state_dict().items():
+        if name != 'lm_head.weight' or not config.tie_embeddings:
+            w = w.float().cpu()
+            if not w.isfinite().all():
+                raise FloatingPointError(f'{name} of {run.folder} is not finite: the run had diverged')
+            q, scale = quantised(w) if w.dim() == 2 else (w[:0], w.flatten())
+            tensors.append([name, len(scale), w.shape[1]] if w.dim() == 2 else [name, len(scale)])
+            floats.append(scale.numpy().astype('<f4').tobytes())
+            ints.append(q.numpy().astype('i1').tobytes())
+    data = dict(name=path.absolute().parent.name, about=run.model.describe(), config=dataclasses.asdict(config),
+                tensors=tensors, tokenizer=dict(kind=tokenizer.kind, bos=tokenizer.bos, marks=getattr(
+                    tokenizer, 'marks', re.compile('')).pattern, table=[b.decode('latin-1') for b in tokenizer.table]))
+    page = (Path(__file__).parent / 'web' / 'model.html').read_text('utf-8').replace('/* IDEAS */', ideas, 1)
+    inline = re.findall(r'<(?:style|script id="\w+")>(.*?)</(?:style|script)>', page, re.S)
+    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inline)
+    page = page.replace('HASHES', ' '.join(f"'sha256-{h}'" for h in hashes))
+    weights = base64.b64encode(b''.join(floats + ints)).decode()
+    page = page.replace('id="weights"><', f'id="weights">{weights}<', 1)
+    page = page.replace('{}</script>', as_json(data).replace('<', '\\u003c') + '</script>', 1).encode()
+    write_beside(path, lambda f: f.write(page))
+    print(f'{path}: {len(page) / 1e6:.1f} MB, the whole model in int8; it opens in any browser, offline too')
+
+
+EXPORTS = dict(html=write_model_page)    # format: what writes a run in it
 
 
 # ---- completing --------------------------------------------------------------------------------------------
@@ -1087,6 +1143,7 @@ def the_options():
     whole('--eval_items', default=0, help='only so many items of each; 0 is all')
     add('--no_bos', action='store_true', help='score texts without the BOS of training')
     add('--json', help='a file that keeps what --eval measured')
+    add('--export', help=f'write the model into its folder in another format: {", ".join(EXPORTS)}')
     return parser
 
 
@@ -1111,6 +1168,10 @@ def read_options(argv):
         raise UserError(f'--top_p is {args.top_p}, it must be above 0 and at most 1')
     if args.eval and args.stats:
         raise UserError('--stats says what a prompt takes, and --eval reads none: leave one away')
+    if args.export is not None and args.export not in EXPORTS:
+        raise UserError(f'--export is {args.export!r}, it must be one of {", ".join(EXPORTS)}')
+    if args.export and (args.eval or args.stats or args.prompt or args.file or args.interactive):
+        raise UserError('--export writes a file and does nothing else: leave the other options away')
     if grid(args.country) is None:
         raise UserError(f'--country is {args.country!r}, it must be one of {", ".join(GRID)}, or the '
                         f'grams of CO2e a kWh')
@@ -1122,6 +1183,8 @@ def main(argv):
     if args.eval and (Path(args.run) / 'meta.json').exists():
         return prepare_evals(args.run, args.eval, args.eval_data)
     run = open_run(args.run, args.device, of_ideas)
+    if args.export:
+        return EXPORTS[args.export](run)
     if args.eval:
         return evaluate(run, args)
     energy, marks = Energy(args.device, time.monotonic()) if args.stats else None, []
