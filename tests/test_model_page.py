@@ -167,7 +167,7 @@ def test_greedy_text_is_that_of_the_model_past_its_window(tmp_path, options):
     for ids in prompt, prompt[:5]:
         want = [new.item() for new in made.generate(torch.tensor([ids]), 200, temperature=0)]
         events = js(page, '[...model.complete(d, 200, {temperature: 0})].filter(e => e)', ids)
-        assert [e['id'] for e in events if e.get('made')] == want and len({*want}) > (4 if made.config.block_size > 1 else 1)
+        assert [e['id'] for e in events if e.get('made')] == want and (len({*want}) > 4 or made.config.block_size == 1)
         seen = ids[-made.config.block_size:][1:]
         assert [e['id'] for e in events if not e.get('made')] == seen
 
@@ -176,11 +176,10 @@ def test_greedy_text_is_that_of_the_model_past_its_window(tmp_path, options):
 def test_a_document_ends(tmp_path):
     made = net()
     with torch.no_grad():
-        made.lm_head.weight.zero_()
-        made.lm_head.weight[256] = 1             # likelier where the hidden state's sum is above 0
-    page = export(tmp_path, made)
-    ends = [js(page, '[...model.complete([256, d], 50, {temperature: 0})].filter(e => e?.made).map(e => e.id)', i) for i in range(8)]
-    assert all(256 not in ids[:-1] for ids in ends) and any(ids == [256] for ids in ends)
+        made.lm_head.weight[256] *= 3
+    page, want = export(tmp_path, made), [new.item() for new in made.generate(torch.tensor([[256, 1]]), 200, temperature=0)]
+    got = js(page, '[...model.complete([256, 1], 200, {temperature: 0})].filter(e => e?.made).map(e => e.id)')
+    assert got == want[:want.index(256) + 1] and 1 < len(got) < 200
 
 
 @needs_node
@@ -251,8 +250,9 @@ def test_as_a_user(tmp_path):
             sample.main([str(folder), *wrong])
     state['model']['blocks.1.mix'][0] = math.nan
     torch.save(state, folder / 'ckpt.pt')
-    code, out, err = script('sample.py', folder, '--export', 'html', cwd=tmp_path)
-    assert code == 2 and err.startswith('sample.py: blocks.1.mix of') and not out and (folder / 'model.html').read_bytes() == first
+    with pytest.raises(FloatingPointError, match='blocks.1.mix of .* is not finite'):
+        sample.main([str(folder), '--export', 'html', '--device=cpu'])
+    assert (folder / 'model.html').read_bytes() == first
 
 
 # ---- what is not the baseline
@@ -307,7 +307,7 @@ def test_an_idea_may_say_how_a_page_computes_it(tmp_path):
 
 
 def test_a_unigram_vocabulary_is_refused(tmp_path):
-    tokenizer = prepare_data.BPETokenizer.train([words(4000)], 300, 'unigram')
+    tokenizer = prepare_data.BPETokenizer.train([words(4000)], 280, 'unigram')
     with pytest.raises(UserError, match='unigram'):
         export(tmp_path / 'run', net(tokenizer), tokenizer)
     assert [*(tmp_path / 'run').iterdir()] == []
