@@ -306,6 +306,28 @@ def test_an_idea_may_say_how_a_page_computes_it(tmp_path):
         sample.arithmetic_of(idea(tmp_path, CAP.format(page='')))
 
 
+PAGES = dict(loss_kernels={}, z_loss={}, softcap=dict(logit_softcap=2.0), window=dict(window=5), dropout={}, stochastic_depth={}, multi_token={},
+             climb_objective={}, distillation={}, growth=dict(head_scale=0.25))
+
+
+@needs_node
+@pytest.mark.parametrize('name', PAGES)
+def test_what_ideas_say_of_their_pages_is_so(tmp_path, name):
+    ideas = prepare_data.Ideas([str(ROOT / 'config' / f'{name}.py')], [], strict=False)
+    made = net(ideas=ideas, **PAGES[name])
+    page, ids = export(tmp_path, made, ideas=ideas), [256, *range(20), 256, 5, 6]
+    want = logits_of(made, ids)
+    assert np.abs(np.reshape(js(page, EACH, [ids])[0], want.shape) - want).max() < 1e-3
+    if PAGES[name]:
+        assert np.abs(logits_of(net(), ids) - want).max() > 0.1                      # and it does something
+
+
+def test_ideas_that_stack_add_up_in_a_page():
+    ideas = prepare_data.Ideas([str(ROOT / 'config' / f'{name}.py') for name in ('softcap', 'dropout', 'growth', 'multi_token', 'window')], [], strict=False)
+    text = sample.arithmetic_of(ideas)
+    assert text.index('logit_softcap') < text.index('head_scale') < text.index('{window}')
+
+
 def test_a_unigram_vocabulary_is_refused(tmp_path):
     tokenizer = prepare_data.BPETokenizer.train([words(4000)], 280, 'unigram')
     with pytest.raises(UserError, match='unigram'):
