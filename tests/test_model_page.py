@@ -78,11 +78,11 @@ def inside(page, kind, name):
     return re.search(rf'<script{kind} id="{name}">(.*?)</script>', page.read_text('utf-8'), re.S)[1]
 
 
-def js(page, expression, d=None, simd=True):
-    """What an expression over a page's own model, its tokenizer, and d is worth."""
+def js(page, expression, d=None):
+    """What an expression over a page's own tokenizer, its model, the same as `plain` without WebAssembly, and d is worth."""
     code = inside(page, '', 'engine') + f'''
         const {{data, weights, d}} = JSON.parse(require("fs").readFileSync(0, "utf-8"));
-        const tokenizer = new Tokenizer(data.tokenizer), model = new Model(data, weights, {str(simd).lower()});
+        const tokenizer = new Tokenizer(data.tokenizer), model = new Model(data, weights), plain = new Model(data, weights, false);
         process.stdout.write(JSON.stringify({expression}));'''
     given = dict(data=json.loads(inside(page, ' type="application/json"', 'data')), weights=inside(page, ' type="text/plain"', 'weights'), d=d)
     done = subprocess.run([NODE, '-e', code], input=json.dumps(given).encode(), capture_output=True, timeout=60)
@@ -126,7 +126,7 @@ OPTIONS = [dict(), dict(tie_embeddings=True, token_shift=False), dict(qk_norm=Fa
            dict(n_head=4, n_kv_head=2, head_dim=10, rotary_dim=6, mlp_hidden=48), dict(n_embd=30, head_dim=6, rotary_dim=2, mlp='swiglu', mlp_hidden=20),
            dict(n_head=4, n_kv_head=1, n_embd=64, rotary_dim=8, tie_embeddings=True, rope_base=500.0, qk_norm=False, token_shift=False),
            dict(n_layer=1, block_size=300, n_embd=16)]
-EACH = '''d.map(ids => {
+EACH = '''[plain, model].map(model => d.map(ids => {
     model.reset();
     const out = [];
     for (let i = 0; i < ids.length; i += 4) {
@@ -135,7 +135,7 @@ EACH = '''d.map(ids => {
         out.push(...model.logits(model.x, part.length));
     }
     return out;
-})'''
+}))'''
 
 
 def logits_of(net, ids):
@@ -149,10 +149,11 @@ def test_logits_are_those_of_the_model(tmp_path, options):
     made = net(**options)
     page, dice, size = export(tmp_path, made), random.Random(2), made.config.block_size
     rows = [[256, *dice.choices(range(256), k=size - 1)], [256] + 2 * [*dice.choices(range(256), k=6), 256], [7, 256, 256, 9, 1], [5]]
-    for simd in True, False:
-        for ids, got in zip(rows, js(page, EACH, rows, simd)):
+    for way in js(page, EACH, rows):
+        for ids, got in zip(rows, way, strict=True):
             want = logits_of(made, ids)
             assert want.std() > 0.3 and np.abs(np.reshape(got, want.shape) - want).max() < 1e-3
+    assert js(page, '[!!model.simd, !!plain.simd]') == [True, False]
 
 
 @needs_node
@@ -160,13 +161,13 @@ def test_logits_are_those_of_the_model(tmp_path, options):
                                      dict(block_size=16, token_shift=False, doc_mask=False, tie_embeddings=True)])
 def test_greedy_text_is_that_of_the_model_past_its_window(tmp_path, options):
     made = net(seed=3, **options)
-    page, prompt = export(tmp_path, made), [256, *'Mia lost the red kite by the barn.'.encode()]
+    prompt = [256, *'Mia lost the red kite by the barn.'.encode()]
     with torch.no_grad():
         made.lm_head.weight[256] = 0             # it goes on for all of the 200 tokens
-    page = export(tmp_path, made)
-    for ids in prompt, prompt[:5]:
+    rows = [prompt, prompt[:5]]
+    answers = js(export(tmp_path, made), 'd.map(ids => [...model.complete(ids, 200, {temperature: 0})].filter(e => e))', rows)
+    for ids, events in zip(rows, answers, strict=True):
         want = [new.item() for new in made.generate(torch.tensor([ids]), 200, temperature=0)]
-        events = js(page, '[...model.complete(d, 200, {temperature: 0})].filter(e => e)', ids)
         assert [e['id'] for e in events if e.get('made')] == want and (len({*want}) > 4 or made.config.block_size == 1)
         seen = ids[-made.config.block_size:][1:]
         assert [e['id'] for e in events if not e.get('made')] == seen
@@ -301,7 +302,7 @@ def test_an_idea_may_say_how_a_page_computes_it(tmp_path):
     made = net(ideas=ideas)
     page, ids = export(tmp_path / 'run', made, ideas=ideas), [256, 1, 2, 3, 4]
     want = logits_of(made, ids)
-    assert 1 < np.abs(want).max() < 2 and np.abs(np.reshape(js(page, EACH, [ids])[0], want.shape) - want).max() < 1e-3
+    assert 1 < np.abs(want).max() < 2 and np.abs(np.reshape(js(page, EACH, [ids])[1][0], want.shape) - want).max() < 1e-3
     with pytest.raises(UserError, match='GPT does not say'):
         sample.arithmetic_of(idea(tmp_path, CAP.format(page='')))
 
@@ -317,7 +318,7 @@ def test_what_ideas_say_of_their_pages_is_so(tmp_path, name):
     made = net(ideas=ideas, **PAGES[name])
     page, ids = export(tmp_path, made, ideas=ideas), [256, *range(20), 256, 5, 6]
     want = logits_of(made, ids)
-    assert np.abs(np.reshape(js(page, EACH, [ids])[0], want.shape) - want).max() < 1e-3
+    assert np.abs(np.reshape(js(page, EACH, [ids])[1][0], want.shape) - want).max() < 1e-3
     if PAGES[name]:
         assert np.abs(logits_of(net(), ids) - want).max() > 0.1                      # and it does something
 
