@@ -238,47 +238,55 @@ def quantised(weight):
     return (weight / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
 
 
+def packed(model):
+    """[[name, rows, columns] or [name, length]] of a model's tensors, and their bytes: see web/model.html."""
+    shapes, floats, ints = [], [], []
+    for name, w in model.state_dict().items():
+        if name == 'lm_head.weight' and model.config.tie_embeddings:
+            continue                             # wte.weight once more
+        if not w.isfinite().all():
+            raise FloatingPointError(f'{name} is not finite: export a run that did not diverge')
+        w = w.float().cpu()
+        q, scale = quantised(w) if w.dim() == 2 else (w[:0], w.flatten())
+        shapes.append([name, len(scale), *(w.shape[1:] if w.dim() == 2 else ())])
+        floats.append(scale.numpy().astype('<f4').tobytes())
+        ints.append(q.numpy().astype('i1').tobytes())
+    return shapes, b''.join(floats + ints)
+
+
 def arithmetic_of(ideas):
-    """JavaScript that ideas add to web/model.html: `page` of each class that changes the net, the first last.
-    It overrides methods of the page's Model; '' says that what the page computes is right as it is."""
+    """JavaScript that ideas add to the Model of web/model.html: `page` of each of their classes that change
+    the net, in the order in which they build on each other. '' says that the baseline's is right."""
     changed = [c for seam in (MLP, Attention, Block, GPT) for c in reversed(ideas.seam(seam).__mro__)
                if issubclass(c, seam) and c.__module__ not in (seam.__module__, 'stack')]
     for c in changed:
-        refuse('page' not in vars(c), f'{name_of(c)} changes the net, its {c.__name__} does not say how a page '
-               f'computes that: give it page = \'JavaScript\', or export a run without this idea')
+        refuse('page' not in vars(c), f'{name_of(c)} changes the net, and its {c.__name__} does not say how '
+               f'a page computes that: give the class a text `page`, or export a run without this idea')
     return '\n'.join(c.page for c in changed)
 
 
 def write_model_page(run):
-    """model.html in a run's folder: web/model.html with the model, its matrices in int8, and the tokenizer."""
-    tokenizer, config, path = run.tokenizer, run.model.config, run.folder / 'model.html'
-    ideas = arithmetic_of(run.ideas)
-    pieces = getattr(tokenizer, 'bpe', None) if tokenizer.kind == 'bpe' else None
-    unigram = pieces and any(pieces.get_score(i) != 258 - i for i in range(258, pieces.vocab_size()))
-    refuse(unigram, f'{run.folder} has a unigram vocabulary, and a page can encode bpe, bytes and gpt2: train '
-           f'with one of them')
-    tensors, floats, ints = [], [], []
-    for name, w in run.model.state_dict().items():
-        if name != 'lm_head.weight' or not config.tie_embeddings:
-            w = w.float().cpu()
-            if not w.isfinite().all():
-                raise FloatingPointError(f'{name} of {run.folder} is not finite: the run had diverged')
-            q, scale = quantised(w) if w.dim() == 2 else (w[:0], w.flatten())
-            tensors.append([name, len(scale), w.shape[1]] if w.dim() == 2 else [name, len(scale)])
-            floats.append(scale.numpy().astype('<f4').tobytes())
-            ints.append(q.numpy().astype('i1').tobytes())
-    data = dict(name=path.absolute().parent.name, about=run.model.describe(), config=dataclasses.asdict(config),
-                tensors=tensors, tokenizer=dict(kind=tokenizer.kind, bos=tokenizer.bos, marks=getattr(
-                    tokenizer, 'marks', re.compile('')).pattern, table=[b.decode('latin-1') for b in tokenizer.table]))
+    """model.html in a run's folder: web/model.html with the model, matrices in int8, and its tokenizer."""
+    t, marks, path, ideas = run.tokenizer, '', run.folder / 'model.html', arithmetic_of(run.ideas)
+    if t.kind == 'bpe':
+        marks, first = t.marks.pattern, t.first_byte + 256
+        unigram = any(t.bpe.get_score(i) != first - i for i in range(first, t.vocab_size))
+        refuse(unigram, f'{run.folder} has a vocabulary of the kind unigram, a page knows bpe, bytes and '
+               f'gpt2: train with one of these')
+    shapes, weights = packed(run.model)
+    table = [piece.decode('latin-1') for piece in t.table]
+    data = as_json(dict(name=path.absolute().parent.name, about=run.model.describe(), tensors=shapes,
+                        tokenizer=dict(kind=t.kind, bos=t.bos, table=table, marks=marks),
+                        config=dataclasses.asdict(run.model.config)))
     page = (Path(__file__).parent / 'web' / 'model.html').read_text('utf-8').replace('/* IDEAS */', ideas, 1)
     inline = re.findall(r'<(?:style|script id="\w+")>(.*?)</(?:style|script)>', page, re.S)
-    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inline)
-    page = page.replace('HASHES', ' '.join(f"'sha256-{h}'" for h in hashes))
-    weights = base64.b64encode(b''.join(floats + ints)).decode()
-    page = page.replace('id="weights"><', f'id="weights">{weights}<', 1)
-    page = page.replace('{}</script>', as_json(data).replace('<', '\\u003c') + '</script>', 1).encode()
-    write_beside(path, lambda f: f.write(page))
-    print(f'{path}: {len(page) / 1e6:.1f} MB, the whole model in int8; it opens in any browser, offline too')
+    hashes = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in inline)
+    for mark, text in (('HASHES', ' '.join(f"'sha256-{digest}'" for digest in hashes)),
+                       ('id="weights">', 'id="weights">' + base64.b64encode(weights).decode()),
+                       ('{}</script>', data.replace('<', '\\u003c') + '</script>')):
+        page = page.replace(mark, text)
+    write_beside(path, lambda f: f.write(page.encode()))
+    print(f'{path}: {path.stat().st_size / 1e6:.1f} MB, the model in int8; any browser opens it, offline too')
 
 
 EXPORTS = dict(html=write_model_page)    # format: what writes a run in it

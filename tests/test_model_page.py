@@ -25,7 +25,8 @@ needs_node = pytest.mark.skipif(not NODE, reason="node is not installed, which r
 BYTES = prepare_data.ByteTokenizer()
 EVIL = '<!-- </script><script>alert(1)'
 ODD = ['', ' ', '  a  b ', '\n', '\n\n\nx\n', '\ta\t', '\r\n', '\0', '\x07\x1b[0m\x7f\x85', 'kite', ' the kite by the barn.\n', '<s>', '<|endoftext|>',
-       '<0x0A>', '\u2581', 'a\u2581\u2581 \u2581b', '\ue009x\ue00a', '\ufeff', '\ufeffa\ufeff', '\uffff', '\U0010ffff', 'e\u0301e', '🙂👨\u200d👩\u200d👧',
+       '<0x0A>', '\u2581', 'a\u2581\u2581 \u2581b', '\ue009x\ue00a', '\ufeff', '\ufeffa\ufeff', '\uffff', '\U0010ffff', 'e\u0301e',
+       '🙂👨\u200d👩\u200d👧',
        '한국어 日本語 עברית', "it's 1234  don't\u00a0\u3000 \u2028", 'aaaaaaaaaaaaaaaaaaaaaaaaaaa', '   ', 'x   ', EVIL, '\u0130\u017f\u212a']
 
 
@@ -251,7 +252,7 @@ def test_as_a_user(tmp_path):
             sample.main([str(folder), *wrong])
     state['model']['blocks.1.mix'][0] = math.nan
     torch.save(state, folder / 'ckpt.pt')
-    with pytest.raises(FloatingPointError, match='blocks.1.mix of .* is not finite'):
+    with pytest.raises(FloatingPointError, match='blocks.1.mix is not finite'):
         sample.main([str(folder), '--export', 'html', '--device=cpu'])
     assert (folder / 'model.html').read_bytes() == first
 
@@ -286,7 +287,7 @@ PAGE = """page = '''
 def test_ideas_that_change_the_net_are_refused_by_name(tmp_path):
     for seam in 'GPT', 'Block', 'Attention', 'MLP':
         ideas = idea(tmp_path, f'import model\n\n\nclass {seam}(model.{seam}):\n    pass\n')
-        with pytest.raises(UserError, match=rf'mine\.py changes the net, its {seam} does not say') as e:
+        with pytest.raises(UserError, match=rf'mine\.py changes the net, and its {seam} does not say') as e:
             export(tmp_path / 'run', net(ideas=ideas), ideas=ideas)
         assert '\n' not in str(e.value) and [*(tmp_path / 'run').iterdir()] == []
     ideas = prepare_data.Ideas([str(ROOT / 'config' / f'{name}.py') for name in ('ema', 'attention_gate')], [], strict=False)
