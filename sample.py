@@ -9,11 +9,13 @@
     python sample.py out/babylm config/my_measure.py --eval=mine       what an idea measures
     python sample.py data/babylm-bpe8192 --eval=all                    fetch BLiMP, tokenize all of data/eval
     python sample.py out/quickstart "Mia" --stats                      and what that took in energy and cache
+    python sample.py out/babylm --export html                          the model in a page that opens anywhere
 
 A run is asked by the code of the ideas that made it. What train.py measures stands here too: Measure, a seam,
 and Energy.
 """
 import argparse
+import base64
 import codecs
 import contextlib
 import ctypes
@@ -50,8 +52,8 @@ except ImportError:                             # Windows
     fcntl = resource = None
 
 import prepare_data
-from config import UserError, at_home, in_words, print_without_fail
-from model import IN_USE, KVCache, configured
+from config import UserError, at_home, in_words, name_of, print_without_fail, refuse
+from model import GPT, IN_USE, MLP, Attention, Block, KVCache, configured
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
 
@@ -226,6 +228,68 @@ def thinned(rows, most=3000):
         means.append({key: sum(values) / len(values) if values else None for key, values in known.items()}
                      | dict(step=group[-1]['step'], averaged=n))
     return sorted([*means, *(row for row in rows if 'train_loss' not in row)], key=lambda row: row['step'])
+
+
+# ---- a model in one file -----------------------------------------------------------------------------------
+
+def quantised(weight):
+    """int8 q (rows, columns) and fp32 scale (rows,) of a matrix: symmetric, scale q is nearest to it."""
+    scale = weight.abs().amax(dim=1) / 127
+    return (weight / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
+
+
+def packed(model):
+    """[[name, rows, columns] or [name, length]] of a model's tensors, and their bytes: see web/model.html."""
+    shapes, floats, ints = [], [], []
+    for name, w in model.state_dict().items():
+        if name == 'lm_head.weight' and model.config.tie_embeddings:
+            continue                             # wte.weight once more
+        if not w.isfinite().all():
+            raise FloatingPointError(f'{name} is not finite: export a run that did not diverge')
+        w = w.float().cpu()
+        q, scale = quantised(w) if w.dim() == 2 else (w[:0], w.flatten())
+        shapes.append([name, len(scale), *(w.shape[1:] if w.dim() == 2 else ())])
+        floats.append(scale.numpy().astype('<f4').tobytes())
+        ints.append(q.numpy().astype('i1').tobytes())
+    return shapes, b''.join(floats + ints)
+
+
+def arithmetic_of(ideas):
+    """JavaScript that ideas add to the Model of web/model.html: `page` of each of their classes that change
+    the net, in the order in which they build on each other. '' says that the baseline's is right."""
+    changed = [c for seam in (MLP, Attention, Block, GPT) for c in reversed(ideas.seam(seam).__mro__)
+               if issubclass(c, seam) and c.__module__ not in (seam.__module__, 'stack')]
+    for c in changed:
+        refuse('page' not in vars(c), f'{name_of(c)} changes the net, and its {c.__name__} does not say how '
+               f'a page computes that: give the class a text `page`, or export a run without this idea')
+    return '\n'.join(c.page for c in changed)
+
+
+def write_model_page(run):
+    """model.html in a run's folder: web/model.html with the model, matrices in int8, and its tokenizer."""
+    t, marks, path, ideas = run.tokenizer, '', run.folder / 'model.html', arithmetic_of(run.ideas)
+    if t.kind == 'bpe':
+        marks, first = t.marks.pattern, t.first_byte + 256
+        unigram = any(t.bpe.get_score(i) != first - i for i in range(first, t.vocab_size))
+        refuse(unigram, f'{run.folder} has a vocabulary of the kind unigram, a page knows bpe, bytes and '
+               f'gpt2: train with one of these')
+    shapes, weights = packed(run.model)
+    table = [piece.decode('latin-1') for piece in t.table]
+    data = as_json(dict(name=path.absolute().parent.name, about=run.model.describe(), tensors=shapes,
+                        tokenizer=dict(kind=t.kind, bos=t.bos, table=table, marks=marks),
+                        config=dataclasses.asdict(run.model.config)))
+    page = (Path(__file__).parent / 'web' / 'model.html').read_text('utf-8').replace('/* IDEAS */', ideas, 1)
+    inline = re.findall(r'<(?:style|script id="\w+")>(.*?)</(?:style|script)>', page, re.S)
+    hashes = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in inline)
+    for mark, text in (('HASHES', ' '.join(f"'sha256-{digest}'" for digest in hashes)),
+                       ('id="weights">', 'id="weights">' + base64.b64encode(weights).decode()),
+                       ('{}</script>', data.replace('<', '\\u003c') + '</script>')):
+        page = page.replace(mark, text)
+    write_beside(path, lambda f: f.write(page.encode()))
+    print(f'{path}: {path.stat().st_size / 1e6:.1f} MB, the model in int8; any browser opens it, offline too')
+
+
+EXPORTS = dict(html=write_model_page)    # format: what writes a run in it
 
 
 # ---- completing --------------------------------------------------------------------------------------------
@@ -1087,6 +1151,7 @@ def the_options():
     whole('--eval_items', default=0, help='only so many items of each; 0 is all')
     add('--no_bos', action='store_true', help='score texts without the BOS of training')
     add('--json', help='a file that keeps what --eval measured')
+    add('--export', help=f'write the model into its folder in another format: {", ".join(EXPORTS)}')
     return parser
 
 
@@ -1111,6 +1176,10 @@ def read_options(argv):
         raise UserError(f'--top_p is {args.top_p}, it must be above 0 and at most 1')
     if args.eval and args.stats:
         raise UserError('--stats says what a prompt takes, and --eval reads none: leave one away')
+    if args.export is not None and args.export not in EXPORTS:
+        raise UserError(f'--export is {args.export!r}, it must be one of {", ".join(EXPORTS)}')
+    if args.export and (args.eval or args.stats or args.prompt or args.file or args.interactive):
+        raise UserError('--export writes a file and does nothing else: leave the other options away')
     if grid(args.country) is None:
         raise UserError(f'--country is {args.country!r}, it must be one of {", ".join(GRID)}, or the '
                         f'grams of CO2e a kWh')
@@ -1122,6 +1191,8 @@ def main(argv):
     if args.eval and (Path(args.run) / 'meta.json').exists():
         return prepare_evals(args.run, args.eval, args.eval_data)
     run = open_run(args.run, args.device, of_ideas)
+    if args.export:
+        return EXPORTS[args.export](run)
     if args.eval:
         return evaluate(run, args)
     energy, marks = Energy(args.device, time.monotonic()) if args.stats else None, []

@@ -22,6 +22,7 @@ class_until: float = 0.25    # 0.001..1: progress at which that has faded to not
 
 
 class GPT(model.GPT):
+    page = ''                # what a page computes is the baseline's
 
     def build(self, config):
         super().build(config)

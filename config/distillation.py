@@ -28,6 +28,7 @@ teacher_temperature: float = 2.0    # 0.01..: divides both models' logits: highe
 
 
 class GPT(models.GPT):
+    page = ''                # what a page computes is the baseline's
 
     def loss(self, x, targets, reduction, hidden=None, logits=None, **extras):
         """hidden (B T, C'): the teacher's last hidden states; logits: what makes its logits of them."""

@@ -20,6 +20,7 @@ dropout: float = 0.1        # 0..0.95: share of what attention and MLP add that 
 
 
 class Block(model.Block):
+    page = ''                # what a page computes is the baseline's
 
     def __init__(self, config, layer):
         super().__init__(config, layer)

@@ -30,6 +30,11 @@ head_scale: float = 1.0          # 0.000001..: of the last hidden states; growth
 
 class GPT(models.GPT):
     """A tied head's input is made smaller by growth, as its matrix cannot be: it is the token table."""
+    page = '''
+        Model.prototype.forward = (forward => function (ids) {
+            forward.call(this, ids);
+            for (let i = 0; i < this.x.length; i++) this.x[i] *= this.config.head_scale;
+        })(Model.prototype.forward);'''
 
     def final(self, x):
         x = super().final(x)

@@ -24,6 +24,7 @@ if triton is not None:
 
 class GPT(models.GPT):
     """An idea gives cap or soft where it overrides cross_entropy, z_loss where it overrides loss."""
+    page = ''                # what a page computes is the baseline's
 
     def cross_entropy(self, x, targets, reduction, cap=0.0, z_loss=0.0, soft=(), **extras):
         return soft_cross_entropy(x, self.lm_head.weight, targets, reduction, cap, z_loss, soft)

@@ -24,6 +24,7 @@ ahead_weight: float = 0.3     # of their losses, falling to 0 with progress
 
 
 class GPT(model.GPT):
+    page = ''                # what a page computes is the baseline's
 
     def build(self, config):
         super().build(config)

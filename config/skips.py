@@ -14,6 +14,17 @@ skip_start: float = 0.1     # weight of a skip as training begins
 
 
 class GPT(model.GPT):
+    page = '''
+        Model.prototype.block = (block => function (layer, n) {
+            const {x, t: {skips}} = this, {n_embd: C, n_layer: L} = this.config;
+            if (layer === 0) this.left = [];
+            if (layer >= L - skips.length) {
+                const weight = skips[this.left.length - 1], left = this.left.pop();
+                for (let i = 0; i < n * C; i++) x[i] += weight * left[i];
+            }
+            block.call(this, layer, n);
+            if (layer < skips.length) this.left.push(x.slice(0, n * C));
+        })(Model.prototype.block);'''
 
     def build(self, config):
         super().build(config)

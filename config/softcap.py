@@ -15,6 +15,12 @@ logit_softcap: float = 30.0     # the cap; 0 is none
 
 
 class GPT(loss_kernels.GPT):
+    page = '''
+        Model.prototype.logits = (logits => function (x, n) {
+            const z = logits.call(this, x, n), cap = this.config.logit_softcap;
+            for (let i = 0; cap && i < z.length; i++) z[i] = cap * Math.tanh(z[i] / cap);
+            return z;
+        })(Model.prototype.logits);'''
 
     def cross_entropy(self, x, targets, reduction, **extras):
         return super().cross_entropy(x, targets, reduction, cap=self.config.logit_softcap, **extras)

@@ -25,6 +25,7 @@ def several(modules):
 
 
 class GPT(model.GPT):
+    page = ''                # what a page computes is the baseline's
 
     def params(self):
         known = super().params()

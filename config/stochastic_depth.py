@@ -19,6 +19,7 @@ layer_drop: float = 0.2     # 0..0.95: chance that a row skips what the last lay
 
 
 class Block(model.Block):
+    page = ''                # what a page computes is the baseline's
 
     def __init__(self, config, layer):
         super().__init__(config, layer)

@@ -16,6 +16,11 @@ window: int = 128       # tokens that a token attends to, itself included; 0 is 
 
 
 class GPT(model.GPT):
+    page = '''
+        Model.prototype.visible = (visible => function (ids) {
+            const {window} = this.config, first = visible.call(this, ids);
+            return window ? first.map((start, p) => Math.max(start, this.length + p - window + 1)) : first;
+        })(Model.prototype.visible);'''
 
     def first_visible(self, idx, past=0, cache=None):
         start, window = super().first_visible(idx, past, cache), self.config.window

@@ -15,6 +15,7 @@ z_loss: float = 1e-4        # weight of the squared log of the softmax's sum; 0 
 
 
 class GPT(loss_kernels.GPT):
+    page = ''                # what a page computes is the baseline's
 
     def loss(self, x, targets, reduction, **extras):
         return super().loss(x, targets, reduction, z_loss=self.config.z_loss, **extras)
