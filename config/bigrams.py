@@ -7,7 +7,9 @@ Whence: hashed n-gram embeddings (Tito Svenstrup 2017, 1709.03933; Huang 2025, 2
 modded-nanogpt speedrun has one since 2026. A row is looked up, not multiplied: parameters grow, FLOPs do not.
 Where pairs collide they share a row, with a sign of their own. Expected: a gain where parameters are free and
 text is read a few times; a loss where it is read often, as rare pairs are learned by heart.
-Not yet measured.
+What it did: 1.9697 bits per byte beside 1.9680 and 1.9696 (seeds 1, 2), with 4,096 rows, in a doll of
+config/nocap.py whose text is read 3.3 times (RESULTS.md, "Dolls"); of 512 ids, where attention finds pairs by
+itself. Even.
 """
 import torch
 import torch.nn as nn

@@ -3,8 +3,9 @@
     torchrun train.py config/nocap.py
 
 Twelve layers 512 wide. If a 4090 reaches 45 % of its peak, thirty minutes read some ten tokens a parameter,
-three epochs. Size and shape are what published half hours suggest, not what was found here. Not yet
-measured on a 4090.
+three epochs. In a doll of it (RESULTS.md, "Dolls") half and almost twice its size, at equal FLOPs, are 1.0 and
+0.5 % worse, half and twice its rate 0.6 and 0.8 %, half and twice its batch 0.8 and 0.2 %. Not yet measured on
+a 4090.
 """
 from config.babylm import Corpus, Measure
 
