@@ -1299,11 +1299,11 @@ LEAST_HELD = -2.0                   # of log h: of less no run has read its text
 
 def repeated(params, text, read, members, thinned):
     """Terms for law() of runs that read their text again: E + A / N^alpha + B / D^beta, as if all were new, and
-    C h^a (R - 1)^b / K^kappa for what is learned by heart: N parameters of each of K members, h of them a byte of
-    text, R readings of it, D bytes in all. From R = 2 on it rises by b + g log h, as larger models know their
-    text by heart sooner. What is thinned has less of it and more of the second."""
+    C h^a r^b / K^kappa for what is learned by heart: N parameters of each of K members, h of them a byte of text,
+    R readings of it, r = (R - 1)^2 / R, D bytes in all. From r = 1 on it rises by b + g log h, as larger models
+    know their text by heart sooner. What is thinned has less of it and more of the second."""
     n, u, d = (np.log(x) - math.log(unit) for x, unit in zip((params, text, read), UNITS))
-    h, again = np.maximum(n - u, LEAST_HELD), np.log(np.maximum(np.exp(d - u) - 1, LEAST_AGAIN))
+    h, again = np.maximum(n - u, LEAST_HELD), 2 * np.log(np.maximum(np.exp(d - u) - 1, LEAST_AGAIN)) - (d - u)
     n, h, d, again, k, thin = np.broadcast_arrays(n, h, d, again, np.log(members), thinned)
     terms = [dict(E=1), dict(A=1, alpha=-n, cost=thin), dict(B=1, beta=-d),
              dict(C=1, a=h, b=again, g=h * np.maximum(again, 0), kappa=-k, thin=-thin)]
@@ -1501,7 +1501,7 @@ def plan(own, argv, given=()):
     table = [dict(what=name) | here.described(p, residuals, row) for name, row in shown.items()]
     far = [f'{what} are {value / most:.1f} times the most' for what, value, most in zip(
         ('parameters', 'bytes of text', 'bytes read', 'members'), first, known.max(0)) if value > 1.5 * most]
-    machine = f'{own.card}, at {own.card_mfu:.0%} of its peak,' if card else 'this machine'
+    machine = f'{own.card} at {own.card_mfu:.0%} of its peak' if card else 'this machine'
     said = [f'Of {s.budget_minutes:g} minutes of {machine}, {here.text["tokens"]:,.0f} tokens of text and at most '
             f'{own.most_params:,.0f} parameters, expected of', '', *text_table(PLANNED, table), '',
             f'tokens: that each member reads. bits per byte: by a law that is within '
