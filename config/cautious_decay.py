@@ -10,6 +10,8 @@ import torch
 
 import train
 
+NOT_WITH = dict.fromkeys(('leaderboard', 'plain_gpt2'), 'AdamW moves all that it has')
+
 
 class Run(train.Run):
 

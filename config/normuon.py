@@ -16,6 +16,8 @@ import train
 
 row_beta: float = 0.95      # 0..0.9999: of the running mean of a row's squares
 
+NOT_WITH = dict.fromkeys(('leaderboard', 'plain_gpt2'), 'AdamW moves all that it has')
+
 
 class Run(train.Run):
 
