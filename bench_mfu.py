@@ -1288,8 +1288,8 @@ MOST_IN_TABLE = 0.35                # of parameters: with more of them ids are t
 MEMBERS, RATES = (1, 2, 3, 4, 6, 8), (0.0, 0.1)          # of these two, what a plan may be
 PARTS = 2.0 ** -np.arange(0, 6.5, 0.5)          # of the time spent reading; below 1 a run ends early
 TOKENS_A_STEP = 640, 1e6, 0.4       # 640 in a run of a million tokens, and as the 0.4th power of these
-PLANNED = dict(what=None, layers=0, width=0, vocabulary=0, parameters=0, members=0, thinned=1, tokens=0, epochs=2,
-               val_bpb=None)
+PLANNED = dict(what=None, layers=0, width=0, vocabulary=0, parameters=0) | {SEVERAL: 0, THINNED: 1} | dict(
+    tokens=0, epochs=2, val_bpb=None)
 LONGER_TOKENS = 0.27                # bytes a token go as this power of the vocabulary (512 to 8,192 ids)
 REPEATED = 'E A alpha cost B beta C a b g kappa thin'.split()       # E, A, B and C as logs
 UNITS = 1e5, 1e6, 1e6               # parameters and bytes of a run that these are of
@@ -1441,9 +1441,9 @@ class Choices:
         size, text, read, members, thinned, which = row
         off = np.random.default_rng(0).choice(residuals, len(p)) * np.sign(np.arange(len(p)))      # not of the first
         c, bpb = self.shapes[int(which)][1], np.exp(expected(p, row[None])[:, 0] + off)
-        return dict(layers=c['n_layer'], width=c['n_embd'], vocabulary=c['vocab_size'], parameters=int(size * members),
-                    members=int(members), thinned=float(thinned), tokens=int(read / self.bytes_a_token[int(which)]),
-                    epochs=read / text, val_bpb=spoken(bpb))
+        return {'layers': c['n_layer'], 'width': c['n_embd'], 'vocabulary': c['vocab_size'],
+                'parameters': int(size * members), SEVERAL: int(members), THINNED: float(thinned),
+                'tokens': int(read / self.bytes_a_token[int(which)]), 'epochs': read / text, 'val_bpb': spoken(bpb)}
 
 
 def declaring(setting):
@@ -1495,7 +1495,7 @@ def plan(own, argv, given=()):
     others = {'a smaller model': rows[:, 0] < first[0] / 1.8, 'a larger one': rows[:, 0] > 1.8 * first[0],
               'one model' if first[3] > 1 else 'several models': (rows[:, 3] > 1) != (first[3] > 1),
               'half the reading': same.all(1) & (rows[:, 5] == first[5]) & (abs(rows[:, 2] / first[2] - 0.5) < 0.1),
-              'not thinned' if first[4] else 'thinned': ~same[:, 1]}
+              f'{"without" if first[4] else "with"} {THINNED}': ~same[:, 1]}
     shown = {'the plan': first} | {name: rows[like.argmax()] for name, like in others.items() if like.any()}
     shown |= {'twice the time': here.best(p, 2 * seconds)[0], 'twice the text': here.best(p, seconds, 2)[0]}
     table = [dict(what=name) | here.described(p, residuals, row) for name, row in shown.items()]
