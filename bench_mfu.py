@@ -1289,7 +1289,7 @@ MEMBERS, RATES = (1, 2, 3, 4, 6, 8), (0.0, 0.1)          # of these two, what a 
 PARTS = 2.0 ** -np.arange(0, 6.5, 0.5)          # of the time spent reading; below 1 a run ends early
 TOKENS_A_STEP = 640, 1e6, 0.4       # 640 in a run of a million tokens, and as the 0.4th power of these
 PLANNED = dict(what=None, layers=0, width=0, vocabulary=0, parameters=0) | {SEVERAL: 0, THINNED: 1} | dict(
-    tokens=0, epochs=2, val_bpb=None)
+    tokens_per_step=0, tokens=0, epochs=2, val_bpb=None)
 LONGER_TOKENS = 0.27                # bytes a token go as this power of the vocabulary (512 to 8,192 ids)
 REPEATED = 'E A alpha cost B beta C a b g kappa thin'.split()       # E, A, B and C as logs
 UNITS = 1e5, 1e6, 1e6               # parameters and bytes of a run that these are of
@@ -1441,9 +1441,10 @@ class Choices:
         size, text, read, members, thinned, which = row
         off = np.random.default_rng(0).choice(residuals, len(p)) * np.sign(np.arange(len(p)))      # not of the first
         c, bpb = self.shapes[int(which)][1], np.exp(expected(p, row[None])[:, 0] + off)
+        tokens = int(read / self.bytes_a_token[int(which)])
         return {'layers': c['n_layer'], 'width': c['n_embd'], 'vocabulary': c['vocab_size'],
                 'parameters': int(size * members), SEVERAL: int(members), THINNED: float(thinned),
-                'tokens': int(read / self.bytes_a_token[int(which)]), 'epochs': read / text, 'val_bpb': spoken(bpb)}
+                'tokens_per_step': self.step_of(tokens), 'tokens': tokens, 'epochs': read / text, 'val_bpb': spoken(bpb)}
 
 
 def declaring(setting):

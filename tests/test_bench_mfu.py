@@ -905,7 +905,7 @@ def test_a_plan_from_end_to_end(corpus, tmp_path, monkeypatch, capsys):
     row = next(line for line in out.split('\n') if line.startswith('| ') and 'the plan' in line).strip('| ').split('|')
     s, ideas = train.read_settings(['base.py', 'planned.py'])
     assert [s.n_layer, s.n_embd, s.vocab_size] == [int(cell.replace(',', '')) for cell in row[1:4]]
-    assert int(row[5]) == getattr(s, 'members', 1) and float(row[6]) == getattr(s, 'dropout', 0)
+    assert int(row[5]) == getattr(s, 'members', 1) and float(row[6]) == getattr(s, 'dropout', 0) and int(row[7].replace(',', '')) == s.tokens_per_step
     with pytest.raises(UserError, match='--write is planned.py, it must be a new file'):
         bench_mfu.main(args)
     page = re.search(r'id="data">(.*?)</script>', (tmp_path / 'out/plan/base/plan.html').read_text(), re.S)[1]
