@@ -210,3 +210,170 @@ def test_a_file_can_be_read_by_everyone(file):
     file.locator('.pair button').first.click()
     file.get_by_role('button', name='Next pair').wait_for()
     looks(file)
+
+
+# ---- what sample.py --serve sends
+
+def run_of(folder, made, tokenizer):
+    """A run's folder of a model."""
+    folder.mkdir()
+    (folder / tokenizer.filename).write_bytes(tokenizer.blob)
+    torch.save(dict(version=3, tokenizer=hashlib.sha256(tokenizer.blob).hexdigest(), ideas=[], settings={}, data='', fingerprint='',
+                    config=dataclasses.asdict(made.config), model=made.state_dict()), folder / 'ckpt.pt')
+    return folder
+
+
+def serve(folder, *args):
+    """(process, url) of a server; url with its token, where it has one."""
+    process = start('sample.py', *args, '--port=0', cwd=folder)
+    return process, next(re.search(r'http://\S+', line)[0] for line in process.stdout if 'http://' in line)
+
+
+@pytest.fixture(scope='module')
+def red_and_blue(made, bpe):
+    """Two models, of two vocabularies."""
+    blue = net(bpe, seed=5)
+    return dict(red=made, blue=blue)
+
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory, red_and_blue, bpe):
+    folder = tmp_path_factory.mktemp('runs')
+    for name, one in red_and_blue.items():
+        run_of(folder / name, one, bpe)
+    process, url = serve(folder, 'red', '--serve', 'blue')
+    yield process, url
+    process.kill()
+
+
+@pytest.fixture
+def site(server, visit):
+    return visit(server[1])
+
+
+def ask(page, prompt=PROMPT, tokens=40, heat=0):
+    page.get_by_role('slider', name='Temperature').fill(str(heat))
+    page.get_by_role('slider', name='Tokens').fill(str(tokens))
+    page.locator('#prompt').fill(prompt)
+    page.get_by_role('button', name=re.compile('Continue|Send')).click()
+
+
+def panes(page, title='Complete'):
+    return section(page, title).locator('.pane')
+
+
+def alone(page):
+    page.get_by_label('Beside it').select_option('none')
+
+
+def continued(one, bpe, prompt, tokens=40, more=()):
+    ids = [bpe.bos, *bpe.encode(prompt), *more]
+    return bpe.decode(ids[1:] + [new.item() for new in one.generate(torch.tensor([ids]), tokens, temperature=0)])
+
+
+def test_a_server_has_two_models_complete_side_by_side(site, red_and_blue, bpe):
+    ask(site)
+    through(site)
+    assert panes(site).count() == 2 and site.title() == 'red and blue' and 'They do not chat' in site.locator('#about').inner_text()
+    tops = []
+    for pane, (name, one) in zip(panes(site).all(), red_and_blue.items()):
+        assert pane.get_by_role('heading').inner_text() == name
+        assert pane.locator('.text').inner_text() == continued(one, bpe, PROMPT)
+        assert re.fullmatch(r'40 tokens, the first after \d+\.\d\d s, [1-9][\d,]* tokens/s, seed \d+\.', pane.locator('.said').inner_text())
+        assert 'made' not in pane.locator('.token').first.get_attribute('class')
+        shades = [shade(token) for token in pane.locator('.token.made').all()]
+        assert max(shades) <= 1 and len({*shades}) > 10
+        heard = pane.locator('[aria-live=polite]').inner_text()
+        assert heard and pane.locator('.text').inner_text().endswith(heard)
+        tops.append(pane.bounding_box()['y'])
+    assert tops[0] == tops[1]
+    facts = site.locator('#facts > div').first
+    assert facts.get_by_role('term').all_inner_texts()[:2] == ['Parameters', 'Trained for']
+    assert f'{sum(w.numel() for w in red_and_blue["red"].parameters()):,}' in facts.inner_text()
+    assert re.search(r'Speed now\n[1-9][\d,]* tokens/s', facts.inner_text())       # since it wrote
+
+
+def test_the_same_seed_makes_the_same_text(site):
+    alone(site)
+    site.get_by_text('More settings').click()
+    site.get_by_label('Seed').fill('3')
+    texts = []
+    for seed in '3', '3', '4':
+        site.get_by_label('Seed').fill(seed)
+        ask(site, heat=1)
+        through(site)
+        texts.append(panes(site).locator('.text').inner_text())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def cpu_seconds(process):
+    fields = Path(f'/proc/{process.pid}/stat').read_text().rsplit(')', 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+
+def test_stop_stops_the_server(server, site):
+    ask(site, tokens=1000)
+    for pane in panes(site).all():
+        pane.locator('.token.made').nth(3).wait_for()
+    site.get_by_role('button', name='Stop').click()
+    through(site)
+    for pane in panes(site).all():
+        expect(pane.locator('.said')).to_contain_text('Stopped.')
+        assert pane.locator('.token').count() < 900
+    time.sleep(0.3)
+    before = cpu_seconds(server[0])
+    time.sleep(1)
+    assert cpu_seconds(server[0]) - before < 0.2
+
+
+def test_pointing_shows_what_else_was_likely_and_choosing_goes_on_from_it(site, red_and_blue, bpe):
+    alone(site)
+    ask(site)
+    through(site)
+    pane, tokens, at = panes(site), panes(site).locator('.token'), 12
+    before = tokens.all_inner_texts()
+    tokens.nth(at).hover()
+    first = choices(pane)
+    assert len(first) == 5 and first[0][0] == before[at] and first[0][1] in pane.locator('.choices p').inner_text()
+    tokens.nth(at + 3).hover()
+    assert choices(pane)[0][0] == before[at + 3]
+    tokens.nth(at).click()                       # held
+    tokens.nth(at + 3).hover()
+    assert choices(pane) == first
+    site.keyboard.press('Escape')
+    assert not pane.locator('.choices').is_visible()
+    tokens.nth(at - 1).focus()
+    assert choices(pane)[0][0] == before[at - 1]
+    for key in 'ArrowRight', 'Enter', 'Tab', 'Enter':
+        site.keyboard.press(key)
+    through(site)
+    start = ''.join(before[:at]) + first[1][0]
+    assert pane.locator('.text').inner_text() == continued(red_and_blue['red'], bpe, '', more=bpe_ids(tokens, start, bpe, red_and_blue))
+
+
+def test_a_server_scores_and_compares(site, red_and_blue, bpe):
+    place, text = section(site, 'Score a text'), words(40, 3) + '. é'
+    place.get_by_label('A text, read as one document').fill(text)
+    place.get_by_role('button', name='Score').click()
+    for pane, one in zip(place.locator('.pane').all(), red_and_blue.values()):
+        bits, size = bits_in(one, bpe, text), len(text.encode())
+        expect(pane.locator('.said')).to_contain_text(f'{bits / size:.3f} bits per byte: {bits:.1f} bits over {size} bytes')
+        assert pane.locator('.text').inner_text() == text
+    place.locator('.token').nth(3).click()                           # goes on from there, above
+    other, _ = choices(place.locator('.pane').first)[2]
+    place.locator('.choices button').nth(2).click()
+    through(site)
+    assert panes(site).count() == 1 and panes(site).locator('.text').inner_text().startswith(
+        ''.join(place.locator('.pane').first.locator('.token').all_inner_texts()[:3]) + other)
+
+    place, pair = section(site, 'Which one does it prefer?'), [words(6, 1), words(6, 2)]
+    place.get_by_text('A pair of your own').click()
+    place.get_by_label('One sentence').fill(pair[0])
+    place.get_by_label('The other').fill(pair[1])
+    place.get_by_role('button', name='Compare').click()
+    both = {name: [bits_in(one, bpe, sentence) for sentence in pair] for name, one in red_and_blue.items()}
+    expect(place.locator('.said')).to_have_text(' '.join(f'{name} prefers “{pair[b < a]}”.' for name, (a, b) in both.items()))
+    assert place.locator('.pair small').all_inner_texts() == [f'{name}: {bits[i]:.1f} bits' for i in (0, 1) for name, bits in both.items()]
+    place.get_by_role('button', name='Next pair').click()
+    place.locator('.pair button').first.click()
+    expect(place.locator('.said')).to_contain_text('Of 1 so far red got')
