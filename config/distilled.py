@@ -18,7 +18,8 @@ from config.distillation import taught
 distil_from: float = 0.5    # 0.01..0.99: of progress, from which on the members teach
 
 NOT_WITH = ensemble.NOT_WITH | dict.fromkeys(('snapshots', 'best_weights', 'cyclic_average', 'ema'),
-                                             'it goes on with another model')
+                                             'it goes on with another model') | dict(
+    factorised='it takes a table to be as wide as the layers')
 
 
 class GPT(ensemble.GPT):

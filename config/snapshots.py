@@ -18,7 +18,8 @@ cycles_from = 0.0
 members = cycles
 
 NOT_WITH = ensemble.NOT_WITH | dict.fromkeys(
-    ('ema', 'best_weights', 'cyclic_average', 'ensemble'), 'both say what is measured')
+    ('ema', 'best_weights', 'cyclic_average', 'ensemble'), 'both say what is measured') | dict(
+    leaderboard='both say how the rate falls')
 
 
 class GPT(ensemble.GPT):
