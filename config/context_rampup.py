@@ -42,8 +42,8 @@ class Run(train.Run):
 
     def batch_loss(self, **batch):
         """What belongs to a token is cut with its row, what belongs to a row is that of all its parts."""
-        shape, n = batch['idx'].shape, self.parts
-        if n > 1:
-            batch = {k: t.reshape(n * shape[0], -1) if t.shape[:2] == shape else t.repeat_interleave(n, 0)
-                     for k, t in batch.items()}
-        return super().batch_loss(**batch)
+        (B, T), n = batch['idx'].shape, self.parts
+
+        def cut(t):
+            return t.reshape(n * B, -1) if t.shape == (B, T) else t.repeat_interleave(n, 0) if t.ndim else t
+        return super().batch_loss(**{k: cut(t) for k, t in batch.items()} if n > 1 else batch)
