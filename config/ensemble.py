@@ -43,12 +43,10 @@ class GPT(model.GPT):
     def trunk(self, idx, cache=None, **extras):
         """What all members make of idx, side by side: (B, T, members C)."""
         others = self.asked()
-        if cache is not None and not hasattr(cache, 'of_others'):
-            cache.of_others = [model.KVCache(other, len(idx)) for other in others]
         found = [super().trunk(idx, cache, **extras)]
         for i, other in enumerate(others):
             other.compute_dtype = self.compute_dtype
-            found.append(other.trunk(idx, cache and cache.of_others[i], **extras))
+            found.append(other.trunk(idx, cache and cache.part(i, other), **extras))
         return torch.cat(found, dim=-1)
 
     def loss(self, x, targets, reduction, **extras):
