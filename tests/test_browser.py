@@ -1,0 +1,212 @@
+"""web/model.html and web/serve.html in headless Chromium, by what a person does. Playwright, an optional companion, moves the hands."""
+import math
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_data
+import sample
+from test_model_page import export, net, words
+from test_page import CHROMIUM, needs_chromium
+
+playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed, which drives the pages: pip install playwright')
+pytestmark = [needs_chromium, pytest.mark.long]
+expect = playwright.expect
+PROMPT = 'the dog saw'
+
+# Texts too faint for who reads them, and what sticks out of the window
+FAINT = '''() => {
+  const rgba = color => { const [r, g, b, a = 1] = color.match(/[\\d.]+/g).map(Number); return {rgb: [r, g, b], a}; };
+  const light = rgb => rgb.map(c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = node => {
+    if (!node) return [255, 255, 255];
+    const {rgb, a} = rgba(getComputedStyle(node).backgroundColor), below = a < 1 ? behind(node.parentElement) : rgb;
+    return rgb.map((c, i) => a * c + (1 - a) * below[i]);
+  };
+  const contrast = (color, node) => {
+    const back = behind(node), {rgb, a} = rgba(color), [low, high] = [light(rgb.map((c, i) => a * c + (1 - a) * back[i])), light(back)].sort((x, y) => x - y);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const faint = [], seen = node => node.checkVisibility() && !node.closest(':disabled, script, noscript');
+  for (const node of [...document.querySelectorAll('body *')].filter(seen)) {
+    const own = [...node.childNodes].some(child => child.nodeType === 3 && child.data.trim()) || node.matches('textarea, select, input:not([type=range], [type=radio])');
+    const styles = [...own ? [getComputedStyle(node)] : [], ...['::before', '::placeholder'].map(part => getComputedStyle(node, part)).filter(s => s.content !== 'none' && s.content !== 'normal')];
+    for (const {color} of styles) if (contrast(color, node) < 4.5) faint.push(`${node.outerHTML.slice(0, 80)}: ${contrast(color, node).toFixed(2)}`);
+  }
+  return faint;
+}'''
+OUTSIDE = '''() => [...document.querySelectorAll('body *')].filter(node => node.checkVisibility() && node.getBoundingClientRect().right > innerWidth + 0.5)
+  .map(node => node.outerHTML.slice(0, 80)).concat(document.documentElement.scrollWidth > innerWidth ? ['the page'] : [])'''
+
+
+@pytest.fixture(scope='module')
+def bpe():
+    return prepare_data.BPETokenizer.train(['\n'.join(words(9, i) + '.' for i in range(300))], 360)
+
+
+@pytest.fixture(scope='module')
+def made(bpe):
+    """A model that takes its time and, where the likeliest token is taken, writes pieces of words and does not end."""
+    made = net(bpe, n_layer=6, n_embd=192, n_head=3, block_size=128)
+    with torch.no_grad():
+        made.lm_head.weight[:bpe.first_byte + 256] = 0
+    return made
+
+
+@pytest.fixture(scope='module')
+def chromium():
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """visit(url) opens a page there; that nothing of it failed, and that it asked no other place, is seen to in the end."""
+    contexts, wrong, asked = [], [], []
+
+    def opened(url, offline=False, **look):
+        contexts.append(chromium.new_context(offline=offline, **dict(viewport=dict(width=900, height=900)) | look))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20000)
+        page.on('pageerror', lambda e: wrong.append(e.message))
+        page.on('console', lambda m: m.type in ('error', 'warning') and wrong.append(m.text))
+        page.on('request', lambda r: r.url.startswith((url, 'data:', 'blob:')) or asked.append(r.url))
+        page.goto(url)
+        page.locator('main').wait_for()
+        return page
+    opened.wrong = wrong
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not wrong and not asked
+
+
+def section(page, title):
+    return page.get_by_role('region', name=title)
+
+
+def shade(token):
+    return float(token.evaluate('node => getComputedStyle(node).getPropertyValue("--surprise")'))
+
+
+def choices(place):
+    """[(text, percent)] of the other tokens that are offered."""
+    labels = place.locator('.choices li button').evaluate_all('all => all.map(b => [b.firstChild.data, b.querySelector("small").textContent])')
+    return [(text.replace('␣', ' ').replace('↵', '\n'), percent) for text, percent in labels]
+
+
+def looks(page):
+    """Nothing is too faint, nothing sticks out; in both colours, on a phone too."""
+    for scheme in 'light', 'dark':
+        for width in 1200, 360:
+            page.emulate_media(color_scheme=scheme)
+            page.set_viewport_size(dict(width=width, height=740))
+            assert page.evaluate(FAINT) == [] and page.evaluate(OUTSIDE) == [], (scheme, width)
+    assert page.evaluate('getComputedStyle(document.documentElement).backgroundColor') == 'rgb(20, 23, 27)'     # it was dark
+
+
+# ---- the model in one file, from the disk, offline
+
+@pytest.fixture
+def file(tmp_path, made, bpe, visit):
+    return visit(export(tmp_path / 'run', made, bpe).as_uri(), offline=True)
+
+
+def complete(page, prompt=PROMPT, tokens=40, heat=0):
+    page.locator('#count').fill(str(tokens))
+    page.locator('#heat').fill(str(heat))
+    page.get_by_label('A text to go on with').fill(prompt)
+    page.get_by_role('button', name='Continue').click()
+
+
+def through(page):
+    expect(page.get_by_role('button', name='Stop')).to_be_disabled(timeout=20000)
+
+
+def test_a_file_completes(file, made, bpe):
+    place = section(file, 'Complete')
+    complete(file)
+    through(file)
+    ids = [bpe.bos, *bpe.encode(PROMPT)]
+    want = bpe.decode(ids[1:] + [new.item() for new in made.generate(torch.tensor([ids]), 40, temperature=0)])
+    assert place.locator('.text').inner_text() == want
+    assert re.fullmatch(r'40 tokens, the first after \d\.\d\d s, [1-9]\d* tokens/s\. ', place.locator('.said').text_content())
+    tokens = place.locator('.token')
+    assert tokens.first.get_attribute('class') == 'token' and 'made' in tokens.last.get_attribute('class')
+    shades = [shade(tokens.nth(i)) for i in range(tokens.count())]
+    assert 0 <= min(shades) < 0.3 and max(shades) <= 1 and len({*shades}) > 10
+
+
+def test_a_file_stops(file):
+    place = section(file, 'Complete')
+    complete(file, tokens=1000)
+    place.locator('.token.made').nth(3).wait_for()
+    file.get_by_role('button', name='Stop').click()
+    expect(place.locator('.said')).to_contain_text('Stopped.')
+    through(file)
+    count = place.locator('.token').count()
+    file.wait_for_timeout(300)
+    assert 4 < count == place.locator('.token').count() < 900
+
+
+def test_a_file_says_what_else_was_likely_and_goes_on_from_it(file):
+    place = section(file, 'Complete')
+    complete(file)
+    through(file)
+    tokens = place.locator('.token')
+    before, at = tokens.all_inner_texts(), 12
+    tokens.nth(at).hover()
+    assert re.fullmatch(r'\d+\.\d bits', tokens.nth(at).get_attribute('title'))
+    tokens.nth(at).click()
+    offered = choices(place)
+    assert len(offered) == 5 and offered[0][0] == before[at] and before[at] not in [text for text, _ in offered[1:]]
+    file.keyboard.press('Escape')
+    assert not place.locator('.choices').is_visible()
+    tokens.nth(at - 1).focus()
+    for key in 'ArrowRight', 'Enter', 'Tab', 'Enter':                # the same by the keyboard, and the second of the five
+        file.keyboard.press(key)
+    through(file)
+    assert place.locator('.text').text_content().startswith(''.join(before[:at]) + offered[1][0])
+    assert 'made' not in tokens.nth(at).get_attribute('class') and tokens.count() > at + 20
+
+
+def bits_in(made, bpe, text):
+    return sample.document_nats(made, [(0, np.array([bpe.bos, *bpe.encode(text)]))])[0] / math.log(2)
+
+
+def test_a_file_scores_and_compares(file, made, bpe):
+    place, text = section(file, 'Score a text'), words(40, 3) + '. é'
+    place.get_by_label('A text, read as one document').fill(text)
+    place.get_by_role('button', name='Score').click()
+    bits, size = bits_in(made, bpe, text), len(text.encode())
+    expect(place.locator('.said')).to_contain_text(f'{bits / size:.3f} bits per byte: {bits:.1f} bits over {size} bytes')
+    assert place.locator('.text').inner_text() == text
+
+    place, pair = section(file, 'Which one does it prefer?'), [words(6, 1), words(6, 2)]
+    place.get_by_text('A pair of your own').click()
+    place.get_by_label('One sentence').fill(pair[0])
+    place.get_by_label('The other').fill(pair[1])
+    place.get_by_role('button', name='Compare').click()
+    both = [bits_in(made, bpe, sentence) for sentence in pair]
+    expect(place.locator('.said')).to_have_text(f'It prefers “{pair[both[1] < both[0]]}”.')
+    assert place.locator('.pair small').all_inner_texts() == [f'{bits:.1f} bits' for bits in both]
+
+    place.get_by_role('button', name='Next pair').click()            # the game
+    place.locator('.pair button').first.click()
+    expect(place.locator('.said')).to_contain_text('Of 1 so far the model got')
+
+
+def test_a_file_can_be_read_by_everyone(file):
+    complete(file, prompt='a' * 300 + '\n\n' + PROMPT, heat=1.5)
+    through(file)
+    section(file, 'Score a text').get_by_label('A text').fill('kite\n' + 'é' * 200)
+    section(file, 'Score a text').get_by_role('button', name='Score').click()
+    section(file, 'Complete').locator('.token').nth(5).click()
+    file.locator('.pair button').first.click()
+    file.get_by_role('button', name='Next pair').wait_for()
+    looks(file)
