@@ -79,9 +79,9 @@ class GPTConfig:
 class Context(NamedTuple):
     """What every layer is given beside the residual stream."""
     idx: Tensor              # (B, T)
-    cos: Tensor              # (T, R / 2), R = rotary_dim
+    cos: Tensor              # (T, R / 2), R = rotary_dim; (B, 1, T, R / 2) where rows go apart in the cache
     sin: Tensor
-    first: Tensor            # (B, T) the first position that each token sees
+    first: Tensor            # (B, T) the first position that each token sees, or all of them (B, T, S), bool
     last: Tensor | None      # (B, T) the last one that it is seen from, where the kernels are asked
     cache: 'KVCache | None'
     extras: dict             # what an idea handed to the forward pass, by keyword
@@ -94,7 +94,7 @@ class Linear(nn.Linear):
         super().__init__(fan_in, fan_out, bias=False)
 
     def forward(self, x, weight=None):
-        return F.linear(x, (self.weight if weight is None else weight).to(x.dtype))
+        return linear(x, (self.weight if weight is None else weight).to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -132,7 +132,10 @@ class Attention(nn.Module):
     def packed(self, x, context):
         """Queries, keys and values of all heads side by side, (B, T, H + 2 H_kv, D): one product, not
         three."""
-        weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])
+        parts = self.q, self.k, self.v
+        if context.cache is not None:               # a few tokens: to join the weights would take longer
+            return torch.cat([part(x) for part in parts], dim=-1).unflatten(-1, (-1, self.head_dim))
+        weight = torch.cat([part.weight for part in parts])
         return F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
 
     def heads(self, qkv, context):
@@ -236,6 +239,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32       # what the blocks compute in; parameters stay fp32
+        self.quick_step = None                   # `step` of one token, compiled
         self.build(config)
         cos, sin = rotary_table(config.block_size, config.rotary_dim, config.rope_base)
         self.register_buffer('cos', cos, persistent=False)
@@ -269,18 +273,23 @@ class GPT(nn.Module):
     def trunk(self, idx, cache=None, **extras):
         """Final hidden states (B, T, C), in compute_dtype, of idx (B, T)."""
         past, T = cache.length if cache is not None else 0, idx.shape[1]
-        if past + T > self.config.block_size:
+        apart = isinstance(past, Tensor)
+        if not apart and past + T > self.config.block_size:
             raise ValueError(f'{past + T} positions, block_size is {self.config.block_size}')
         first, last = self.visible(idx, past, cache, **extras)
-        context = Context(idx, self.cos[past:past + T], self.sin[past:past + T], first, last, cache, extras)
+        turns = ((table[past][:, None] if apart else table[past:past + T]) for table in (self.cos, self.sin))
+        context = Context(idx, *turns, first, last, cache, extras)
         x = self.layers(self.embed(context), context)
         if cache is not None:
-            cache.length += T
+            cache.length = cache.length + T
         return self.final(x)
 
     def visible(self, idx, past=0, cache=None, **extras):
         """`first` and `last` of Context: where what each token attends to begins, and who attends to it."""
         first = self.first_visible(idx, past, cache)
+        if isinstance(past, Tensor):
+            j = torch.arange(self.config.block_size, device=idx.device)
+            return (j <= past[..., None]) & (j >= first[..., None]), None
         if 'attention' in IN_USE and cache is None:         # the kernels want both ends of what is visible
             return first.int(), last_visible_to(first).int()
         return first, None
@@ -288,14 +297,14 @@ class GPT(nn.Module):
     def first_visible(self, idx, past=0, cache=None):
         """(B, T): the first position each token attends to: its document's BOS. A cache is told where the
         document that it is in began."""
-        position = torch.arange(past, past + idx.shape[1], device=idx.device)
+        position = past + torch.arange(idx.shape[1], device=idx.device)
         start = position * (idx == self.config.bos) if self.config.doc_mask else torch.zeros_like(idx)
         if cache is not None:
             start[:, 0] = torch.maximum(start[:, 0], cache.doc_start)
         start = start.cummax(dim=1).values
         if cache is not None:
             cache.doc_start = start[:, -1]
-            cache.follows[:, past:past + idx.shape[1]] = idx != self.config.bos
+            cache.follows.scatter_(1, position.expand_as(idx), idx != self.config.bos)
         return start
 
     def embed(self, context):
@@ -328,20 +337,37 @@ class GPT(nn.Module):
         """Logits (..., V) in fp32 of hidden states (..., C)."""
         return self.lm_head(x).float()
 
+    def step(self, new, cache, **extras):
+        """Logits (B, V) of what follows new (B, T), the latest tokens, after those that the cache has read."""
+        return self.logits(self.trunk(new, cache, **extras)[:, -1:])[:, 0]
+
+    def hints(self, idx):
+        """What generation tells the forward pass about a prompt idx (B, T), by keyword: nothing."""
+        return {}
+
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, **extras):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, min_p=0.0,
+                 repetition_penalty=1.0, **extras):
         """Continue idx (B, T) and yield new ids, (B,) at a time; the caller stops at bos, a document's end.
 
-        temperature 0 is greedy; top_k 0 and top_p 1 keep all. Past block_size the older half is forgotten.
+        How a token is drawn: sample_token. Past block_size the older half is forgotten. Single tokens go
+        through self.quick_step where compile_step has made one.
         """
-        block_size = self.config.block_size
-        idx = idx[:, -block_size:]
-        cache, new = KVCache(self, len(idx)), idx
+        block_size, extras = self.config.block_size, extras | self.hints(idx)
+        new = idx = idx[:, -block_size:]
+        cache, past = KVCache(self, len(idx)), 0
         for _ in range(max_new_tokens):
-            if cache.length + new.shape[1] > block_size:
-                cache, new = KVCache(self, len(idx)), idx[:, -(block_size // 2):]
-            logits = self.logits(self.trunk(new, cache, **extras)[:, -1])
-            new = sample_token(logits, temperature, top_k, top_p, generator)[:, None]
+            if past + new.shape[1] > block_size:
+                new = idx[:, -(block_size // 2):]
+                cache, past = KVCache(self, len(idx)), 0
+            past += new.shape[1]
+            if self.quick_step and new.shape[1] == 1:
+                cache.go_apart()
+                logits = self.quick_step(new, cache, **extras)
+            else:
+                logits = self.step(new, cache, **extras)
+            new = sample_token(logits, temperature, top_k, top_p, generator, min_p, repetition_penalty, idx)
+            new = new[:, None]
             idx = torch.cat([idx, new], dim=1)[:, -block_size:]
             yield new[:, 0]
 
@@ -402,35 +428,83 @@ def blueprint(config):
 
 class KVCache:
     """Keys and values of every layer, (B, heads, block_size, width) each, filled up to `length`; and what
-    `shift` needs of the last position. A layer's `cached` says what it keeps."""
+    `shift` needs of the last position. A layer's `cached` says what it keeps.
+
+    length is a number while all rows are as long, (B, 1) once they have gone apart: then every row is at a
+    position of its own, steps are of one token, and shapes never change. parts: further caches, of models
+    that a model holds, or of layers that run more than once.
+    """
 
     def __init__(self, model, batch_size):
         weight, size = model.wte.weight, model.config.block_size
-        self.store = {}
+        self.model, self.store = model, {}
         for layer in (block.attn for block in model.blocks):
             n, heads, width = layer.cached
             shape = n, batch_size, heads, size, width
-            self.store[layer] = torch.empty(shape, dtype=model.compute_dtype, device=weight.device)
-        self.length, self.before = 0, {}
+            self.store[id(layer)] = torch.zeros(shape, dtype=model.compute_dtype, device=weight.device)
+        self.length, self.before, self.parts = 0, {}, {}
         self.doc_start = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         self.follows = torch.zeros(batch_size, size, dtype=torch.bool, device=weight.device)
 
+    def part(self, key, model):
+        """The cache of that name within this one."""
+        if key not in self.parts:
+            self.parts[key] = KVCache(model, len(self.doc_start))
+        return self.parts[key]
+
     def append(self, layer, *new):
-        """Add k, v (B, H_kv, T, D), return all the layer has seen; `length` moves after the last layer."""
-        store, end = self.store[layer], self.length + new[0].shape[2]
+        """Add k, v (B, H_kv, T, D), return all the layer has seen; `length` moves after the last layer. Of
+        rows that are apart all block_size positions are returned."""
+        store, T = self.store[id(layer)], new[0].shape[2]
+        if isinstance(self.length, Tensor):
+            for old, x in zip(store, new):
+                old.scatter_(2, self.length[:, None, :, None].expand_as(x), x)
+            return store.unbind()
         for old, x in zip(store, new):
-            old[:, :, self.length:end] = x
-        return store[..., :end, :].unbind()
+            old[:, :, self.length:self.length + T] = x
+        return store[..., :self.length + T, :].unbind()
+
+    def go_apart(self):
+        """From here on every row has a length of its own."""
+        if not isinstance(self.length, Tensor):
+            self.length = torch.full_like(self.doc_start, self.length)[:, None]
+        for part in self.parts.values():
+            part.go_apart()
+
+    def take(self, row, other):
+        """A row, of those that went apart, becomes what a cache of one row is."""
+        for layer, store in self.store.items():
+            store[:, row] = other.store[layer][:, 0]
+        for owner, x in other.before.items():
+            if owner not in self.before:
+                self.before[owner] = x.new_zeros(len(self.doc_start), *x.shape[1:])
+            self.before[owner][row] = x[0]
+        self.length[row], self.doc_start[row], self.follows[row] = other.length, other.doc_start, other.follows
+        for key, part in other.parts.items():
+            mine = self.part(key, part.model)
+            mine.go_apart()
+            mine.take(row, part)
 
     def values(self):
         """How many numbers it keeps of a token in each layer, on average."""
         return sum(s.numel() / (s.shape[1] * s.shape[3]) for s in self.store.values()) / len(self.store)
 
 
-def sample_token(logits, temperature, top_k, top_p, generator=None):
-    """One id (B,) from logits (B, V): scaled, cut to the top_k likeliest, then the fewest of mass top_p."""
+def sample_token(logits, temperature, top_k, top_p, generator=None, min_p=0.0, repetition_penalty=1.0,
+                 before=None):
+    """One id (B,) from logits (B, V): scaled, cut to the top_k likeliest, then the fewest of mass top_p, then
+    those at least min_p times as likely as the likeliest (Nguyen 2024, 2407.01082).
+
+    First the logits of ids that stand in before (B, T) are divided by repetition_penalty where they are
+    positive, multiplied where negative (Keskar 2019, 1909.05858). temperature 0 is greedy; top_k 0, top_p 1,
+    min_p 0 and repetition_penalty 1 keep all as it is.
+    """
     if not logits.amax(-1).isfinite().all():          # a GPU would not survive to draw from it
         raise FloatingPointError('the model gives no finite numbers')
+    if repetition_penalty != 1:
+        there = logits.gather(1, before)
+        there = torch.where(there > 0, there / repetition_penalty, there * repetition_penalty)
+        logits = logits.scatter(1, before, there)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, order = (logits / temperature).sort(dim=-1, descending=True)
@@ -439,10 +513,21 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
         probs[:, top_k:] = 0
     probs = probs / probs.sum(-1, keepdim=True)
     probs[probs.cumsum(-1) - probs >= top_p] = 0      # what comes before a kept token holds less than top_p
+    if min_p:
+        probs[probs < min_p * probs[:, :1]] = 0
     return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
 # ---- part 2: the operations --------------------------------------------------------------------------------
+
+def linear(x, weight):
+    """x weight^T, x (..., K), weight (N, K). A compiled step of one token a row takes a row of weight at a
+    time: on a CPU that reads memory faster, and what a row of x comes to is the same to the bit in any batch.
+    """
+    if torch.compiler.is_compiling() and x.ndim == 3 and x.shape[1] == 1 and not torch.is_grad_enabled():
+        return (weight[:, None] * x[:, 0]).sum(-1).t()[:, None]
+    return F.linear(x, weight)
+
 
 def rms_norm(x, eps=1e-6):
     """x / sqrt(mean(x^2) + eps) over the last dimension (Zhang 2019, 1910.07467); statistics in fp32."""
@@ -464,7 +549,7 @@ def shift(x, follows, owner, cache=None):
     """
     before = torch.zeros_like(x[..., :1, :])
     if cache is not None:
-        before, cache.before[owner] = cache.before.get(owner, before), x[..., -1:, :]
+        before, cache.before[id(owner)] = cache.before.get(id(owner), before), x[..., -1:, :]
     return torch.cat([before, x[..., :-1, :]], dim=-2) * follows
 
 
@@ -475,8 +560,9 @@ def rotary_table(length, R, base):
 
 
 def rotary(x, cos, sin):
-    """Rotate the pairs (x_i, x_{i + R/2}) of x (B, H, T, D) by their position's angle; cos, sin (T, R/2)."""
-    half = cos.shape[1]
+    """Rotate the pairs (x_i, x_{i + R/2}) of x (B, H, T, D) by their position's angle; cos, sin (T, R/2),
+    or (B, 1, T, R/2)."""
+    half = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
@@ -497,12 +583,15 @@ def last_visible_to(first):
 def attention(q, k, v, first, scale, rows=128):
     """Causal attention: softmax(scale q k^T) v over first[i] <= j <= i.
 
-    q (B, H, T, D) are the last T positions of k, v (B, H_kv, S, D); first (B, T) is an index into S. Returns
-    (B, H, T, D). Blocks of `rows` queries read only the keys up to their last one: on a CPU this takes half
-    the time of F.scaled_dot_product_attention with a mask, in bf16 a third (RESULTS.md).
+    q (B, H, T, D) are the last T positions of k, v (B, H_kv, S, D); first (B, T) is an index into S, or bool
+    (B, T, S), which says itself what is seen. Returns (B, H, T, D). Blocks of `rows` queries read only the
+    keys up to their last one: on a CPU this takes half the time of F.scaled_dot_product_attention with a
+    mask, in bf16 a third (RESULTS.md).
     """
     B, H, T, D = q.shape
     H_kv, S = k.shape[1], k.shape[2]
+    if first.ndim == 3:
+        return F.scaled_dot_product_attention(q, k, v, first[:, None], scale=scale, enable_gqa=H != H_kv)
     if q.is_cuda:
         i, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
         seen = (j <= i) & (j >= first[:, :, None])

@@ -99,7 +99,10 @@ WORDS = re.compile(rf"{LETTERS}(?:['’]{LETTERS})*")
 # Tokenizers: lossless, decode(encode(x)) == x for every string, so that bits per byte compare across them
 
 class Tokenizer:
-    """What the three share; each has kind, filename, bos, and table: the bytes of every id, none for BOS."""
+    """What the three share; each has kind, filename, bos, and table: the bytes of every id, none for BOS.
+    roles: {user, assistant: id} of one that was taught to chat."""
+
+    roles = {}
 
     @property
     def vocab_size(self):

@@ -19,12 +19,8 @@ cycle_low: float = 0.05     # 0..1: of the learning rate, at a cycle's end
 NOT_WITH = dict.fromkeys(('ema', 'best_weights'), 'both say which weights are measured')
 
 
-class Run(train.Run):
-
-    def take_model(self, model):
-        """A model of another shape begins anew."""
-        super().take_model(model)
-        self.average, self.averaged, self.too_soon = None, 0, False
+class Cycling(train.Run):
+    """A run whose rate goes down in cycles, and which takes in the weights at the end of each."""
 
     def cycle(self, progress):
         """Cycles that are done, and how far the one is that runs."""
@@ -43,6 +39,14 @@ class Run(train.Run):
         super().step()
         if self.cycle(self.agreed(self.clock.progress))[0] > before:
             self.take_in()
+
+
+class Run(Cycling):
+
+    def take_model(self, model):
+        """A model of another shape begins anew."""
+        super().take_model(model)
+        self.average, self.averaged, self.too_soon = None, 0, False
 
     def take_in(self):
         """Draws the average to the weights as they are, one more of those that count alike."""

@@ -33,12 +33,7 @@ class GPT(models.GPT):
     def loss(self, x, targets, reduction, hidden=None, logits=None, **extras):
         """hidden (B T, C'): the teacher's last hidden states; logits: what makes its logits of them."""
         loss = super().loss(x, targets, reduction, **extras)
-        if hidden is None:
-            return loss
-        c, cap = self.config, getattr(self.config, 'logit_softcap', 0.0)
-        apart = divergence(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), c.teacher_temperature,
-                           hidden, logits, cap)
-        return (1 - c.teacher_weight) * loss + c.teacher_weight * apart
+        return loss if hidden is None else taught(self, loss, x, targets, hidden, logits)
 
 
 class Run(train.Run):
@@ -64,6 +59,14 @@ class Run(train.Run):
         with torch.no_grad():
             hidden = self.teacher.trunk(idx).flatten(0, 1)
         return super().loss(idx, targets, hidden=hidden, logits=self.teacher.logits, **extras)
+
+
+def taught(model, loss, x, targets, hidden, logits):
+    """A model's loss mixed with how far what it guesses of x (B, T, C) is from what a teacher does."""
+    c, cap = model.config, getattr(model.config, 'logit_softcap', 0.0)
+    apart = divergence(x.flatten(0, 1), model.lm_head.weight, targets.flatten(), c.teacher_temperature, hidden,
+                       logits, cap)
+    return (1 - c.teacher_weight) * loss + c.teacher_weight * apart
 
 
 def divergence(x, weight, targets, temperature, hidden, logits, cap=0.0, rows=None):

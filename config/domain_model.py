@@ -105,10 +105,8 @@ class GPT(CountedGPT, GrowingGPT):
         targets = idx[:, 1:].masked_fill(idx[:, 1:] == self.config.bos, -1)        # padding says nothing
         return self.by_domain(idx[:, :-1], targets).sum((1, 2)).argmin()
 
-    @torch.no_grad()
-    def generate(self, idx, *args, **options):
-        domain = self.likeliest(idx[:, -self.config.block_size:])
-        yield from super().generate(idx, *args, **options | dict(domain=domain))
+    def hints(self, idx):
+        return super().hints(idx) | dict(domain=self.likeliest(idx[:, -self.config.block_size:]))
 
     def describe(self):
         c, n = self.config, len(names_of(self.config))

@@ -34,9 +34,10 @@ PARTS = {'v': 'attn.v', 'out': 'attn.proj', 'down': 'mlp.down', 'OV': 'attn.ov',
 
 
 class Probe:
-    """Learning dynamics of a run: the value, output and MLP-down projection of each layer and the OV circuit
-    of each head, measured again and again at the same places of validation text, about 256. Of an MLP
-    with experts or domains it is the part that all share.
+    """Learning dynamics of a run: the value, output and MLP-down projection of each layer, the OV circuit of
+    each head, the last hidden states and the matrix that makes logits of them, whose rank falls late in small
+    models (Godey 2024, 2404.07647), measured again and again at the same places of validation text, about 256.
+    Of an MLP with experts or domains it is the part that all share.
 
     state: what a resumed run needs: the numbers so far, and of each probe 32 KB of sketch a name.
     """
@@ -65,8 +66,10 @@ class Probe:
             hooks += [part.register_forward_hook(functools.partial(keep, i)) for part in (attn, mlp)]
             weights |= {f'{i}.{name}': projection(part) for name, part in
                         (('attn.v', attn.v), ('attn.proj', attn.proj), ('mlp.down', mlp))}
+        weights['head'] = model.lm_head.weight
         try:
-            loss = model.eval()(self.idx, self.targets, ahead=0.0)     # heads for further tokens left aside
+            outputs['head'] = x = model.eval().trunk(self.idx)
+            loss = model.loss(x, self.targets, 'mean', ahead=0.0)      # heads for further tokens left aside
         finally:
             model.train(training)
             for hook in hooks:
@@ -120,7 +123,7 @@ class Probe:
             for name, x in kept.items():
                 row['values'][name] |= alike(x, final.get(name), 'final')
         names = list(dict.fromkeys(name for row in rows for name in row['values']))
-        names.sort(key=lambda name: int(name.split('.')[0]))
+        names.sort(key=lambda name: int(name.split('.')[0]) if name != 'head' else math.inf)
         measures = sorted({key for row in rows for values in row['values'].values() for key in values})
         state['seconds'] += time.monotonic() - began
 
@@ -214,7 +217,7 @@ class Measure(sample.Measure):
         yield ' ' * 9 + ''.join(f'{head:>14}' for head in columns)
         for row in result['layers']:
             cells = ('-' if row[key] is None else f'{row[key]:.3f}' for key in columns.values())
-            yield f'{"layer " + str(row["layer"]):9}' + ''.join(f'{cell:>14}' for cell in cells)
+            yield f'{row["layer"]:9}' + ''.join(f'{cell:>14}' for cell in cells)
         early, projections, probes = (result[key] for key in ('early', 'projections', 'probes'))
         yield (f'{early:.0%} of {projections} projections are settled by 20% of training: '
                f'CKA to the final is {SETTLED} or more from then on, at all of the {probes} probes')
@@ -241,6 +244,7 @@ def layer_rows(found, at):
         mine = [i for i, name in enumerate(names) if name.partition('.')[0] == layer]
         ranks = [mean(row[i] for i in mine) for row in found['measures']['weight_effective_rank']]
         ranks = [rank for rank in ranks if rank is not None] or [None]
-        rows.append(dict(layer=int(layer), first=ranks[0], highest=max(ranks), last=ranks[-1]) | {
+        name = f'layer {layer}' if layer.isdecimal() else layer
+        rows.append(dict(layer=name, first=ranks[0], highest=max(ranks), last=ranks[-1]) | {
             key: mean(at[names[i]] for i in mine if part in names[i]) for key, part in PARTS.items()})
     return rows

@@ -36,14 +36,17 @@ class GPT(model.GPT):
         alone = replace(config, members=1)
         self.others = torch.nn.ModuleList(alone.GPT(alone) for _ in range(config.members - 1))
 
+    def asked(self):
+        """The members beside the first that take part."""
+        return self.others
+
     def trunk(self, idx, cache=None, **extras):
         """What all members make of idx, side by side: (B, T, members C)."""
-        if cache is not None and not hasattr(cache, 'of_others'):
-            cache.of_others = [model.KVCache(other, len(idx)) for other in self.others]
+        others = self.asked()
         found = [super().trunk(idx, cache, **extras)]
-        for i, other in enumerate(self.others):
+        for i, other in enumerate(others):
             other.compute_dtype = self.compute_dtype
-            found.append(other.trunk(idx, cache and cache.of_others[i], **extras))
+            found.append(other.trunk(idx, cache and cache.part(i, other), **extras))
         return torch.cat(found, dim=-1)
 
     def loss(self, x, targets, reduction, **extras):
@@ -80,10 +83,10 @@ class Run(train.Run):
     def __init__(self, s, ideas):
         """Members are made of all that is named before this file."""
         super().__init__(s, ideas)
-        ours = next(i for i, idea in enumerate(ideas.modules) if issubclass(getattr(idea, 'Run', object), Run))
-        for later in [Path(idea.__file__).name for idea in ideas.modules[ours + 1:] if hasattr(idea, 'GPT')]:
-            refuse(True, f'{later} and ensemble.py do not go together in this order: name ensemble.py after '
-                   f'{later}, or leave one out')
+        ours = max(i for i, idea in enumerate(ideas.modules) if issubclass(getattr(idea, 'Run', object), Run))
+        name, *later = [Path(idea.__file__).name for idea in ideas.modules[ours:] if hasattr(idea, 'GPT')]
+        refuse(later, f'{", ".join(later)} and {name} do not go together in this order: name {name} after '
+               f'{", ".join(later)}, or leave one out')
 
     def shape_names(self):
         return [*super().shape_names(), 'members']

@@ -36,8 +36,7 @@ class GPT(model.GPT):
     def cache_of(self, n, cache):
         """In every pass a layer makes other keys: later passes have caches of their own beside `cache`."""
         if cache is not None and n > 0:
-            others, main = vars(cache).setdefault('passes', {}), cache
-            cache = others[n] = others.get(n) or model.KVCache(self, len(main.doc_start))
+            cache, main = cache.part(n, self), cache
             cache.length, cache.follows = main.length, main.follows
         return cache
 

@@ -13,23 +13,12 @@ on 11 % less text (1.6260 beside 1.5462, standard deviation 0.0020; 2026-11-21, 
 first epoch (RESULTS.md).
 """
 import torch
-import torch.nn.functional as F
 
 import model
 import train
 from prepare_data import refuse
 
 masked: float = 0.25        # 0..1: share of a micro-batch's rows that fill in masked tokens, seeing both ways
-
-
-class Attention(model.Attention):
-
-    def attend(self, q, k, v, first):
-        """first (B, T) as ever, or bool (B, T, S): which says itself what is seen, causal or not."""
-        if first.ndim == 2:
-            return super().attend(q, k, v, first)
-        return F.scaled_dot_product_attention(q, k, v, first[:, None], scale=self.scale,
-                                              enable_gqa=q.shape[1] != k.shape[1])
 
 
 class GPT(model.GPT):

@@ -26,6 +26,8 @@ beta1 = 0.9
 beta2 = 0.95
 tie_embeddings = True
 token_shift = False
+gpt2_dropout: float = 0.0   # 0..0.9: of the embedding, of attention's weights, of what is added to the stream
+
 NOT_WITH = dict.fromkeys((
     'attention_gate climb_objective distillation domains dropout dynamics experts growth latent_attention layer_loop '
     'leaderboard loss_kernels masked multi_token skips softcap stochastic_depth tokenformer value_embeds '
@@ -40,13 +42,15 @@ class Block(model.Block):
         self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
         self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
         self.up, self.down = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+        self.drop = nn.Dropout(config.gpt2_dropout)
 
     def forward(self, x):
         qkv = self.qkv(self.ln_1(x)).chunk(3, dim=2)
         q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in qkv)      # (B, H, T, D)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(o.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.ln_2(x))))
+        dropped = self.drop.p if self.training else 0.0
+        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, is_causal=True)
+        x = x + self.drop(self.proj(o.transpose(1, 2).flatten(2)))
+        return x + self.drop(self.down(F.gelu(self.up(self.ln_2(x)))))
 
 
 class GPT(model.GPT):
@@ -67,7 +71,8 @@ class GPT(model.GPT):
             return super().forward(idx, targets, reduction, **extras)
 
     def trunk(self, idx, cache=None, **extras):
-        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
+        x = F.dropout(self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device)),
+                      self.config.gpt2_dropout, self.training)
         for block in self.blocks:
             x = block(x)
         return self.ln_f(x)
@@ -78,10 +83,10 @@ class GPT(model.GPT):
         return loss.view_as(targets) if reduction == 'none' else loss
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, **extras):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, *more, **extras):
         for _ in range(max_new_tokens):                 # without a cache
             logits = self.logits(self.trunk(idx[:, -self.config.block_size:])[:, -1])
-            new = model.sample_token(logits, temperature, top_k, top_p, generator)
+            new = model.sample_token(logits, temperature, top_k, top_p, generator, *more, before=idx)
             idx = torch.cat([idx, new[:, None]], dim=1)
             yield new
 

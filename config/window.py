@@ -24,7 +24,7 @@ class GPT(model.GPT):
 
     def first_visible(self, idx, past=0, cache=None):
         start, window = super().first_visible(idx, past, cache), self.config.window
-        position = torch.arange(past, past + idx.shape[1], device=idx.device)
+        position = past + torch.arange(idx.shape[1], device=idx.device)
         return torch.maximum(start, position - window + 1) if window else start
 
     def flops_per_token(self, attended=None):

@@ -195,6 +195,13 @@ def test_the_rival_is_a_gpt_2(corpus):
     assert greedy[3] == int(net.logits(net.trunk(torch.cat([prompt, torch.tensor([greedy[:3]])], 1)))[0, -1].argmax())
 
 
+def test_the_rival_drops_out_in_training_alone(corpus):
+    net, idx = opened(corpus, str(PLAIN), '--gpt2_dropout=0.5').model, torch.randint(0, 257, (3, 64))
+    alike = opened(corpus, str(PLAIN)).model.eval()
+    assert not torch.equal(net.trunk(idx), net.trunk(idx))
+    torch.testing.assert_close(net.eval().trunk(idx), alike.trunk(idx))
+
+
 def test_the_rival_learns(corpus):
     run = opened(corpus, str(PLAIN), '--micro_batch_size=4', '--learning_rate=3e-3')
     rows = run.stream.rows(0, 200, 8)

@@ -203,6 +203,7 @@ def test_what_a_probe_sees(corpus, ideas, options):
     assert model.training and all(p.grad is None for p in model.parameters())
     assert hooks == [len(m._forward_hooks) for m in model.modules()]
     model.eval()
+    assert torch.equal(seen['head'][0][0], model.trunk(probe.idx)[:, ::2].flatten(0, 1))
     outs, heard = {}, [model.blocks[1].attn.proj, model.blocks[1].mlp.down]
     hooks = [m.register_forward_hook(lambda m, args, out: outs.update({m: (args[0], out)})) for m in heard]
     model(probe.idx, probe.targets).backward()
@@ -210,6 +211,8 @@ def test_what_a_probe_sees(corpus, ideas, options):
         (activations, _), (weight, _), (gradient, _) = seen[name]
         assert torch.equal(activations, outs[module][1][:, ::2].flatten(0, 1)) and activations.shape == (256, 64)
         assert torch.equal(weight, module.weight) and torch.allclose(gradient, module.weight.grad, atol=1e-7)
+    head, gradient = (seen['head'][i][0] for i in (1, 2))
+    assert torch.equal(head, model.lm_head.weight) and torch.allclose(gradient, model.lm_head.weight.grad, atol=1e-7)
     attn, value, group = model.blocks[1].attn, seen['1.attn.v'][0][0], 4 // model.config.n_kv_head
     D, w_v, w_o = 16, attn.v.weight, attn.proj.weight
     idx = torch.tensor([[256, 65]])                                     # the first position attends to itself alone
@@ -242,7 +245,7 @@ def test_a_probe_sees_the_same_through_kernels(corpus, monkeypatch):
 
 def test_tokens_have_no_circuits(corpus):
     seen = dynamics.Probe(corpus.open(), 64, 'cpu').look(small('tokenformer', attn_tokens=32, mlp_tokens=48))
-    assert list(seen) == ['0.attn.v', '0.attn.proj', '0.mlp.down', '1.attn.v', '1.attn.proj', '1.mlp.down']
+    assert list(seen) == ['0.attn.v', '0.attn.proj', '0.mlp.down', '1.attn.v', '1.attn.proj', '1.mlp.down', 'head']
     assert seen['1.mlp.down'][1][0].shape == (64, 48) and seen['1.attn.v'][0][0].shape == (256, 64)
 
 
@@ -264,9 +267,9 @@ def test_a_probe_over_growth_and_what_is_not_finite(corpus):
     assert torch.equal(dice, torch.get_rng_state())                                # a run draws what it would have
     assert (found['steps'], found['progress']) == ([0, 10, 20, 30], [0, 0.3, 0.4, 0.95])
     names, of = found['names'], found['measures']
-    assert names[:4] == ['0.attn.v', '0.attn.proj', '0.mlp.down', '0.attn.ov.0'] and names[-1] == '2.attn.ov.3' and len(names) == 21
+    assert names[:4] == ['0.attn.v', '0.attn.proj', '0.mlp.down', '0.attn.ov.0'] and names[-2:] == ['2.attn.ov.3', 'head'] and len(names) == 22
     place = names.index
-    assert all(len(row) == 21 for rows in of.values() for row in rows)
+    assert all(len(row) == 22 for rows in of.values() for row in rows)
     assert of['cka_final'][2][place('2.mlp.down')] == 1 and of['cka_final'][0][place('2.mlp.down')] is None
     assert 0 < of['cka_final'][0][place('1.mlp.down')] < 1 and of['cka_final'][1][place('1.mlp.down')] is None
     assert of['cka_previous'][0][0] is None and of['cka_previous'][1][0] == 1 and 0 < of['cka_previous'][2][0] < 1
@@ -533,7 +536,7 @@ def test_when_layers_settle(tmp_path):
     assert at == {'0.attn.v': 0.2, '0.mlp.down': 0.1, '1.attn.v': 1.0, '1.attn.ov.0': 0.1, '1.attn.ov.1': None}
     first, second = dynamics.layer_rows(found, at)
     assert (first['v'], first['down'], first['OV'], first['mean']) == (0.2, 0.1, None, pytest.approx(0.15))
-    assert (second['v'], second['OV'], second['mean'], second['layer']) == (1.0, 0.1, pytest.approx(0.55), 1)
+    assert (second['v'], second['OV'], second['mean'], second['layer']) == (1.0, 0.1, pytest.approx(0.55), 'layer 1')
     assert [first[k] for k in ('first', 'highest', 'last')] == pytest.approx([0.9, 0.9, 0.4])
     assert [second[k] for k in ('first', 'highest', 'last')] == pytest.approx([0.6, 2.5 / 3, 1.9 / 3])
     (tmp_path / 'dynamics.json').write_text(json.dumps(found))

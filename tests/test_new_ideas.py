@@ -1,5 +1,6 @@
 """Ideas written by README's chapter: of the net, of the optimizer, of the text."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,14 +10,15 @@ import torch.nn.functional as F
 import model as model_file
 import prepare_data
 import train
+from config import context_rampup, cyclic_average
 from conftest import ROOT, in_two_parts
 from model import GPT, GPTConfig, KVCache
 from prepare_data import UserError
 
 CONFIG = ROOT / 'config'
-GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN, ENSEMBLE, BIGRAMS, NORMUON, ROWS, CAUTIOUS, EVEN, RANDOM, NARROW = (str(CONFIG / f'{name}.py') for name in (
+GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN, ENSEMBLE, BIGRAMS, NORMUON, ROWS, CAUTIOUS, EVEN, RANDOM, NARROW, SNAPSHOTS, DISTILLED, CONTEXT = (str(CONFIG / f'{name}.py') for name in (
     'attention_gate', 'layer_loop', 'batch_rampup', 'skips', 'value_projections', 'masked_inputs', 'ensemble', 'bigrams', 'normuon',
-    'row_muon', 'cautious_decay', 'even_mix', 'random_sources', 'factorised'))
+    'row_muon', 'cautious_decay', 'even_mix', 'random_sources', 'factorised', 'snapshots', 'distilled', 'context_rampup'))
 SHAPE = dict(vocab_size=257, bos=256, block_size=64, n_layer=4, n_head=2, n_embd=32)
 
 
@@ -219,6 +221,79 @@ def test_every_member_learns(main, tmp_path):
     main(ENSEMBLE, '--members=2', '--tie_embeddings=True', '--out_dir=still', '--learning_rate=0', '--embedding_lr=0', '--head_lr=0', '--scalar_lr=0')
     still = weights(tmp_path / 'still')
     assert {k for k in still if torch.equal(still[k], trained[k])} == set() and 'others.0.lm_head.weight' in still
+
+
+def test_snapshots_are_the_ends_of_cycles_and_answer_together(main, tmp_path, monkeypatch):
+    ends, step = [], cyclic_average.Cycling.step
+
+    def watched(run):
+        step(run)
+        if run.steps in (4, 8):
+            ends.append({k: w.clone() for k, w in run.model.state_dict().items() if not k.startswith('others') and k != 'taken'})
+    monkeypatch.setattr(cyclic_average.Cycling, 'step', watched)
+    main(SNAPSHOTS, '--cycles=3', '--members=3', '--max_steps=12')
+    made, run = weights(tmp_path / 'run'), json.loads((tmp_path / 'run/result.json').read_text())
+    for i, end in enumerate(ends):
+        assert all(torch.equal(made[f'others.{i}.{k}'], w) for k, w in end.items())
+    assert run['snapshots'] == 3 and not torch.equal(made['others.0.wte.weight'], made['others.1.wte.weight'])
+    model, idx = net(SNAPSHOTS, members=3), some()
+    own = model(idx, idx.roll(-1, 1), 'none')
+    model.eval()
+    torch.testing.assert_close(model(idx, idx.roll(-1, 1), 'none'), own)          # none is taken yet
+    model.taken += 2
+    assert model.trunk(idx).shape[-1] == 3 * 32 and not torch.allclose(model(idx, idx.roll(-1, 1), 'none'), own)
+    assert model.flops_per_token(20) == net().flops_per_token(20)
+
+
+def test_members_teach_one_of_their_shape(main, tmp_path):
+    """It begins as the first did end, learns of all, and is what is kept; the teachers' pass is counted."""
+    parts = [DISTILLED, '--members=2', '--distil_from=0.5', '--max_steps=8']
+    assert 'taught by 2 members' in main(*parts)
+    made, result = weights(tmp_path / 'run'), json.loads((tmp_path / 'run/result.json').read_text())
+    assert 'wte.weight' in made and not [k for k in made if k.startswith('others')] and result['config']['members'] == 1
+    main(*parts, '--teacher_weight=0', '--out_dir=untaught')
+    assert not torch.equal(made['wte.weight'], weights(tmp_path / 'untaught')['wte.weight'])
+    main(ENSEMBLE, '--members=1', '--out_dir=one')
+    one = json.loads((tmp_path / 'one/result.json').read_text())['flops_per_token']
+    assert result['flops_per_token'] == pytest.approx(one * 5 / 3) and result['flops'] == pytest.approx(result['tokens'] * one * 11 / 6)
+
+
+def test_what_members_teach_goes_on_to_the_bit(main, tmp_path, monkeypatch):
+    args = DISTILLED, '--members=2', '--distil_from=0.3', '--max_steps=8'
+    main(*args)
+    in_two_parts(main, monkeypatch, 5, *args)
+    whole, parts = weights(tmp_path / 'run'), weights(tmp_path / 'parts')
+    assert all(torch.equal(parts[k], w) for k, w in whole.items())
+
+
+def test_short_rows_are_the_parts_of_long_ones(main, tmp_path):
+    """Quarters, halves and whole rows in turn; with a start of 1 the base's losses to the bit."""
+    seen = []
+
+    class Told:
+        progress, s, parts_at, parts = 0.0, SimpleNamespace(context_start=0.25, context_end=0.5, block_size=64), context_rampup.Run.parts_at, 4
+    assert [Told().parts_at(p) for p in (0, 0.1, 0.16, 0.17, 0.4, 0.49, 0.5, 1)] == [4, 4, 4, 2, 2, 2, 1, 1]
+    idx = some(2, 64)
+
+    class Asked(train.Run):
+        def __init__(self):
+            pass
+
+        def batch_loss(self, **batch):
+            seen.append(batch)
+
+    class Cut(context_rampup.Run, Asked):
+        parts = 4
+    Cut().batch_loss(idx=idx, targets=idx + 1, domain=torch.tensor([5, 7]))
+    assert torch.equal(seen[0]['idx'], torch.cat([row.view(4, 16) for row in idx])) and torch.equal(seen[0]['targets'], seen[0]['idx'] + 1)
+    assert seen[0]['domain'].tolist() == [5] * 4 + [7] * 4
+    rows = {}
+    for name, args in dict(base=[], whole=[CONTEXT, '--context_start=1'], short=[CONTEXT]).items():
+        main(*args, '--max_steps=8', f'--out_dir={name}')
+        rows[name] = [json.loads(line)['train_loss'] for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines() if 'train_loss' in line]
+    assert rows['base'] == rows['whole'] != rows['short']
+    flops = {name: json.loads((tmp_path / name / 'result.json').read_text())['flops'] for name in rows}
+    assert flops['base'] == flops['whole'] > flops['short']
 
 
 def test_members_are_made_of_what_is_named_before(main, tmp_path):
