@@ -1237,9 +1237,10 @@ class Lane:
     def score(self, text):
         """Bits of a text from its BOS on, and what is told of each of its tokens."""
         ids, told = np.array([self.tokenizer.bos, *self.tokenizer.encode(text)]), []
+        decoder = codecs.getincrementaldecoder('utf-8')()
         for x, y in windows(ids, self.model.config.block_size):
             logits = self.model.logits(self.model.trunk(torch.from_numpy(x)[None].to(self.device)))[0]
-            told += [self.told(row.log_softmax(-1), token) | dict(text=self.tokenizer.decode([token]))
+            told += [self.told(row.log_softmax(-1), token) | dict(text=decoder.decode(self.tokenizer.token_bytes(token)))
                      for row, token in zip(logits, y.tolist())]
         bits, n = sum(t['bits'] for t in told), len(text.encode())
         return dict(bits=bits, bytes=n, bpb=bits / max(n, 1), tokens=told)

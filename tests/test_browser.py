@@ -1,7 +1,11 @@
 """web/model.html and web/serve.html in headless Chromium, by what a person does. Playwright, an optional companion, moves the hands."""
+import dataclasses
+import hashlib
 import math
+import os
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ import torch
 
 import prepare_data
 import sample
+from conftest import start
 from test_model_page import export, net, words
 from test_page import CHROMIUM, needs_chromium
 
@@ -118,8 +123,8 @@ def file(tmp_path, made, bpe, visit):
 
 
 def complete(page, prompt=PROMPT, tokens=40, heat=0):
-    page.locator('#count').fill(str(tokens))
-    page.locator('#heat').fill(str(heat))
+    page.get_by_role('slider', name='Tokens').fill(str(tokens))
+    page.get_by_role('slider', name='Temperature').fill(str(heat))
     page.get_by_label('A text to go on with').fill(prompt)
     page.get_by_role('button', name='Continue').click()
 
@@ -132,9 +137,7 @@ def test_a_file_completes(file, made, bpe):
     place = section(file, 'Complete')
     complete(file)
     through(file)
-    ids = [bpe.bos, *bpe.encode(PROMPT)]
-    want = bpe.decode(ids[1:] + [new.item() for new in made.generate(torch.tensor([ids]), 40, temperature=0)])
-    assert place.locator('.text').inner_text() == want
+    assert place.locator('.text').inner_text() == bpe.decode(greedy(made, [bpe.bos, *bpe.encode(PROMPT)])[1:])
     assert re.fullmatch(r'40 tokens, the first after \d\.\d\d s, [1-9]\d* tokens/s\. ', place.locator('.said').text_content())
     tokens = place.locator('.token')
     assert tokens.first.get_attribute('class') == 'token' and 'made' in tokens.last.get_attribute('class')
@@ -241,7 +244,7 @@ def server(tmp_path_factory, red_and_blue, bpe):
     folder = tmp_path_factory.mktemp('runs')
     for name, one in red_and_blue.items():
         run_of(folder / name, one, bpe)
-    process, url = serve(folder, 'red', '--serve', 'blue')
+    process, url = serve(folder, '--serve', 'red', 'blue')
     yield process, url
     process.kill()
 
@@ -266,9 +269,9 @@ def alone(page):
     page.get_by_label('Beside it').select_option('none')
 
 
-def continued(one, bpe, prompt, tokens=40, more=()):
-    ids = [bpe.bos, *bpe.encode(prompt), *more]
-    return bpe.decode(ids[1:] + [new.item() for new in one.generate(torch.tensor([ids]), tokens, temperature=0)])
+def greedy(one, ids, tokens=40):
+    """ids, BOS first, and what follows."""
+    return ids + [new.item() for new in one.generate(torch.tensor([ids]), tokens, temperature=0)]
 
 
 def test_a_server_has_two_models_complete_side_by_side(site, red_and_blue, bpe):
@@ -278,13 +281,13 @@ def test_a_server_has_two_models_complete_side_by_side(site, red_and_blue, bpe):
     tops = []
     for pane, (name, one) in zip(panes(site).all(), red_and_blue.items()):
         assert pane.get_by_role('heading').inner_text() == name
-        assert pane.locator('.text').inner_text() == continued(one, bpe, PROMPT)
+        assert pane.locator('.text').inner_text() == bpe.decode(greedy(one, [bpe.bos, *bpe.encode(PROMPT)])[1:])
         assert re.fullmatch(r'40 tokens, the first after \d+\.\d\d s, [1-9][\d,]* tokens/s, seed \d+\.', pane.locator('.said').inner_text())
         assert 'made' not in pane.locator('.token').first.get_attribute('class')
         shades = [shade(token) for token in pane.locator('.token.made').all()]
         assert max(shades) <= 1 and len({*shades}) > 10
-        heard = pane.locator('[aria-live=polite]').inner_text()
-        assert heard and pane.locator('.text').inner_text().endswith(heard)
+        heard = pane.locator('[aria-live=polite]').text_content()
+        assert heard and pane.locator('.text').text_content().endswith(heard)
         tops.append(pane.bounding_box()['y'])
     assert tops[0] == tops[1]
     facts = site.locator('#facts > div').first
@@ -347,8 +350,12 @@ def test_pointing_shows_what_else_was_likely_and_choosing_goes_on_from_it(site, 
     for key in 'ArrowRight', 'Enter', 'Tab', 'Enter':
         site.keyboard.press(key)
     through(site)
-    start = ''.join(before[:at]) + first[1][0]
-    assert pane.locator('.text').inner_text() == continued(red_and_blue['red'], bpe, '', more=bpe_ids(tokens, start, bpe, red_and_blue))
+    red = red_and_blue['red']
+    kept = greedy(red, [bpe.bos, *bpe.encode(PROMPT)])[:at + 1]
+    with torch.no_grad():
+        second = red.logits(red.trunk(torch.tensor([kept])))[0, -1].topk(2).indices[1].item()
+    assert pane.locator('.text').inner_text() == bpe.decode(greedy(red, [*kept, second])[1:])
+    assert 'chosen' in tokens.nth(at).get_attribute('class')
 
 
 def test_a_server_scores_and_compares(site, red_and_blue, bpe):
