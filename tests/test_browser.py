@@ -43,7 +43,7 @@ FAINT = '''() => {
   }
   return faint;
 }'''
-OUTSIDE = '''() => [...document.querySelectorAll('body *')].filter(node => node.checkVisibility() && node.getBoundingClientRect().right > innerWidth + 0.5)
+OUTSIDE = '''() => [...document.querySelectorAll('body *')].filter(node => node.checkVisibility() && !node.closest('.unseen') && node.getBoundingClientRect().right > innerWidth + 0.5)
   .map(node => node.outerHTML.slice(0, 80)).concat(document.documentElement.scrollWidth > innerWidth ? ['the page'] : [])'''
 
 
@@ -80,7 +80,7 @@ def visit(chromium):
         page.set_default_timeout(20000)
         page.on('pageerror', lambda e: wrong.append(e.message))
         page.on('console', lambda m: m.type in ('error', 'warning') and wrong.append(m.text))
-        page.on('request', lambda r: r.url.startswith((url, 'data:', 'blob:')) or asked.append(r.url))
+        page.on('request', lambda r: r.url.startswith((url.partition('#')[0], 'data:', 'blob:')) or asked.append(r.url))
         page.goto(url)
         page.locator('main').wait_for()
         return page
@@ -384,3 +384,110 @@ def test_a_server_scores_and_compares(site, red_and_blue, bpe):
     place.get_by_role('button', name='Next pair').click()
     place.locator('.pair button').first.click()
     expect(place.locator('.said')).to_contain_text('Of 1 so far red got')
+
+
+def test_a_server_can_be_read_by_everyone(site):
+    ask(site, prompt='a' * 200 + '\n\n' + PROMPT, heat=1.5)
+    through(site)
+    section(site, 'Score a text').get_by_label('A text').fill('kite\n' + 'é' * 200)
+    section(site, 'Score a text').get_by_role('button', name='Score').click()
+    section(site, 'Score a text').locator('.token').nth(400).wait_for()              # of both models
+    panes(site).first.locator('.token').nth(5).click()
+    site.locator('.pair button').first.click()
+    site.get_by_role('button', name='Next pair').wait_for()
+    site.get_by_text('More settings').click()
+    looks(site)
+
+
+def test_what_the_server_declines_is_said_in_a_sentence(site, visit):
+    alone(site)
+    site.locator('#prompt').fill('a ' * 40000)
+    site.get_by_role('button', name='Continue').click()
+    said = panes(site).locator('.said.error')
+    expect(said).to_have_text('a request may have 65536 bytes at most')
+    site.locator('#prompt').fill('')
+    site.route('**/api/generate', lambda route: route.abort())                       # as if it had ended
+    site.get_by_role('button', name='Continue').click()
+    expect(said).to_have_text('The server does not answer: is it still running?')
+    through(site)
+    assert len(visit.wrong) == 2                 # Chromium logs both
+    visit.wrong.clear()
+
+
+def test_a_token_is_asked_for_and_stands_in_no_address(tmp_path, bpe, visit):
+    run_of(tmp_path / 'red', net(bpe), bpe)
+    process, url = serve(tmp_path, '--serve', 'red', '--token=open-sesame')
+    try:
+        page = visit(url)                        # as the server prints it
+        assert page.url == url.partition('#')[0] and page.title() == 'red' and not page.get_by_label('Beside it').is_visible()
+        bare = page.context.new_page()
+        bare.on('console', lambda m: m.type == 'error' and visit.wrong.append(m.text))
+        bare.goto(page.url)
+        for token, said in ((None, 'This server asks for a token.'), ('sesame', 'That is not its token.'), ('open-sesame', None)):
+            if token:
+                bare.get_by_label('The token').fill(token)
+                bare.get_by_role('button', name='Open').click()
+            expect(bare.locator('#state')).to_have_text(said) if said else bare.locator('main').wait_for()
+        ask(bare)
+        expect(panes(bare).locator('.said')).to_contain_text('the first after')
+        assert bare.url == page.url and bare.evaluate('localStorage.length + sessionStorage.length + document.cookie.length') == 0
+        assert len(visit.wrong) == 2 and all('401' in text for text in visit.wrong)
+        visit.wrong.clear()
+    finally:
+        process.kill()
+
+
+def test_what_a_model_writes_is_text(tmp_path, bpe, visit):
+    """Also where it has learned to write a page."""
+    tokenizer = prepare_data.ByteTokenizer()
+    evil = '<img src=x onerror=alert(1)><script>alert(1)</script>'
+    run_of(tmp_path / evil.replace('/', ''), net(tokenizer), tokenizer)
+    process, url = serve(tmp_path, '--serve', evil.replace('/', ''))
+    try:
+        page = visit(url)
+        ask(page, prompt=evil)
+        through(page)
+        assert panes(page).locator('.text').text_content().startswith(evil) and page.title() == evil.replace('/', '')
+        assert page.locator('img, main script').count() == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.skipif(not hasattr(prepare_data.Tokenizer, 'with_roles'), reason='no vocabulary has roles here')
+def test_a_model_that_was_taught_to_chat_chats(tmp_path, bpe, visit):
+    tokenizer = bpe.with_roles(['user', 'assistant'])
+    taught = net(tokenizer)
+    with torch.no_grad():
+        taught.lm_head.weight[[*range(bpe.first_byte + 256), *tokenizer.roles.values()]] = 0
+    run_of(tmp_path / 'taught', taught, tokenizer)
+    run_of(tmp_path / 'plain', net(bpe), bpe)
+    process, url = serve(tmp_path, '--serve', 'taught', 'plain')
+    try:
+        page = visit(url)
+        assert 'taught was taught to chat too; to plain a question is one more line' in page.locator('#about').inner_text()
+        page.get_by_role('radio', name='Chat').check()
+        page.get_by_role('slider', name='Tokens').fill('20')
+        page.get_by_role('slider', name='Temperature').fill('0')
+        messages, answers = [], page.locator('#written .text')
+        for turn, question in enumerate(('the dog?', 'a kite?')):
+            messages.append(dict(role='user', content=question))
+            page.locator('#prompt').fill(question)
+            page.keyboard.press('Enter')
+            ids = sample.chat_ids(tokenizer, messages)
+            want = tokenizer.decode(greedy(taught, ids, 20)[len(ids):])
+            expect(answers.nth(turn)).to_have_text(want, use_inner_text=True)
+            through(page)
+            messages.append(dict(role='assistant', content=want))
+        assert page.locator('.pane').count() == 1 and page.locator('.asked').all_inner_texts() == ['the dog?', 'a kite?']
+        answers.first.locator('.token').nth(4).click()               # another first answer: the chat goes on from there
+        page.locator('.choices li button').nth(1).click()
+        expect(page.locator('.asked')).to_have_count(1)
+        through(page)
+        before = tokenizer.decode([*greedy(taught, sample.chat_ids(tokenizer, messages[:1]), 4)[-4:]])
+        assert answers.inner_text().startswith(before) and answers.inner_text() != messages[1]['content']
+        page.get_by_role('button', name='New chat').click()
+        assert answers.count() == 0
+        page.get_by_role('radio', name='Complete').check()
+        assert page.get_by_role('button', name='Continue').is_visible()
+    finally:
+        process.kill()
