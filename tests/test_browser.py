@@ -1,4 +1,5 @@
 """web/model.html and web/serve.html in headless Chromium, by what a person does. Playwright, an optional companion, moves the hands."""
+import base64
 import dataclasses
 import hashlib
 import math
@@ -437,18 +438,27 @@ def test_a_token_is_asked_for_and_stands_in_no_address(tmp_path, bpe, visit):
         process.kill()
 
 
-def test_what_a_model_writes_is_text(tmp_path, bpe, visit):
-    """Also where it has learned to write a page."""
-    tokenizer = prepare_data.ByteTokenizer()
-    evil = '<img src=x onerror=alert(1)><script>alert(1)</script>'
-    run_of(tmp_path / evil.replace('/', ''), net(tokenizer), tokenizer)
-    process, url = serve(tmp_path, '--serve', evil.replace('/', ''))
+def test_what_a_model_writes_is_text(tmp_path, visit):
+    """Its name too, and what else it might have written."""
+    evil, name = [b'<img src=x onerror=alert(1)>', b'<b>bold</b>'], '<i>red'
+    pieces = [bytes([i]) for i in range(256)] + evil
+    pieces += [f'({i})'.encode() for i in range(50256 - len(pieces))]
+    tokenizer = prepare_data.GPT2Tokenizer(b''.join(b'%s %d\n' % (base64.b64encode(p), i) for i, p in enumerate(pieces)))
+    writes = net(tokenizer, n_layer=1, n_embd=8, n_head=1)
+    with torch.no_grad():                        # one of the two is always the likeliest by far
+        writes.lm_head.weight[256] *= 50
+        writes.lm_head.weight[257] = -writes.lm_head.weight[256]
+    run_of(tmp_path / name, writes, tokenizer)
+    process, url = serve(tmp_path, '--serve', name)
     try:
         page = visit(url)
-        ask(page, prompt=evil)
+        ask(page, prompt=evil[0].decode())
         through(page)
-        assert panes(page).locator('.text').text_content().startswith(evil) and page.title() == evil.replace('/', '')
-        assert page.locator('img, main script').count() == 0
+        text = panes(page).locator('.text').text_content()
+        assert text.startswith(evil[0].decode()) and len(text) > 300 and set(re.findall('<.*?>', text)) <= {'<img src=x onerror=alert(1)>', '<b>', '</b>'}
+        panes(page).locator('.token').last.click()
+        assert choices(panes(page))[0][0] in [piece.decode() for piece in evil] and page.title() == name == page.get_by_role('heading', level=1).inner_text()
+        assert page.locator('img, b, i').count() == 0
     finally:
         process.kill()
 

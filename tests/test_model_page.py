@@ -236,6 +236,12 @@ def test_all_text_stays_text_and_the_scripts_are_allowed_by_their_hashes(tmp_pat
     assert [*folder.iterdir()] == [page]
 
 
+def test_both_pages_play_the_same_pairs():
+    served, alone = ((ROOT / 'web' / name).read_text('utf-8') for name in ('serve.html', 'model.html'))
+    game = re.compile(r"const PAIRS = \[\n(?:  \['.+', '.+'\],\n){16}\];")
+    assert game.search(served)[0] == game.search(alone)[0]
+
+
 def test_as_a_user(tmp_path):
     made, folder = net(), tmp_path / 'run'
     folder.mkdir()
