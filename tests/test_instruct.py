@@ -12,7 +12,7 @@ import prepare_data
 import sample
 import train
 from config import instruct
-from conftest import ROOT, finish, in_two_parts, script, start
+from conftest import ROOT, in_two_parts, script
 from prepare_data import BPETokenizer, ByteTokenizer, GPT2Tokenizer, UserError
 
 IDEA = str(ROOT / 'config' / 'instruct.py')
@@ -219,7 +219,8 @@ def test_the_vocabulary_grows_by_a_row_a_role(teach, finished, monkeypatch):
 
 # ---- a run
 
-def test_a_taught_run_answers_and_is_told_beside_the_run_it_was(teach, finished, tmp_path, capfd):
+@pytest.mark.long
+def test_a_taught_run_answers_and_is_told_beside_the_run_it_was(teach, finished, tmp_path, capfd, monkeypatch):
     said = teach('--max_steps=150', '--tuning_rate=1', '--tokens_per_step=1024')
     result = json.loads((tmp_path / 'run' / 'result.json').read_text())
     answers, forgotten = result['evals']['answers'], result['evals']['forgotten']
@@ -237,19 +238,17 @@ def test_a_taught_run_answers_and_is_told_beside_the_run_it_was(teach, finished,
     teach('--max_steps=1', '--out_dir=second', base=tmp_path / 'run')
     second = json.loads((tmp_path / 'second' / 'result.json').read_text())
     assert second['config']['vocab_size'] == 259 and second['settings']['base_data'] == result['settings']['base_data']
-    # the chat: answers what is typed, in turn; keeps what was said
-    code, out, err = finish(chat(tmp_path / 'run', 'Ada, Bo\nWho else?\n\n'))
-    assert code == 0 and not err and out.count('> ') == 3, err
-    assert all(line.removeprefix('> ') in NAMES for line in out.splitlines() if line.removeprefix('> '))
-    code, one, err = script('sample.py', tmp_path / 'run', 'Ada, Bo', '--chat', '--temperature=0', cwd=tmp_path)
-    assert code == 0 and one.strip() in NAMES
-
-
-def chat(run, typed):
-    process = start('sample.py', run, '--chat', '--temperature=0', '--device=cpu', cwd=run.parent)
-    process.stdin.write(typed)
-    process.stdin.close()
-    return process
+    # the chat answers what is typed, in turn, and reads what was said before
+    typed, prompts = iter(['Ada, Bo', 'Who else?', '']), []
+    monkeypatch.setattr('builtins.input', lambda prompt: next(typed))
+    stream = sample.stream
+    monkeypatch.setattr(sample, 'stream', lambda model, tokenizer, ids, *rest: (prompts.append(ids), stream(model, tokenizer, ids, *rest))[1])
+    sample.main([str(tmp_path / 'run'), '--chat', '--temperature=0', '--device=cpu'])
+    one, two = capfd.readouterr().out.splitlines()
+    assert {one, two} <= {*NAMES} and [*prompts[1]] == sample.chat_ids(run.tokenizer, [
+        dict(role='user', content='Ada, Bo'), dict(role='assistant', content=one), dict(role='user', content='Who else?')])
+    sample.main([str(tmp_path / 'run'), 'Ada, Bo', '--chat', '--temperature=0', '--device=cpu'])
+    assert capfd.readouterr().out == f'{one}\n'
 
 
 def test_items_and_verdicts_of_answers(teach, tmp_path):
