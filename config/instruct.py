@@ -13,12 +13,12 @@ at most answer_tokens the share that greedy decoding gives word for word; ends: 
 role; loss: of all answers) and `forgotten`, bits per byte of the first run's validation text; each beside what
 it was before the first step. `val_bpb` is that of whole conversations. tuning_rate was found by measurement.
 """
+import dataclasses
 import functools
 import json
 import random
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ base_data: str = ''             # prepared data on which forgetting is measured;
 
 NOT_WITH = dict(
     distillation='its teacher knows no roles', context_rampup='it cuts answers from their questions',
+    split_by_lines='rows of conversations are no lines of text',
     plain_gpt2='it reads rows that begin anywhere, and so answers without their questions')
 ROLES = dict(user='\ufdd0', assistant='\ufdd1')      # how they stand in a document: no characters of any text
 MARKS = re.compile(f'([{"".join(ROLES.values())}])')
@@ -241,16 +242,17 @@ class Run(train.Run):
 
     def start_from(self, before):
         """Rows of ids that the other run had not begin as the mean of those it had (Hewitt 2021)."""
-        weights, known = before.state_dict(), before.config.vocab_size
+        known, mine = before.config.vocab_size, self.model.state_dict()
         more = self.config.vocab_size - known
-        for name, mine in self.model.state_dict().items():
-            w = weights.get(name, mine)
-            if len(w.shape) and len(w) == known and len(mine) == known + more:
-                weights[name] = torch.cat([w, w.mean(dim=0, keepdim=True).repeat(more, *[1] * (w.ndim - 1))])
-        super().start_from(SimpleNamespace(state_dict=lambda: weights))
+        for name, w in before.named_parameters():
+            if w.ndim and len(w) == known and name in mine and len(mine[name]) == known + more:
+                w.data = torch.cat([w.data, w.data.mean(dim=0, keepdim=True).expand(more, *w.shape[1:])])
+        before.config = dataclasses.replace(before.config, vocab_size=known + more)
+        super().start_from(before)
 
-    def rate(self, progress):
-        return self.s.tuning_rate * super().rate(progress)
+    def groups(self, model):
+        share = self.s.tuning_rate
+        return {name: g | dict(base_lr=share * g['base_lr']) for name, g in super().groups(model).items()}
 
     def measure_evaluation(self):
         """Asks the run that this one goes on from, too."""
