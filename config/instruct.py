@@ -1,4 +1,4 @@
-"""Instruction tuning (Ouyang 2022, 2203.02155): a finished run learns to answer, its loss that of answers alone.
+"""Instruction tuning (Ouyang 2022, 2203.02155): a finished run learns to answer, by the loss of answers alone.
 
     python train.py config/quickstart.py config/instruct.py --init_from=out/quickstart --out_dir=out/taught
     python train.py config/babylm.py config/instruct.py --init_from=out/babylm --dataset=files:my_chats
@@ -33,7 +33,7 @@ from prepare_data import refuse, sha256_of
 dataset = 'chat'
 tuning_rate: float = 0.1        # 0..10: all learning rates, as a share of those that trained the run
 answer_tokens: int = 32         # 1..: answers of at most so many are compared word for word
-base_data: str = ''             # prepared data on which forgetting is measured; '': what the run was trained on
+base_data: str = ''             # prepared data on which forgetting is measured; '': the first run's own
 
 NOT_WITH = dict(
     distillation='its teacher knows no roles', context_rampup='it cuts answers from their questions',
@@ -144,8 +144,8 @@ class Corpus(stories.Corpus):
             return ''.join(ROLES[role] + without_marks(text, '\ufffd') for role, text in turns)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError):
             raise prepare_data.UserError(
-                f'{where} is no conversation (its fields are {", ".join(map(str, row))[:200]}): give messages, a '
-                f'list of role (user, assistant) and content, or instruction and output') from None
+                f'{where} is no conversation (its fields are {", ".join(map(str, row))[:200]}): give messages, '
+                f'a list of role (user, assistant) and content, or instruction and output') from None
 
     def documents(self, part, report, bar):
         """A document's bytes are those of what was said."""
@@ -223,8 +223,8 @@ class Run(train.Run):
 
     def corpus(self):
         s = self.s
-        refuse(s.init_from == 'scratch', 'instruct.py goes on from a finished run: name it with --init_from, or '
-               'leave instruct.py out')
+        refuse(s.init_from == 'scratch', 'instruct.py goes on from a finished run: name it with --init_from, '
+               'or leave instruct.py out')
         if not self.resuming:
             given = prepare_data.load_tokenizer(s.init_from)
             s.tokenizer, s.vocab_size = given.kind, given.vocab_size
@@ -273,7 +273,7 @@ class Run(train.Run):
         report = super().results(*found)
         for name in self.before.keys() & report['evals'].keys():
             report['evals'][name] |= {f'{key}_before': value for key, value in self.before[name].items()
-                                      if key in ('accuracy', 'ends', 'loss', 'bpb')}
+                                      if key in ('accuracy', 'ends', 'bpb') or key.startswith('loss')}
         return report
 
 
@@ -301,8 +301,8 @@ class Measure(sample.Measure):
         s = self.s
         refuse(not s.base_data, 'forgotten, as the run was not taught')
         data = prepare_data.open_data(s.base_data)
-        refuse(not self.tokenizer.blob.startswith(data.tokenizer.blob), f'forgotten, as {s.base_data} has another '
-               f'vocabulary')
+        refuse(not self.tokenizer.blob.startswith(data.tokenizer.blob), f'forgotten, as {s.base_data} has '
+               f'another vocabulary')
         return data
 
     def forgotten(self, model, n=0, stop=None):
@@ -310,12 +310,12 @@ class Measure(sample.Measure):
         tokens, docs = self.base.tokens['val'], self.base.docs['val']
         result = sample.bits_per_byte(model, tokens, docs, n or sample.SLICES, stop=stop)
         cut = dict(share=result['asked']) if 'asked' in result else {}
-        return dict(bpb=result['bpb'], error=result['error'], loss=result['loss'], of_text=result['share'], **cut)
+        return {key: result[key] for key in ('bpb', 'error', 'loss')} | dict(of_text=result['share'], **cut)
 
     @functools.cached_property
     def items(self):
         """[(source, ids up to the answer, ids of the answer, whose last ends it)...], in an order fixed."""
-        refuse(self.data is None or not self.tokenizer.roles, 'answers, as there is no conversation to answer in')
+        refuse(self.data is None or not self.tokenizer.roles, 'answers, as there are no conversations')
         roles, tokens, items = self.tokenizer.roles, self.data.tokens['val'], []
         bounds, sources = self.data.bounds('val'), self.data.docs['val']['source']
         for source, first, end in zip(sources.tolist(), bounds, bounds[1:]):
@@ -327,21 +327,25 @@ class Measure(sample.Measure):
 
     def answers(self, model, n=0, stop=None):
         """The first n held-out answers, of all by default, that fit into the context: how many are right word
-        for word and end in time, of those that are short enough, and the loss of all."""
-        room, short = model.config.block_size, self.s.answer_tokens
+        for word and end in time, of those that are short enough, and the loss of all, by source too."""
+        room, short, names = model.config.block_size, self.s.answer_tokens, self.data and self.data.meta['sources']
         items = [item for item in self.items if len(item[1]) + len(item[2]) <= room + 1]
-        items, read, right, ended, nats, tokens = items[:n or len(items)], 0, {}, [], 0.0, 0
+        items, read, right, ended = items[:n or len(items)], 0, {}, []
+        loss = np.zeros((len(names), 2))         # of each source: nats, tokens
         for first in range(0, len(items), 32):
             if first and stop and stop():
                 break
-            some = items[first:first + 32]
-            nats, tokens, read = nats + self.nats(model, some), tokens + sum(len(a) for *_, a in some), first + 32
+            some, read = items[first:first + 32], first + 32
+            for (source, _, answer), nats in zip(some, self.nats(model, some)):
+                loss[source] += nats, len(answer)
             some = [item for item in some if len(item[2]) <= short and len(item[1]) + short <= room]
             for (source, *_), (is_right, in_time) in zip(some, self.verdicts(model, some)):
-                right.setdefault(self.data.meta['sources'][source], []).append(is_right)
+                right.setdefault(names[source], []).append(is_right)
                 ended.append(in_time)
-        asked, cut = len(ended), dict(share=read / len(items)) if read < len(items) else {}
-        result = dict(loss=nats / max(tokens, 1), **cut)
+        (nats, tokens), asked = loss.sum(axis=0), len(ended)
+        each = {f'loss_{names[i]}': float(x / n) for i, (x, n) in enumerate(loss) if 0 < n < tokens}
+        result = dict(loss=float(nats / max(tokens, 1)), **each,
+                      **(dict(share=read / len(items)) if read < len(items) else {}))
         if asked:
             share = sum(map(sum, right.values())) / asked
             result |= dict(accuracy=share, error=sample.share_error(share, asked), chance=0.0, items=asked,
@@ -350,14 +354,14 @@ class Measure(sample.Measure):
 
     @torch.no_grad()
     def nats(self, model, items):
-        """The sum over all tokens of these items' answers, their ends too."""
-        rows, total = [], 0.0
+        """(items,) the sum over the tokens of each one's answer, its end too."""
+        rows, total = [], np.zeros(len(items))
         for i, (_, prompt, answer) in enumerate(items):
             ids = np.array(prompt + answer)
             rows.append((i, ids[:-1], np.where(np.arange(1, len(ids)) < len(prompt), -1, ids[1:])))
-        for _, idx, targets in sample.batches(rows, 8192, model.config.block_size):
+        for keys, idx, targets in sample.batches(rows, 8192, model.config.block_size):
             idx, targets = (torch.from_numpy(t).to(model.wte.weight.device) for t in (idx, targets))
-            total += model(idx, targets, reduction='none').double().sum().item()
+            total[keys] = model(idx, targets, reduction='none').double().sum(dim=1).tolist()
         return total
 
     def verdicts(self, model, items):

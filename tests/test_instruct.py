@@ -269,8 +269,8 @@ def test_items_and_verdicts_of_answers(teach, tmp_path):
         asked = []
         run.model.generate = lambda idx, n, *rest: (asked.append(n), iter([torch.tensor([i]) for i in said[:n]]))[1]
         assert [*measure.verdicts(run.model, items[:1])] == [expected] and asked == [32], said
-    losses = [measure.nats(run.model, [item]) for item in items[:3]]
-    assert measure.nats(run.model, items[:3]) == pytest.approx(sum(losses), rel=1e-5)
+    losses = [measure.nats(run.model, [item])[0] for item in items[:3]]
+    assert [*measure.nats(run.model, items[:3])] == pytest.approx(losses, rel=1e-5)
     _, prompt, answer = items[0]
     ids = torch.tensor([prompt + answer])
     by_hand = -run.model.logits(run.model.trunk(ids[:, :-1])).log_softmax(-1)[0, len(prompt) - 1:].gather(1, torch.tensor(answer)[:, None]).sum()
