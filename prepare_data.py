@@ -34,6 +34,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import sys
 import time
 import unicodedata
@@ -93,6 +94,7 @@ MARKS = ''.join(f'{chr(run.start())}-{chr(run.end() - 1)}' for run in re.findite
     unicodedata.category(chr(code))[0] for code in range(0x1E950)))) + '\u200c\u200d\U000e0100-\U000e01ef'
 LETTERS = rf'[^\W\d_]+(?:(?![ -~\n])[{MARKS}]+[^\W\d_]*)*'
 WORDS = re.compile(rf"{LETTERS}(?:['’]{LETTERS})*")
+ROLE = re.compile(rb'^<\|(\w+)\|>\n', re.M)       # a line of a tokenizer's file
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -100,13 +102,28 @@ WORDS = re.compile(rf"{LETTERS}(?:['’]{LETTERS})*")
 
 class Tokenizer:
     """What the three share; each has kind, filename, bos, and table: the bytes of every id, none for BOS.
-    roles: {user, assistant: id} of one that was taught to chat."""
 
+    roles: {name: id} of those who speak in turn, in a vocabulary that knows any. Such ids come after all
+    others, have no bytes, and no text encodes to one.
+    """
     roles = {}
+
+    def with_roles(self, names):
+        """This vocabulary, and an id more for each name; its file begins as it did."""
+        return type(self)(self.blob + b''.join(b'<|%s|>\n' % name.encode() for name in names))
+
+    def take_roles(self, names):
+        self.roles = {name.decode(): len(self.table) + i for i, name in enumerate(names)}
+        self.table += [b''] * len(names)
 
     @property
     def vocab_size(self):
         return len(self.table)
+
+    @property
+    def ends(self):
+        """The ids that end a text or what somebody says in turn."""
+        return {self.bos, *self.roles.values()}
 
     def token_bytes(self, token):
         return self.table[token]
@@ -121,6 +138,7 @@ class ByteTokenizer(Tokenizer):
     def __init__(self, blob=b'an id is a byte; 256 is BOS\n'):
         self.blob = blob
         self.table = [bytes([i]) for i in range(256)] + [b'']
+        self.take_roles(ROLE.findall(blob))
 
     def encode(self, text):
         return list(text.encode())
@@ -138,9 +156,10 @@ class GPT2Tokenizer(Tokenizer):
     def __init__(self, blob):
         import tiktoken
         self.blob = blob                         # a line an id: its bytes in base64, the id
-        self.table = [base64.b64decode(line.split()[0]) for line in blob.splitlines()]
+        self.table = [base64.b64decode(line.split()[0]) for line in ROLE.sub(b'', blob).splitlines()]
         ranks = {piece: i for i, piece in enumerate(self.table)}
         self.table.append(b'')
+        self.take_roles(ROLE.findall(blob))
         self.bpe = tiktoken.Encoding('gpt2', pat_str=self.pattern, mergeable_ranks=ranks,
                                      special_tokens={'<|endoftext|>': self.bos})
 
@@ -199,6 +218,21 @@ class BPETokenizer(Tokenizer):
         self.table = [p.translate(unspell).encode() for p in pieces]
         self.table[self.bos] = self.table[self.unk] = b''
         self.table[self.first_byte:self.first_byte + 256] = [bytes([i]) for i in range(256)]
+        controls = [i for i in range(len(pieces)) if self.bpe.is_control(i) and i != self.bos]
+        self.roles = {pieces[i][2:-2]: i for i in controls}
+        for i in controls:
+            self.table[i] = b''
+
+    def with_roles(self, names):
+        """As of every Tokenizer: protocol buffers are joined by being written one after the other, so each
+        role is a message ModelProto of one piece of the type CONTROL, which sentencepiece never makes of a
+        text."""
+        blob, last = self.blob, self.first_byte + 255        # a BPE's scores fall by one a piece
+        for i, name in enumerate(names, self.vocab_size):
+            piece = f'<|{name}|>'.encode()
+            piece = b'\x0a%c%s\x15%s\x18\x03' % (len(piece), piece, struct.pack('<f', last - i + 1))
+            blob += b'\x0a%c%s' % (len(piece), piece)
+        return type(self)(blob)
 
     @classmethod
     def train(cls, texts, vocab_size, model_type='bpe'):
@@ -652,10 +686,10 @@ def text_column(place, names, wanted):
                     f'name the field with --text_field')
 
 
-def row_texts(rows, wanted, report):
+def row_texts(rows, corpus, report):
     """The texts of rows, as bytes."""
     for where, row in rows:
-        text = row[text_column(where, row, wanted)] if isinstance(row, dict) else row
+        text = corpus.row_text(where, row)
         if text is None:
             report['rows dropped, their text is null'] += 1
             continue
@@ -678,7 +712,7 @@ def read(part, corpus, report, bar):
                 part.kind, part.way = corpus.kind_of(part, []), 'separator'
                 rows = (parquet_rows(part, f, corpus.text_field) if kind[1].lower() == 'parquet' else
                         csv_rows(part, f) if kind[1].lower() in ('csv', 'tsv') else json_rows(part, f))
-                rows = row_texts(rows, corpus.text_field, report)
+                rows = row_texts(rows, corpus, report)
                 pieces = ((row[i:i + (1 << 18)] for i in range(0, len(row), 1 << 18)) for row in rows)
                 docs = (doc for row in pieces for doc in split(
                     itertools.chain(corpus.blocks(row, report), [SEPARATOR]), BOUNDARY['separator']))
@@ -785,7 +819,7 @@ class Corpus:
                             f'{also and f" ({also})"}, prepare it anew with --overwrite, or keep both with '
                             f'another --data_dir')
         given = self.s.tokenizer_from
-        if given and given.exists() and load_tokenizer(given).blob != data.tokenizer.blob:
+        if given and given.exists() and not self.same(load_tokenizer(given), data.tokenizer):
             raise UserError(f'{given} has another vocabulary than {self.folder}: use its data, prepare it '
                             f'anew with --overwrite, or keep both with another --data_dir')
         return data
@@ -839,6 +873,10 @@ class Corpus:
         """The bytes of a file, or of a row of it, in pieces as they come."""
         return blocks
 
+    def row_text(self, where, row):
+        """The text of a row of JSON or of a table, or None; where: its place, for a message."""
+        return row[text_column(where, row, self.text_field)] if isinstance(row, dict) else row
+
     def documents(self, part, report, bar):
         """The documents of one file, as (bytes, str). The bar counts the bytes on disk."""
         return read(part, self, report, bar)
@@ -871,6 +909,14 @@ class Corpus:
         if self.s.tokenizer == 'bpe':
             return BPETokenizer.train(texts, self.s.vocab_size)
         return ByteTokenizer() if self.s.tokenizer == 'bytes' else GPT2Tokenizer.find(self.gpt2_folders)
+
+    def same(self, given, tokenizer):
+        """Whether weights that know the given tokenizer's ids can be trained on this one's."""
+        return given.blob == tokenizer.blob
+
+    def ids(self, tokenizer, texts):
+        """The ids of documents, without BOS, an array each."""
+        return tokenizer.encode_batch(texts)
 
     @property
     def gpt2_folders(self):
@@ -1035,8 +1081,8 @@ def scan(corpus, parts, bar):
 class SplitWriter:
     """Encodes documents in batches, appends them to <split>.bin, and counts them by source."""
 
-    def __init__(self, folder, split, tokenizer, n_sources):
-        self.path, self.tokenizer = folder / f'{split}.bin', tokenizer
+    def __init__(self, folder, split, tokenizer, n_sources, ids):
+        self.path, self.tokenizer, self.ids = folder / f'{split}.bin', tokenizer, ids
         self.dtype = '<u2' if tokenizer.vocab_size <= 65536 else '<u4'
         self.file, self.rows, self.tokens, self.batch, self.pending = open(self.path, 'wb'), [], 0, [], 0
         self.counts = np.zeros((n_sources, len(COUNTS)), np.int64)
@@ -1049,7 +1095,7 @@ class SplitWriter:
 
     def write(self):
         sources, n_bytes, texts = map(list, zip(*self.batch))
-        ids = [np.append(self.tokenizer.bos, row) for row in self.tokenizer.encode_batch(texts)]
+        ids = [np.append(self.tokenizer.bos, row) for row in self.ids(self.tokenizer, texts)]
         lengths = np.array([len(row) for row in ids])
         rows = np.zeros(len(ids), DOC)
         rows['start'] = self.tokens + lengths.cumsum() - lengths
@@ -1094,7 +1140,7 @@ def encode(corpus, parts, found, tokenizer, folder, names, bar):
                 found.shared.update(line for line, _ in lines_of(text) if line in found.lines)
             digest.update(f'{split} {source} {len(doc)} '.encode() + doc)
             if split not in writers:
-                writers[split] = SplitWriter(folder, split, tokenizer, len(names))
+                writers[split] = SplitWriter(folder, split, tokenizer, len(names), corpus.ids)
             writers[split].add(source, len(doc), text)
     for writer in writers.values():
         writer.close()

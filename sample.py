@@ -4,6 +4,7 @@
     python sample.py out/quickstart "Mia left the kite" --samples 3    three continuations at once
     python sample.py out/quickstart --file prompts.txt                 one continuation a line
     python sample.py out/quickstart --interactive                      a prompt at a time, until an empty line
+    python sample.py out/taught --chat                                 what one says and what it answers, in turn
     python sample.py out/babylm --eval=all                             bits per byte, and all of data/eval
     python sample.py out/babylm --eval=blimp,my_pairs.jsonl            two evaluation sets
     python sample.py out/babylm config/my_measure.py --eval=mine       what an idea measures
@@ -310,25 +311,29 @@ EXPORTS = dict(html=write_model_page)    # format: what writes a run in it
 # ---- completing --------------------------------------------------------------------------------------------
 
 def stream(model, tokenizer, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Yield the pieces of one continuation as they come, whole characters only, up to the document's end."""
-    idx = torch.tensor([[tokenizer.bos] + tokenizer.encode(prompt)], device=model.wte.weight.device)
+    """Yield the pieces of one continuation as they come, whole characters only, up to its end. prompt: a
+    text, or ids that begin with BOS."""
+    ids = [tokenizer.bos] + tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    idx = torch.tensor([ids], device=model.wte.weight.device)
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
     for new in model.generate(idx, max_new_tokens, temperature, top_k, top_p, generator):
-        if new.item() == tokenizer.bos:
+        if new.item() in tokenizer.ends:
             break
         yield decoder.decode(tokenizer.token_bytes(new.item()))
     yield decoder.decode(b'', final=True)
 
 
 def continuations(model, tokenizer, prompts, max_new_tokens, temperature, generator, top_k=0, top_p=1.0,
-                  done=lambda text: False, rows=32, stop=None):
-    """What follows each of `prompts` (ids that begin with BOS): lists of ids, and which of them ended.
+                  done=lambda text: False, rows=32, stop=None, ends=None):
+    """What follows each of `prompts` (ids that begin with BOS): lists of ids, and which of them ended, at one
+    of the ids `ends`, by default tokenizer.ends.
 
     They are made `rows` at a time; done(text) may end one early, stop() all: the rows not through by then are
     None. Shorter prompts get more BOS on the left, which documents keep out of sight; without doc_mask only
     prompts of one length share a batch.
     """
     made, ended, device = [None] * len(prompts), [False] * len(prompts), model.wte.weight.device
+    ends = ends or tokenizer.ends
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while order:
         width = len(prompts[order[0]])
@@ -341,7 +346,7 @@ def continuations(model, tokenizer, prompts, max_new_tokens, temperature, genera
                 return made, ended
             new = new.tolist()
             for row, i in open_rows:
-                ended[i] = new[row] == tokenizer.bos
+                ended[i] = new[row] in ends
                 texts[i] += [] if ended[i] else [new[row]]
             open_rows = [(row, i) for row, i in open_rows
                          if not ended[i] and not done(tokenizer.decode(texts[i]))]
@@ -350,6 +355,47 @@ def continuations(model, tokenizer, prompts, max_new_tokens, temperature, genera
         for i in batch:
             made[i] = texts[i]
     return made, ended
+
+
+# ---- chatting ----------------------------------------------------------------------------------------------
+
+def chat_ids(tokenizer, messages, room=None):
+    """The ids of a chat, [{'role', 'content'}...], up to where the assistant answers: BOS, for each message
+    its role and its text, and the assistant's role. An answer ends at one of tokenizer.ends.
+
+    room: at most so many ids: what was said first goes first, then the beginning of the last message.
+    """
+    turns = []
+    for message in messages:
+        role = message['role']
+        refuse(role not in tokenizer.roles, f'a message has the role {role!r}, this model knows '
+               f'{", ".join(tokenizer.roles) or "none"}: leave it out')
+        turns.append([tokenizer.roles[role], *tokenizer.encode(message['content'])])
+    room = math.inf if room is None else room - 2
+    while len(turns) > 1 and sum(map(len, turns)) > room:
+        del turns[0]
+    if turns and len(turns[0]) > room:
+        turns[0][1:] = turns[0][len(turns[0]) - room + 1:]
+    return [tokenizer.bos, *(i for turn in turns for i in turn), tokenizer.roles['assistant']]
+
+
+def chat(run, args, generator):
+    """Answers a prompt, or what is typed, in turn until an empty line; returns its tokens' number. A quarter
+    of the context is kept for an answer."""
+    model, tokenizer, messages, made = run.model, run.tokenizer, [], 0
+    refuse(not tokenizer.roles, f'{args.run} was not taught to chat, its vocabulary has no roles: continue a '
+           f'text with --interactive, or name a run that was taught')
+    for text in [args.prompt] if args.prompt else iter(lambda: input('> '), ''):
+        messages.append(dict(role='user', content=text))
+        ids, pieces = chat_ids(tokenizer, messages, model.config.block_size * 3 // 4), []
+        for piece in stream(model, tokenizer, ids, args.max_new_tokens, args.temperature, args.top_k,
+                            args.top_p, generator):
+            print(piece, end='', flush=True)
+            pieces.append(piece)
+        print()
+        messages.append(dict(role='assistant', content=''.join(pieces)))
+        made += len(pieces) - 1                  # the last is no token
+    return made
 
 
 # ---- bits per byte -----------------------------------------------------------------------------------------
@@ -1100,14 +1146,6 @@ class Declined(Exception):
         self.status = status
 
 
-def chat_ids(tokenizer, messages):
-    """The ids of a chat, [{role, content}, ...], up to where the assistant is to answer."""
-    roles, ids = tokenizer.roles, [tokenizer.bos]
-    for message in messages:
-        ids += [roles[message['role']], *tokenizer.encode(message['content'])]
-    return [*ids, roles['assistant']]
-
-
 def numbers_of(body, usual):
     """How tokens are drawn, by what a request says."""
     found = {}
@@ -1141,7 +1179,7 @@ class Answer:
         self.lane, self.prompt, self.options = lane, ids, options
         self.ids, self.made, self.stopped, self.events = [*ids, *chosen], 0, False, queue.SimpleQueue()
         self.dice = torch.Generator(device=lane.device).manual_seed(options.seed)
-        self.ends = {lane.tokenizer.bos, *lane.tokenizer.roles.values()}
+        self.ends = lane.tokenizer.ends
         self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         self.decoder.decode(b''.join(map(lane.tokenizer.token_bytes, chosen)))
         self.began = time.monotonic()
@@ -1660,10 +1698,13 @@ def complete(model, tokenizer, prompt, args, generator):
     return sum(map(len, texts))
 
 
-def complete_all(model, tokenizer, args):
-    """complete what is asked for; returns how many tokens that made."""
+def complete_all(run, args):
+    """complete what is asked for, or chat; returns how many tokens that made."""
+    model, tokenizer = run.model, run.tokenizer
     generator, place = torch.Generator(device=args.device).manual_seed(args.seed), args.file or 'the prompt'
     try:
+        if args.chat:
+            return chat(run, args, generator)
         prompts = [args.prompt]
         if args.file:                           # a line ends where an editor says so, not at a form feed
             with open(args.file, encoding='utf-8-sig') as f:
@@ -1684,6 +1725,8 @@ def the_options():
     add('prompt', nargs='?', default='', help='what to continue; empty begins a document')
     add('--file', help='a text file with one prompt a line')
     add('--interactive', action='store_true', help='read prompts until an empty line')
+    add('--chat', action='store_true', help='talk to a model that was taught to: to the prompt, or until an '
+        'empty line')
     whole('--samples', default=1, help='continuations of each prompt, made in one batch')
     whole('--max_new_tokens', default=256)
     add('--temperature', type=float, default=0.8, help='0 takes the likeliest token always')
@@ -1727,11 +1770,14 @@ def read_options(argv):
             raise UserError(f'--{name} is {getattr(args, name)}, it must lie between {low} and {high}')
     if not 0 < args.top_p <= 1:
         raise UserError(f'--top_p is {args.top_p}, it must be above 0 and at most 1')
+    if args.chat and (args.file or args.interactive or args.samples > 1 or args.eval):
+        raise UserError('--chat answers what is typed, one answer each: leave --file, --interactive, '
+                        '--samples and --eval away')
     if args.eval and args.stats:
         raise UserError('--stats says what a prompt takes, and --eval reads none: leave one away')
     if args.export is not None and args.export not in EXPORTS:
         raise UserError(f'--export is {args.export!r}, it must be one of {", ".join(EXPORTS)}')
-    if args.export and (args.eval or args.stats or args.prompt or args.file or args.interactive):
+    if args.export and (args.eval or args.stats or args.prompt or args.file or args.interactive or args.chat):
         raise UserError('--export writes a file and does nothing else: leave the other options away')
     if grid(args.country) is None:
         raise UserError(f'--country is {args.country!r}, it must be one of {", ".join(GRID)}, or the '
@@ -1755,7 +1801,7 @@ def main(argv):
         marks.append(energy.mark())
         time.sleep(3)                           # what the machine takes when it has nothing to do
     marks += [energy.mark()] if args.stats else []
-    tokens = complete_all(run.model, run.tokenizer, args)
+    tokens = complete_all(run, args)
     if args.stats:                              # of --interactive, waiting for its user included
         say_cost(energy.how, [*marks, energy.mark()], tokens, args)
         print(f'KV cache: {KVCache(run.model, 1).values():,.0f} values a token and layer')

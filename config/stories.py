@@ -135,6 +135,12 @@ class Teller:
             kinds = [last] + [k for k in kinds if k not in (last, 'pronoun')]
         return self.shuffled(kinds[:2])
 
+    def ask(self, kind):
+        """A question about a kind of the story that was told last, and its answer."""
+        row, facts = self.pick(self.world.tables['ask.' + kind]), self.told[kind]
+        answer = self.say([row['.answer']], facts)
+        return self.say([row['.question']], facts), answer
+
     def story(self, kinds, kind=None, flip=False):
         """(context, closing, whether the length is right). With a kind, its closing comes last and apart.
         flip exchanges its facts; no draw depends on them, so the same random numbers tell the same story.
@@ -154,6 +160,7 @@ class Teller:
             plot = self.pick(self.world.plots[what, k])
             facts = self.facts(plot, self.shuffled(people), flip and k == kind)
             woven.append((plot, scope | scope_of(facts)))
+        self.told = {k: facts for k, (_, facts) in zip(kinds, woven)}
         asides = iter(self.shuffled(self.lists['aside']))
         first = [self.say(self.lists[name], scope) for name in ('opening', 'third')]
         for plot, facts in woven:
@@ -170,9 +177,8 @@ class Teller:
             second += self.tell([(True, self.lists['ending'])], scope)
         context = f'{" ".join(first)}\n{" ".join(second)}'
         if self.asks:
-            row, facts = self.pick(self.world.tables['ask.' + kind]), dict(zip(kinds, woven))[kind][1]
-            labels, closing = self.lists['label'], self.say([row['.answer']], facts)
-            context += f'\n\n{labels[0]}: {self.say([row[".question"]], facts)}\n{labels[1]}:'
+            (question, closing), labels = self.ask(kind), self.lists['label']
+            context += f'\n\n{labels[0]}: {question}\n{labels[1]}:'
         return context, closing, 60 <= len(f'{context} {closing}'.split()) <= 160
 
 

@@ -23,6 +23,7 @@ from prepare_data import UserError
 NEEDS = dict(latent_attention=['--kv_latent=12', '--rotary_dim=4'], distillation=['--teacher=teacher'],
              climb_objective=['--word_classes=5'], syntactic_smoothing=['--word_classes=5'],
              tokenformer=['--attn_tokens=24', '--mlp_tokens=48'], masked=['--masked=0.25'],
+             instruct=['--dataset=files:chats'],
              growth=['--growth=[(0.5, dict(n_layer=3))]'], humaneval=['--eval_data=problems', '--python_tokens=8'], window=['--window=20'], split_by_lines=['--tokenizer_from=teacher'], softcap=['--logit_softcap=15'])
 BASE = [*TINY, '--tokenizer=bpe', '--vocab_size=500', '--tokens_per_step=1024', '--micro_batch_size=8', '--max_steps=5',
         '--sample_tokens=4', '--seed=3', '--save_minutes=1000', '--budget_minutes=1000', '--n_embd=64', '--n_head=4']
@@ -54,7 +55,12 @@ def attempt(names):
     out = '+'.join(names)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            train.live(run_of(names, f'out/{out}'))
+            taught = {*names} - {'instruct'} if 'instruct' in names else ()     # it goes on from a run of the other idea
+            base = 'teacher' if not taught or 'growth' in taught else f'out/{out}-base'
+            run = run_of(names, f'out/{out}', *[f'--init_from={base}'] * ('instruct' in names))
+            if base != 'teacher':
+                train.live(run_of(taught, base))
+            train.live(run)
         return names, 'trained', json.loads(Path('out', out, 'result.json').read_text())['val_bpb']
     except UserError as e:
         return names, 'refused', str(e)
@@ -64,7 +70,7 @@ def attempt(names):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A folder with a text, its data, a config of the tiny base, a problem in Python, and a teacher."""
+    """A folder with a text, its data, a config of the tiny base, a problem in Python, conversations, and a teacher."""
     folder = tmp_path_factory.mktemp('stacks')
     (folder / 'problems').mkdir()
     (folder / 'problems' / 'humaneval.jsonl').write_text(json.dumps(dict(
@@ -72,6 +78,9 @@ def folder(tmp_path_factory):
     (folder / 'text').mkdir()
     for seed, (name, n) in enumerate({'tales.train': 400, 'notes.train': 250, 'tales.dev': 40, 'notes.dev': 20}.items()):
         (folder / 'text' / name).write_text('\n\n'.join(tales(n, seed)), encoding='utf-8')
+    (folder / 'chats').mkdir()
+    for name, n in (('tales.train.jsonl', 300), ('notes.train.jsonl', 200), ('tales.dev.jsonl', 20), ('notes.dev.jsonl', 20)):
+        (folder / 'chats' / name).write_text('\n'.join(json.dumps(dict(prompt=f'Who? {i} {name}', answer='Mia did.')) for i in range(n)))
     (folder / 'tiny.py').write_text('n_layer = 2\nn_embd = 64\nn_head = 4\n')
     with contextlib.chdir(folder):
         train.live(run_of([], 'teacher'))
