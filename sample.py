@@ -435,8 +435,12 @@ class BM25:
             where, tf = (x[self.starts[i]:self.starts[i + 1]] for x in (self.passages, self.counts))
             score[where] += math.log1p((n - df + 0.5) / (df + 0.5)) * (K1 + 1) * tf / (tf + self.norm[where])
             met.append(where)
-        met = np.unique(np.concatenate(met))
-        met = met[(met < but[0]) | (met >= but[1])]
+        score[but[0]:but[1]] = 0
+        met = np.concatenate(met)
+        met = np.unique(met) if len(met) < n // 8 else np.flatnonzero(score)     # a sort, or all of them
+        met = met[score[met] > 0]
+        if len(met) > k:
+            met = met[score[met] >= np.partition(score[met], -k)[-k]]
         met = met[np.lexsort((met, -score[met]))[:k]]
         return met, score[met]
 

@@ -139,7 +139,8 @@ class Measure(sample.Measure):
         exact = float(np.mean(right))
         items = preceded(items, before)
         result = sample.accuracy(self.option_costs(model, items, 0, n), items)
-        return result | dict(exact=exact, exact_error=sample.share_error(exact, n), found=found)
+        return result | dict(exact=exact, exact_error=sample.share_error(exact, n),
+                             **dict(found=found) if how == 'with' else {})
 
     def lines(self, name, result):
         yield from super().lines(name, result)
