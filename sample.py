@@ -406,7 +406,7 @@ class BM25:
         numbers, terms, counts, sizes = zip(*found) if found else [()] * 4
         term = np.concatenate([*terms, np.zeros(0, np.uint64)])
         where = np.repeat(np.array(numbers, np.int64), [len(t) for t in terms])
-        count, lengths = np.concatenate([*counts, np.zeros(0, np.int64)]), np.zeros(0, np.int64)
+        count = np.concatenate([*counts, np.zeros(0, np.int64)])
         if old is not None:
             stays = place[old.passages] >= 0
             term = np.append(term, np.repeat(old.terms, np.diff(old.starts))[stays])
@@ -454,7 +454,7 @@ class Passages:
     """
 
     def __init__(self, folder, tokenizer, size, kept, say):
-        self.root, self.tokenizer, self.size, self.say = Path(folder), tokenizer, size, say
+        self.root, self.tokenizer, self.size, self.say = Path(folder).resolve(), tokenizer, size, say
         refuse(not self.root.is_dir(), f'{folder} is no folder: name one that holds files of text')
         self.kept, self.what = Path(kept), f'1 {hashlib.sha256(tokenizer.blob).hexdigest()} {size}'
         self.files, self.spans, self.index = {}, np.zeros((0, 2), np.int64), None
@@ -473,9 +473,14 @@ class Passages:
             for name, digest in told['digests'].items():
                 changed = prepare_data.sha256_of(self.kept / f'{name}.npy') != digest
                 refuse(changed, f'{name}.npy is not what was written')
+            refuse(self.check(told['files']) != told['check'], 'index.json is not what was written')
             self.files, (self.spans, self.index) = told['files'], self.mapped()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as e:
             self.say(f'{self.kept} is damaged ({e}): it is made again')
+
+    @staticmethod
+    def check(files):
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
     def mapped(self):
         """The spans and the BM25 that were kept."""
@@ -485,7 +490,10 @@ class Passages:
 
     def names(self):
         """Names of the files of the folder that are candidates, in order."""
-        for folder, below, names in os.walk(self.root):         # links to folders are not walked
+        def stop(e):
+            self.say(f'left out: {prepare_data.clipped(e.filename)}, {e.strerror}')
+
+        for folder, below, names in os.walk(self.root, onerror=stop):       # links to folders are not walked
             if any(ours <= {*names} for ours in (*prepare_data.OURS, {'index.json', 'spans.npy'})):
                 names, below[:] = [], []
             below[:] = sorted(name for name in below if name[0] != '.')
@@ -496,7 +504,9 @@ class Passages:
     def opened(self, name):
         """A file of the folder, neither a link nor a pipe, with its size and time."""
         flags = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
-        with open(os.open(self.root / name, os.O_RDONLY | flags), 'rb') as f:
+        path = self.root / name
+        refuse(path.resolve() != path, 'it is a link')           # or a folder on the way to it has become one
+        with open(os.open(path, os.O_RDONLY | flags), 'rb') as f:
             of = os.fstat(f.fileno())
             refuse(not stat.S_ISREG(of.st_mode), 'it is no file')
             refuse(of.st_size > MOST_FILE, f'it is larger than {MOST_FILE >> 20} MiB')
@@ -563,10 +573,10 @@ class Passages:
                 for name, array in arrays.items():
                     np.save(temp / f'{name}.npy', array)
                 digests = {name: prepare_data.sha256_of(temp / f'{name}.npy') for name in arrays}
-                told = dict(what=self.what, root=str(self.root), digests=digests, files=self.files)
+                told = dict(what=self.what, digests=digests, files=self.files, check=self.check(self.files))
                 (temp / 'index.json').write_text(json.dumps(told))
         except UserError as e:
-            return self.say(f'the index is not kept: {e}')
+            return self.say(f'the index is not kept: {str(e).partition(";")[0]}')
         self.spans, self.index = self.mapped()
 
     def best(self, prompt, k):
@@ -585,9 +595,9 @@ class Passages:
                 self.say(f'left out: {prepare_data.clipped(name)}: {getattr(e, "strerror", e)}')
 
     def before(self, prompt, k, room):
-        """Ids to put between BOS and a prompt: at most k passages in `room` tokens, the best one last, a
-        blank line behind each. Says which."""
-        ids = []
+        """Ids to put between BOS and a prompt: at most k passages, in `room` tokens with the prompt, the best
+        one last, a blank line behind each. Says which."""
+        ids, room = [], room - len(self.tokenizer.encode(prompt))
         for score, name, number, text in self.best(prompt, k):
             more = self.tokenizer.encode(text) + self.tokenizer.encode('\n\n')
             if len(ids) + len(more) <= room:
@@ -1367,8 +1377,7 @@ def evaluate(run, args):
 
 def complete(model, tokenizer, prompt, args, generator, passages=None):
     """Print one streamed continuation, or args.samples made side by side; returns their tokens' number."""
-    block_size, length = model.config.block_size, len(tokenizer.encode(prompt))
-    room = block_size - 1 - length - min(args.max_new_tokens, block_size // 4)
+    room = model.config.block_size - 1 - min(args.max_new_tokens, model.config.block_size // 4)
     before = passages.before(prompt, args.passages, room) if passages else []
     options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
                    top_p=args.top_p, generator=generator)

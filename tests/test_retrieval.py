@@ -148,15 +148,17 @@ def test_another_size_or_vocabulary_is_another_index(folder, told):
     assert len(b.spans) > len(a.spans) and not told and max(np.diff(b.spans, axis=1)) <= 12
 
 
-@pytest.mark.parametrize('how', ['cut', 'flip', 'gone', 'json', 'empty', 'list'])
+@pytest.mark.parametrize('how', ['cut', 'flip', 'gone', 'json', 'empty', 'list', 'count'])
 def test_a_damaged_index_is_made_again(folder, told, how):
     told.open(folder)
-    path = folder.parent / 'kept' / ('index.json' if how in ('json', 'list') else 'counts.npy')
+    path = folder.parent / 'kept' / ('index.json' if how in ('json', 'list', 'count') else 'counts.npy')
     raw = bytearray(path.read_bytes())
+    count = raw.replace(b'"passages": 2', b'"passages": 9')
+    assert count != raw or how != 'count'
     raw[-1] ^= 1
     path.unlink()
     if how != 'gone':
-        path.write_bytes(dict(cut=raw[:-3], flip=raw, json=b'{', list=b'[]', empty=b'')[how])
+        path.write_bytes(dict(cut=raw[:-3], flip=raw, json=b'{', list=b'[]', empty=b'', count=count)[how])
     assert found(told.open(folder), 'kite') and len(told) == 1 and 'damaged' in told[0]
     assert found(told.open(folder), 'kite') and not told
 
@@ -211,6 +213,13 @@ def test_a_file_that_becomes_a_link_or_changes_is_not_read(folder, told):
     (folder / 'a.txt').unlink()
     os.symlink(folder.parent / 'secret.txt', folder / 'a.txt')
     assert not found(passages, 'kite') and 'a.txt' in told[0]
+    seen = os.stat(folder / 'sub' / 'b.md')
+    os.rename(folder / 'sub', folder.parent / 'moved')
+    os.symlink(folder.parent / 'moved', folder / 'sub')
+    assert not found(passages, 'drum') and 'a link' in told[-1]
+    os.unlink(folder / 'sub')
+    os.rename(folder.parent / 'moved', folder / 'sub')
+    assert found(passages, 'drum') and seen.st_mtime_ns == os.stat(folder / 'sub' / 'b.md').st_mtime_ns
     (folder / 'sub' / 'b.md').write_text('no drum')
     assert not found(passages, 'drum') and 'changed' in told[-1]
 
@@ -228,10 +237,10 @@ def test_long_files_are_read_in_blocks(folder, told, monkeypatch):
 
 def test_passages_before_the_prompt_fit_the_context(folder, told):
     passages = told.open(folder)
-    ids = passages.before('red kite drum', 3, 60)
+    ids = passages.before('red kite drum', 3, 60 + 13)
     text = ByteTokenizer().decode(ids)
     assert text.endswith('Mia has a red kite.\n\n') and len(ids) <= 60 and len(told) == text.count('\n\n') == 2
-    assert not passages.before('red kite', 3, 10) and not passages.before('submarine', 3, 99) and 'no passage' in told[-1]
+    assert not passages.before('red kite', 3, 20) and not passages.before('submarine', 3, 99) and 'no passage' in told[-1]
 
 
 def test_the_command(finished, folder, tmp_path):
