@@ -371,3 +371,11 @@ def test_a_model_that_copies_is_right_with_the_note_and_wrong_with_the_wrong_one
     assert none['accuracy'] == 0 and none['ties'] == 60 and wrong['accuracy'] == 0 and wrong['ties'] == 0
     assert measure.answers('with', torch.nn.Linear(1, 1), 20)['items'] == 20
     assert 'word for word' in [*measure.lines('with', right)][-1]
+
+
+def test_the_passages_are_found_as_the_data_is_prepared(tmp_path):
+    corpus = stack('facts', 'retrieval', dataset='facts', tokenizer='bytes', data_dir=str(tmp_path), people=60)
+    made = corpus.build(quiet=True) / 'train.retrieved-1-96.npy'
+    before = made.stat().st_mtime_ns
+    retrieval.retrieve(corpus.opened(), 1, 96)
+    assert made.stat().st_mtime_ns == before
