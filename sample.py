@@ -594,10 +594,10 @@ class Passages:
             except (OSError, UserError) as e:
                 self.say(f'left out: {prepare_data.clipped(name)}: {getattr(e, "strerror", e)}')
 
-    def before(self, prompt, k, room):
-        """Ids to put between BOS and a prompt: at most k passages, in `room` tokens with the prompt, the best
-        one last, a blank line behind each. Says which."""
-        ids, room = [], room - len(self.tokenizer.encode(prompt))
+    def before(self, prompt, k, block_size, length):
+        """Ids to put between BOS and a prompt: at most k passages, best one last, a blank line behind each;
+        `length` tokens that follow, up to a quarter of block_size, find room beside them. Says which."""
+        ids, room = [], block_size - 1 - len(self.tokenizer.encode(prompt)) - min(length, block_size // 4)
         for score, name, number, text in self.best(prompt, k):
             more = self.tokenizer.encode(text) + self.tokenizer.encode('\n\n')
             if len(ids) + len(more) <= room:
@@ -1377,8 +1377,9 @@ def evaluate(run, args):
 
 def complete(model, tokenizer, prompt, args, generator, passages=None):
     """Print one streamed continuation, or args.samples made side by side; returns their tokens' number."""
-    room = model.config.block_size - 1 - min(args.max_new_tokens, model.config.block_size // 4)
-    before = passages.before(prompt, args.passages, room) if passages else []
+    before = ()
+    if passages:
+        before = passages.before(prompt, args.passages, model.config.block_size, args.max_new_tokens)
     options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
                    top_p=args.top_p, generator=generator)
     if args.samples == 1:

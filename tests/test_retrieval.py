@@ -199,7 +199,7 @@ def test_what_is_no_text_is_left_out_with_a_word(folder, told, monkeypatch):
     passages = told.open(folder)
     assert not found(passages, 'swordfish') and not found(passages, 'sings') and found(passages, 'kite')
     assert found(passages, 'odd one') and told == ['left out: big.txt, it is larger than 0 MiB; and 5 more']
-    passages.before('odd', 1, 99)
+    passages.before('odd', 1, 128, 9)
     assert '\x1b' not in told[-1] and 'odd' in told[-1]
     assert found(told.open(folder), 'odd one')                  # names of any bytes are kept and read again
     assert {name for name, of in passages.files.items() if 'left_out' in of} == {'big.txt', 'pipe', 'latin.txt', 'wide.txt', 'noise', 'cut.txt'}
@@ -237,10 +237,10 @@ def test_long_files_are_read_in_blocks(folder, told, monkeypatch):
 
 def test_passages_before_the_prompt_fit_the_context(folder, told):
     passages = told.open(folder)
-    ids = passages.before('red kite drum', 3, 60 + 13)
+    ids = passages.before('red kite drum', 3, 83, 9)
     text = ByteTokenizer().decode(ids)
     assert text.endswith('Mia has a red kite.\n\n') and len(ids) <= 60 and len(told) == text.count('\n\n') == 2
-    assert not passages.before('red kite', 3, 20) and not passages.before('submarine', 3, 99) and 'no passage' in told[-1]
+    assert not passages.before('red kite', 3, 30, 99) and not passages.before('submarine', 3, 128, 9) and 'no passage' in told[-1]
 
 
 def test_the_command(finished, folder, tmp_path):
