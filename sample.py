@@ -5,6 +5,7 @@
     python sample.py out/quickstart --file prompts.txt                 one continuation a line
     python sample.py out/quickstart --interactive                      a prompt at a time, until an empty line
     python sample.py out/taught --chat                                 what one says and what it answers, in turn
+    python sample.py out/babylm "Who was Ada?" --retrieve notes        with what notes/ says of it before
     python sample.py out/babylm --eval=all                             bits per byte, and all of data/eval
     python sample.py out/babylm --eval=blimp,my_pairs.jsonl            two evaluation sets
     python sample.py out/babylm config/my_measure.py --eval=mine       what an idea measures
@@ -40,6 +41,7 @@ import select
 import shlex
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tarfile
@@ -310,10 +312,11 @@ EXPORTS = dict(html=write_model_page)    # format: what writes a run in it
 
 # ---- completing --------------------------------------------------------------------------------------------
 
-def stream(model, tokenizer, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def stream(model, tokenizer, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None,
+           before=()):
     """Yield the pieces of one continuation as they come, whole characters only, up to its end. prompt: a
-    text, or ids that begin with BOS."""
-    ids = [tokenizer.bos] + tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    text, or ids that begin with BOS. before: ids between BOS and a text."""
+    ids = [tokenizer.bos, *before, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
     idx = torch.tensor([ids], device=model.wte.weight.device)
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
     for new in model.generate(idx, max_new_tokens, temperature, top_k, top_p, generator):
@@ -396,6 +399,283 @@ def chat(run, args, generator):
         messages.append(dict(role='assistant', content=''.join(pieces)))
         made += len(pieces) - 1                  # the last is no token
     return made
+
+
+# ---- retrieval: passages of text files, and which of them a prompt is about --------------------------------
+
+K1, B = 1.2, 0.75        # BM25: how soon repeats of a word no longer count; how much a passage's length does
+MOST_FILE = 1 << 28      # bytes of a file that is read
+
+
+@functools.lru_cache(1 << 20)
+def hash_of(word):
+    return int.from_bytes(hashlib.blake2b(word.encode('utf-8', 'replace'), digest_size=8).digest(), 'little')
+
+
+def terms_of(text):
+    """(words,) uint64: hashes of a text's words in lower case."""
+    return np.array([hash_of(word) for word in re.findall(r'\w+', text.lower())], np.uint64)
+
+
+@functools.lru_cache(2)
+def breaks_of(tokenizer):
+    """(5, V): whether a token ends a line, is nothing else, ends a paragraph, ends a sentence, begins a word;
+    (V,): whether it begins inside a character."""
+    table = tokenizer.table
+    return np.array([[p.endswith(b'\n'), p.endswith(b'\n') and not p.strip(), b'\n\n' in p or b'\n\r\n' in p,
+                      p.rstrip(b' \r\n"\')').endswith((b'.', b'!', b'?')), p[:1].isspace()] for p in table],
+                    bool).T, np.array([len(p) > 0 and 0x80 <= p[0] < 0xC0 for p in table])
+
+
+def cut(ids, tokenizer, size):
+    """Where passages of at most `size` of these ids part, 0 and their number included: in the later half of
+    each behind the last paragraph that ends there, else a sentence, else a line or word, else anywhere but in
+    a character."""
+    ids = np.asarray(ids, np.int64)
+    of, inside = breaks_of(tokenizer)
+    line, empty, paragraph, sentence, word = of[:, ids]
+    paragraph[1:] |= empty[1:] & line[:-1]
+    rank = np.maximum.reduce([3 * paragraph, 2 * sentence, 1 * line])
+    rank[:-1] = np.where(inside[ids[1:]], -1, np.maximum(rank[:-1], word[1:]))
+    ends = [0]
+    while len(ids) - ends[-1] > size:
+        first = ends[-1] + size // 2
+        ends.append(ends[-1] + size - int(rank[first:ends[-1] + size][::-1].argmax()))
+    return [*ends, len(ids)] if len(ids) else ends
+
+
+class BM25:
+    """Which passages have the words of a text, by Okapi BM25 (Robertson 1994; Robertson and Zaragoza 2009).
+
+    terms (V,): hashes of words, ascending; starts (V + 1,): where the postings of each begin; passages,
+    counts (P,): of a posting, where and how often the word is; lengths (N,): words of each passage. All may
+    be memory-mapped.
+    """
+    ARRAYS = 'terms', 'starts', 'passages', 'counts', 'lengths'
+
+    def __init__(self, terms, starts, passages, counts, lengths):
+        self.terms, self.starts, self.passages, self.counts = terms, starts, passages, counts
+        self.lengths = lengths
+        self.norm = K1 * (1 - B + B * lengths / max(1.0, np.mean(lengths))) if len(lengths) else lengths
+
+    @classmethod
+    def of(cls, rows, old=None, place=()):
+        """Of the words of passages, pairs of a passage's number and an array of terms_of; and of all passages
+        of an older one that have a place among them: place[number there] is the number here, -1 is none."""
+        found = [(number, *np.unique(row, return_counts=True), len(row)) for number, row in rows]
+        numbers, terms, counts, sizes = zip(*found) if found else [()] * 4
+        term = np.concatenate([*terms, np.zeros(0, np.uint64)])
+        where = np.repeat(np.array(numbers, np.int64), [len(t) for t in terms])
+        count = np.concatenate([*counts, np.zeros(0, np.int64)])
+        if old is not None:
+            stays = place[old.passages] >= 0
+            term = np.append(term, np.repeat(old.terms, np.diff(old.starts))[stays])
+            where, count = np.append(where, place[old.passages][stays]), np.append(count, old.counts[stays])
+            numbers, sizes = [*numbers, *place[place >= 0]], [*sizes, *old.lengths[place >= 0]]
+        lengths = np.zeros(len(numbers), np.int32)
+        lengths[np.array(numbers, np.int64)] = sizes
+        order = np.lexsort((where, term))
+        terms, starts = np.unique(term[order], return_index=True)
+        return cls(terms, np.append(starts, len(order)), where[order].astype(np.int32),
+                   count[order].clip(max=65535).astype(np.uint16), lengths)
+
+    def best(self, words, k, but=(0, 0), most=1 << 20):
+        """The numbers and scores of the k passages that fit words of terms_of best, best first, of equals the
+        first first; but those from but[0] to but[1]. Rare words count most: common ones are left out that
+        would come to more than `most` postings."""
+        words = np.unique(words)
+        at = np.searchsorted(self.terms, words)
+        words, at = words[at < len(self.terms)], at[at < len(self.terms)]
+        at = at[self.terms[at] == words]
+        often = self.starts[at + 1] - self.starts[at]
+        rare = np.argsort(often, kind='stable')
+        rare = rare[np.cumsum(often[rare]) <= most]
+        score, n, met = np.zeros(len(self.lengths)), len(self.lengths), [np.zeros(0, np.int64)]
+        for i, df in zip(at[rare], often[rare]):
+            where, tf = (x[self.starts[i]:self.starts[i + 1]] for x in (self.passages, self.counts))
+            score[where] += math.log1p((n - df + 0.5) / (df + 0.5)) * (K1 + 1) * tf / (tf + self.norm[where])
+            met.append(where)
+        score[but[0]:but[1]] = 0
+        met = np.concatenate(met)
+        met = np.unique(met) if len(met) < n // 8 else np.flatnonzero(score)     # a sort, or all of them
+        met = met[score[met] > 0]
+        if len(met) > k:
+            met = met[score[met] >= np.partition(score[met], -k)[-k]]
+        met = met[np.lexsort((met, -score[met]))[:k]]
+        return met, score[met]
+
+
+class Passages:
+    """The passages of a folder's text files, of at most `size` tokens each, and BM25 over them.
+
+    Links are not followed, hidden files are passed over; what is not UTF-8 text is left out with a word. The
+    index lies in `kept`, a folder of ours, memory-mapped; files that are new, changed (by size and time, then
+    by digest) or gone since are taken in or out as it is opened. One that is damaged is made again.
+    """
+
+    def __init__(self, folder, tokenizer, size, kept, say):
+        self.root, self.tokenizer, self.size, self.say = Path(folder).resolve(), tokenizer, size, say
+        refuse(not self.root.is_dir(), f'{folder} is no folder: name one that holds files of text')
+        self.kept, self.what = Path(kept), f'1 {hashlib.sha256(tokenizer.blob).hexdigest()} {size}'
+        self.files, self.spans, self.index = {}, np.zeros((0, 2), np.int64), None
+        self.open()
+        self.update()
+        self.ends = np.cumsum([of['passages'] for of in self.files.values()])
+
+    def open(self):
+        """What was kept, if it is whole and of this tokenizer and size."""
+        if not self.kept.exists():
+            return
+        try:
+            told = json.loads((self.kept / 'index.json').read_text())
+            if told['what'] != self.what:
+                return
+            for name, digest in told['digests'].items():
+                changed = prepare_data.sha256_of(self.kept / f'{name}.npy') != digest
+                refuse(changed, f'{name}.npy is not what was written')
+            refuse(self.check(told['files']) != told['check'], 'index.json is not what was written')
+            self.files, (self.spans, self.index) = told['files'], self.mapped()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as e:
+            self.say(f'{self.kept} is damaged ({e}): it is made again')
+
+    @staticmethod
+    def check(files):
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+    def mapped(self):
+        """The spans and the BM25 that were kept."""
+        spans, *arrays = (np.load(self.kept / f'{name}.npy', mmap_mode='r')
+                          for name in ('spans', *BM25.ARRAYS))
+        return spans, BM25(*arrays)
+
+    def names(self):
+        """Names of the files of the folder that are candidates, in order."""
+        def stop(e):
+            self.say(f'left out: {prepare_data.clipped(e.filename)}, {e.strerror}')
+
+        for folder, below, names in os.walk(self.root, onerror=stop):       # links to folders are not walked
+            if any(ours <= {*names} for ours in (*prepare_data.OURS, {'index.json', 'spans.npy'})):
+                names, below[:] = [], []
+            below[:] = sorted(name for name in below if name[0] != '.')
+            yield from (os.path.relpath(os.path.join(folder, name), self.root) for name in sorted(names)
+                        if name[0] != '.' and not os.path.islink(os.path.join(folder, name)))
+
+    @contextlib.contextmanager
+    def opened(self, name):
+        """A file of the folder, neither a link nor a pipe, with its size and time."""
+        flags = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+        path = self.root / name
+        refuse(path.resolve() != path, 'it is a link')           # or a folder on the way to it has become one
+        with open(os.open(path, os.O_RDONLY | flags), 'rb') as f:
+            of = os.fstat(f.fileno())
+            refuse(not stat.S_ISREG(of.st_mode), 'it is no file')
+            refuse(of.st_size > MOST_FILE, f'it is larger than {MOST_FILE >> 20} MiB')
+            yield f, [of.st_size, of.st_mtime_ns]
+
+    def update(self):
+        """Takes in what is new or changed and out what is gone; kept again if anything was."""
+        files, spans, rows, changed, n = {}, [self.spans[:0]], [], False, 0
+        firsts = dict(zip(self.files, np.cumsum([0, *(of['passages'] for of in self.files.values())])))
+        place = np.full(len(self.spans), -1)
+        for name in self.names():
+            of, old = dict(passages=0), self.files.get(name, {})
+            try:
+                with self.opened(name) as (f, of['seen']):
+                    if of['seen'] != old.get('seen'):
+                        changed, of['digest'] = True, hashlib.file_digest(f, 'sha256').hexdigest()
+                    if of.get('digest', old.get('digest')) == old.get('digest'):
+                        of = {**old, 'seen': of['seen']}
+                    else:
+                        f.seek(0)
+                        made = [*self.passages(f)]
+                        spans.append(np.array([span for span, _ in made], np.int64).reshape(-1, 2))
+                        rows += [(n + i, terms) for i, (_, terms) in enumerate(made)]
+                        of['passages'] = len(made)
+            except (OSError, UserError, UnicodeDecodeError) as e:
+                text = not isinstance(e, UnicodeDecodeError)
+                of['left_out'] = str(getattr(e, 'strerror', e)) if text else 'it is not UTF-8 text'
+                changed |= 'left_out' not in old
+            if 'left_out' not in of and of.get('digest') == old.get('digest'):
+                first = firsts[name]
+                place[first:first + of['passages']] = n + np.arange(of['passages'])
+                spans.append(self.spans[first:first + of['passages']])
+            files[name], n = of, n + of['passages']
+        if changed or files.keys() != self.files.keys() or self.index is None:
+            self.files, self.spans = files, np.concatenate(spans)
+            self.index = BM25.of(rows, self.index, place)
+            self.keep()
+        if left := [(name, of['left_out']) for name, of in files.items() if 'left_out' in of]:
+            self.say(f'left out: {prepare_data.clipped(left[0][0])}, {left[0][1]}'
+                     + f'; and {len(left) - 1:,} more' * (len(left) > 1))
+
+    def passages(self, f):
+        """((first byte, end), terms) of each passage of an open file; UnicodeDecodeError if it is no text."""
+        decoder, end = codecs.getincrementaldecoder('utf-8')(), 3 * (f.read(3) == codecs.BOM_UTF8)
+        f.seek(end)
+        while block := f.read(1 << 20) + f.readline(1 << 16):
+            text = decoder.decode(block)
+            if '\0' in text:
+                raise UnicodeDecodeError('utf-8', b'\0', 0, 1, 'a zero')
+            ids = self.tokenizer.encode(text)
+            places = end + np.cumsum([0, *(len(self.tokenizer.table[i]) for i in ids)])
+            parts = cut(ids, self.tokenizer, self.size)
+            for a, b in zip(parts, parts[1:]):
+                if len(terms := terms_of(self.tokenizer.decode(ids[a:b]))):
+                    yield (places[a], places[b]), terms
+            end = places[-1]
+        decoder.decode(b'', final=True)
+
+    def keep(self):
+        """Writes the index, whole or not at all, and maps it; from memory where that cannot be."""
+        arrays = dict(spans=self.spans) | {name: getattr(self.index, name) for name in BM25.ARRAYS}
+        try:
+            with prepare_data.whole_or_nothing(self.kept) as temp:
+                for name, array in arrays.items():
+                    np.save(temp / f'{name}.npy', array)
+                digests = {name: prepare_data.sha256_of(temp / f'{name}.npy') for name in arrays}
+                told = dict(what=self.what, digests=digests, files=self.files, check=self.check(self.files))
+                (temp / 'index.json').write_text(json.dumps(told))
+        except UserError as e:
+            return self.say(f'the index is not kept: {str(e).partition(";")[0]}')
+        self.spans, self.index = self.mapped()
+
+    def best(self, prompt, k):
+        """(score, file, number of the passage in it, text) of the k best, best first."""
+        for number, score in zip(*self.index.best(terms_of(prompt), k)):
+            at = int(np.searchsorted(self.ends, number, side='right'))
+            name = [*self.files][at]
+            try:
+                with self.opened(name) as (f, seen):
+                    refuse(seen != self.files[name]['seen'], 'it has changed meanwhile')
+                    f.seek(self.spans[number, 0])
+                    text = f.read(self.spans[number, 1] - self.spans[number, 0]).decode(errors='replace')
+                first = self.ends[at] - self.files[name]['passages']
+                yield float(score), name, int(number - first), text.strip()
+            except (OSError, UserError) as e:
+                self.say(f'left out: {prepare_data.clipped(name)}: {getattr(e, "strerror", e)}')
+
+    def before(self, prompt, k, block_size, length):
+        """Ids to put between BOS and a prompt: at most k passages, best one last, a blank line behind each;
+        `length` tokens that follow, up to a quarter of block_size, find room beside them. Says which."""
+        ids, room = [], block_size - 1 - len(self.tokenizer.encode(prompt)) - min(length, block_size // 4)
+        for score, name, number, text in self.best(prompt, k):
+            more = self.tokenizer.encode(text) + self.tokenizer.encode('\n\n')
+            if len(ids) + len(more) <= room:
+                ids = more + ids
+                self.say(f'{score:7.2f}  {prepare_data.clipped(name)}, passage {number + 1}: '
+                         f'{prepare_data.clipped(text, 60)}')
+        if not ids:
+            self.say('no passage has a word of the prompt, or fits before it')
+        return ids
+
+
+def open_passages(run, folder):
+    """Passages of a folder, a quarter of the model's context long each. The index stands in the run's folder,
+    as it is of its tokenizer: nothing is written into the user's."""
+    path = Path(folder).resolve()
+    kept = f'passages-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}'
+    return Passages(folder, run.tokenizer, run.model.config.block_size // 4, run.folder / kept,
+                    functools.partial(print, file=sys.stderr))
 
 
 # ---- bits per byte -----------------------------------------------------------------------------------------
@@ -600,7 +880,7 @@ def tokenize_items(items, tokenizer):
     rows = [np.append(np.uint32(tokenizer.bos), row) for row in rows]
     return dict(ids=np.concatenate(rows).astype(np.uint32), start=np.cumsum([0, *map(len, rows)]), item=owner,
                 seam=np.array(seam), kind=kind[order], kinds=np.array([*kinds]),
-                fields=np.array([*kinds.values()]))
+                fields=np.array([*kinds.values()]), order=order)
 
 
 def eval_set(path, tokenizer, cache=None):
@@ -1681,24 +1961,28 @@ def evaluate(run, args):
             raise UserError(f'{args.json} cannot be written ({e.strerror}): name another file') from e
 
 
-def complete(model, tokenizer, prompt, args, generator):
+def complete(model, tokenizer, prompt, args, generator, passages=None):
     """Print one streamed continuation, or args.samples made side by side; returns their tokens' number."""
+    before = ()
+    if passages:
+        before = passages.before(prompt, args.passages, model.config.block_size, args.max_new_tokens)
     options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
                    top_p=args.top_p, generator=generator)
     if args.samples == 1:
         print(prompt, end='', flush=True)
-        for tokens, piece in enumerate(stream(model, tokenizer, prompt, **options)):  # the last is no token
+        pieces = stream(model, tokenizer, prompt, before=before, **options)
+        for tokens, piece in enumerate(pieces):  # the last is no token
             print(piece, end='', flush=True)
         print()
         return tokens
-    ids = [[tokenizer.bos] + tokenizer.encode(prompt)] * args.samples
+    ids = [[tokenizer.bos, *before, *tokenizer.encode(prompt)]] * args.samples
     texts, _ = continuations(model, tokenizer, ids, **options, rows=args.samples)
     for number, ids in enumerate(texts, 1):
         print(f'--- {number}\n{prompt}{tokenizer.decode(ids)}')
     return sum(map(len, texts))
 
 
-def complete_all(run, args):
+def complete_all(run, args, passages=None):
     """complete what is asked for, or chat; returns how many tokens that made."""
     model, tokenizer = run.model, run.tokenizer
     generator, place = torch.Generator(device=args.device).manual_seed(args.seed), args.file or 'the prompt'
@@ -1711,7 +1995,7 @@ def complete_all(run, args):
                 prompts = [line.rstrip('\n') for line in f]
         elif args.interactive:
             prompts = iter(lambda: input('> '), '')
-        return sum(complete(model, tokenizer, prompt, args, generator) for prompt in prompts)
+        return sum(complete(model, tokenizer, prompt, args, generator, passages) for prompt in prompts)
     except UnicodeError as e:
         raise UserError(f'{place} is not UTF-8 text ({e})') from e
 
@@ -1727,6 +2011,8 @@ def the_options():
     add('--interactive', action='store_true', help='read prompts until an empty line')
     add('--chat', action='store_true', help='talk to a model that was taught to: to the prompt, or until an '
         'empty line')
+    add('--retrieve', help='a folder of text files, whose passages that fit the prompt best go before it')
+    whole('--passages', default=3, help='of --retrieve, at most')
     whole('--samples', default=1, help='continuations of each prompt, made in one batch')
     whole('--max_new_tokens', default=256)
     add('--temperature', type=float, default=0.8, help='0 takes the likeliest token always')
@@ -1761,11 +2047,12 @@ def read_options(argv):
         return (arg.endswith('.py') and Path(arg).is_file()
                 or value and re.fullmatch(r'--\w+', name) and not any(o.startswith(name) for o in options))
     args = parser.parse_intermixed_args([a for a in argv if not of_ideas(a)])  # the prompt may follow options
-    for name in ('file', 'json', 'eval_data', 'eval'):
+    for name in ('file', 'json', 'eval_data', 'eval', 'retrieve'):
         if value := getattr(args, name):
             setattr(args, name, at_home(value))
-    for name, low, high in (('samples', 1, 4096), ('max_new_tokens', 1, 10 ** 9), ('temperature', 0, 100),
-                            ('top_k', 0, 10 ** 9), ('seed', 0, 10 ** 18), ('eval_items', 0, 10 ** 9)):
+    for name, low, high in (('samples', 1, 4096), ('passages', 1, 1000), ('max_new_tokens', 1, 10 ** 9),
+                            ('temperature', 0, 100), ('top_k', 0, 10 ** 9), ('seed', 0, 10 ** 18),
+                            ('eval_items', 0, 10 ** 9)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f'--{name} is {getattr(args, name)}, it must lie between {low} and {high}')
     if not 0 < args.top_p <= 1:
@@ -1775,6 +2062,8 @@ def read_options(argv):
                         '--samples and --eval away')
     if args.eval and args.stats:
         raise UserError('--stats says what a prompt takes, and --eval reads none: leave one away')
+    if args.retrieve and (args.eval or args.export or not (args.prompt or args.file or args.interactive)):
+        raise UserError('--retrieve finds what fits a prompt: give one, and neither --eval nor --export')
     if args.export is not None and args.export not in EXPORTS:
         raise UserError(f'--export is {args.export!r}, it must be one of {", ".join(EXPORTS)}')
     if args.export and (args.eval or args.stats or args.prompt or args.file or args.interactive or args.chat):
@@ -1796,12 +2085,13 @@ def main(argv):
         return EXPORTS[args.export](run)
     if args.eval:
         return evaluate(run, args)
+    passages = open_passages(run, args.retrieve) if args.retrieve else None
     energy, marks = Energy(args.device, time.monotonic()) if args.stats else None, []
     if args.stats and 'measured' in energy.how['gpu'] + energy.how['cpu']:
         marks.append(energy.mark())
         time.sleep(3)                           # what the machine takes when it has nothing to do
     marks += [energy.mark()] if args.stats else []
-    tokens = complete_all(run, args)
+    tokens = complete_all(run, args, passages)
     if args.stats:                              # of --interactive, waiting for its user included
         say_cost(energy.how, [*marks, energy.mark()], tokens, args)
         print(f'KV cache: {KVCache(run.model, 1).values():,.0f} values a token and layer')

@@ -107,7 +107,7 @@ class Stream(train.Stream):
     def first_rows(self, n, T):
         if not self.streams:
             return super().first_rows(n, T)
-        return np.concatenate([self.rows(row, 1, T)[:, :-1] for row in range(n)])
+        return np.concatenate([self.batch(row, 1, T)['idx'].numpy() for row in range(n)])
 
     def rows(self, first, B, T):
         if not self.streams:

@@ -24,7 +24,8 @@ NEEDS = dict(latent_attention=['--kv_latent=12', '--rotary_dim=4'], distillation
              climb_objective=['--word_classes=5'], syntactic_smoothing=['--word_classes=5'],
              tokenformer=['--attn_tokens=24', '--mlp_tokens=48'], masked=['--masked=0.25'],
              instruct=['--dataset=files:chats'],
-             growth=['--growth=[(0.5, dict(n_layer=3))]'], humaneval=['--eval_data=problems', '--python_tokens=8'], window=['--window=20'], split_by_lines=['--tokenizer_from=teacher'], softcap=['--logit_softcap=15'])
+             growth=['--growth=[(0.5, dict(n_layer=3))]'], humaneval=['--eval_data=problems', '--python_tokens=8'], window=['--window=20'], split_by_lines=['--tokenizer_from=teacher'], softcap=['--logit_softcap=15'],
+             retrieval=['--passage_tokens=16'])
 BASE = [*TINY, '--tokenizer=bpe', '--vocab_size=500', '--tokens_per_step=1024', '--micro_batch_size=8', '--max_steps=5',
         '--sample_tokens=4', '--seed=3', '--save_minutes=1000', '--budget_minutes=1000', '--n_embd=64', '--n_head=4']
 
