@@ -46,7 +46,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
@@ -368,7 +367,8 @@ def hf_tokenizer(t):
         added_tokens=[dict(id=i, content=piece, special=True, normalized=False, single_word=False,
                            lstrip=False, rstrip=False) for i, piece in sorted(special.items())],
         model=dict(type='BPE', vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges,
-                   unk_token='<unk>' if fallback else None, byte_fallback=fallback),
+                   unk_token='<unk>' if fallback else None, byte_fallback=fallback,
+                   ignore_merges=t.kind == 'gpt2'),      # tiktoken takes a word that is a piece as it is
         post_processor=dict(type='TemplateProcessing', single=[begin, text], pair=[begin, text, begin, text],
                             special_tokens={pieces[t.bos]: dict(id=pieces[t.bos], ids=[t.bos],
                                                                 tokens=[pieces[t.bos]])}),
@@ -487,18 +487,21 @@ class Packed(torch.Tensor):
     def __new__(cls, q, scale):
         shape = len(q), q.shape[1] * (2 if q.dtype == torch.uint8 else 1)
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=q.device)
-        made.q, made.scale, made.tiles = q, scale, None
+        made.q, made.scale, made.tiles, made.few = q, scale, None, 0
+        made._is_param = True                    # isinstance of nn.Parameter
         return made
 
     def on(self, device):
-        """A parameter on a device, ready for its kernels."""
+        """On a device, ready for its kernels."""
         made = Packed(self.q.to(device), self.scale.to(device))
-        if made.q.dtype == torch.uint8 and made.q.device.type == 'cpu' and len(made.q) % 16 == 0:
+        whole = made.shape[0] % 16 == 0 == made.shape[1] % GROUP         # what the kernels take
+        made.few = FEW if whole and made.q.device.type == 'cpu' else 0
+        if made.q.dtype == torch.uint8 and made.few:
             bits = torch.stack([made.q & 15, made.q >> 4], dim=-1).flatten(1).int()
             made.tiles = torch._convert_weight_to_int4pack_for_cpu(bits, 1)
             zeros = torch.zeros_like(made.scale)
             made.scales = torch.stack([made.scale, zeros], dim=-1).transpose(0, 1).contiguous()
-        return nn.Parameter(made, requires_grad=False)
+        return made
 
     def dense(self, rows=slice(None)):
         """Rows of it, those of an index (...): (..., columns) in fp32."""
@@ -510,10 +513,10 @@ class Packed(torch.Tensor):
 
     def product(self, x):
         """x (..., columns) times its transpose."""
-        rows, cpu = x.flatten(0, -2), x.device.type == 'cpu'
+        rows = x.flatten(0, -2)
         if self.tiles is not None:
             y = torch._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.tiles, GROUP, self.scales)
-        elif self.q.dtype == torch.int8 and cpu and len(rows) <= FEW:
+        elif self.q.dtype == torch.int8 and len(rows) <= self.few:
             one = torch.ones(len(self.q), dtype=torch.bfloat16)
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.q, one) * self.scale
         else:
@@ -526,7 +529,8 @@ class Packed(torch.Tensor):
             return args[1].product(args[0])
         if function is F.embedding and isinstance(args[1], Packed):
             return args[1].dense(args[0])
-        return super().__torch_function__(function, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):

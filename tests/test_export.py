@@ -7,7 +7,6 @@ import math
 import random
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,7 +61,7 @@ def run_in(folder, names=(), tokenizer=BYTES, seed=0, data='', **options):
     net = config.GPT(config)
     with torch.no_grad():
         for w in net.parameters():
-            w.normal_(std=1.0 if w.dim() == 1 else 1.5 * w.shape[1] ** -0.5)
+            w.normal_(std=1.0 if w.dim() < 2 else 1.5 * w.shape[1] ** -0.5)
     folder.mkdir(exist_ok=True)
     (folder / tokenizer.filename).write_bytes(tokenizer.blob)
     named = [(name, hashlib.sha256((ROOT / 'config' / f'{name}.py').read_bytes()).hexdigest(), True) for name in names]
@@ -213,7 +212,7 @@ def test_int4_holds_what_it_can():
     w[3], w[4, :32] = 0, torch.linspace(-8, 7, 32).round() * 0.5
     q, scale = sample.quantised_4bit(w)
     dense = sample.Packed(q, scale).dense()
-    step = w.unflatten(1, (-1, 32)).abs().amax(-1) / 8
+    step = w.unflatten(1, (-1, 32)).abs().amax(-1).clamp(min=1e-9) / 7
     assert q.shape == (48, 32) and q.dtype == torch.uint8 and scale.shape == (48, 2) and scale.dtype == torch.bfloat16
     assert torch.equal(dense[3], w[3]) and torch.equal(dense[4, :32], w[4, :32])
     plain = (w.unflatten(1, (-1, 32)) / step[..., None]).round().clamp(-7, 7) * step[..., None]
@@ -233,7 +232,7 @@ def test_a_packed_matrix_multiplies_as_what_it_stands_for(kind, rows):
                 and (packed.tiles is not None) == (kind == 'int4' and shape[0] == 96))
         want = F.linear(x, dense)
         assert F.linear(x, packed).shape == want.shape and (F.linear(x, packed) - want).abs().max() < 0.02 * want.abs().max()
-        assert torch.equal(F.embedding(torch.tensor([[1, 7]]), packed), dense[[[1, 7]]])
+        assert torch.equal(F.embedding(torch.tensor([[1, 7]]), packed), dense[torch.tensor([[1, 7]])])
         assert torch.equal(packed * 2, dense * 2) and torch.equal(torch.cat([packed, packed]), dense.repeat(2, 1))
 
 
@@ -279,7 +278,7 @@ def test_as_a_user(finished, tmp_path):
     assert code == 0 and not err and (cost := re.search(r'bits per byte (\S+) -> (\S+) \(([+-]\d\.\d\d) %\), on 100.0% of the validation', out)), out
     assert 0.99 < float(cost[1]) / float(cost[2]) < 1.01
     code, out, err = script('sample.py', run / 'int8', '--eval=bpb', cwd=run.parent)
-    assert code == 0 and cost[2][:6] in out, (out, cost)
+    assert code == 0 and abs(float(re.search(r'bpb bpb: (\S+)', out)[1]) - float(cost[2])) < 6e-5
     code, out, err = script('sample.py', run / 'int8', 'Mia', '--max_new_tokens=8', cwd=run.parent)
     assert code == 0 and out.startswith('Mia')
     code, out, err = script('sample.py', run / 'int8', '--export=int4', cwd=run.parent)
