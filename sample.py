@@ -423,11 +423,11 @@ def write_gguf(run):
         getattr(w, f'add_{key}')(value)
     pieces, special, merges = spelled(t)
     if t.kind == 'bytes':
-        pieces = [special.get(i, f'<0x{i:02X}>') for i in range(t.vocab_size)]
+        pieces = [special.get(i, ' ' if i == 32 else f'<0x{i:02X}>') for i in range(t.vocab_size)]
     if t.kind == 'gpt2':
         w.add_tokenizer_pre('gpt-2')
         w.add_token_merges([' '.join(pair) for pair in merges])
-    else:                                        # sentencepiece's: a space is U+2581, early pieces join first
+    else:                                        # a space is U+2581, as U+2581 is; early pieces join first
         w.add_token_scores([-float(i) for i in range(t.vocab_size)])
         pieces = [piece.replace(' ', '\u2581') for piece in pieces]
     byte = re.compile('<0x[0-9A-F]{2}>')
