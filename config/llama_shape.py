@@ -17,6 +17,7 @@ import model
 qk_norm = False
 token_shift = False
 mlp = 'swiglu'
+NOT_WITH = dict.fromkeys(('latent_attention', 'leaderboard', 'plain_gpt2'), 'each has a shape of its own')
 
 
 class Block(model.Block):
