@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -284,21 +285,22 @@ def test_sizes_of_an_11m_model(tmp_path, tokenizers):
 
 def test_as_a_user(finished, tmp_path):
     """A trained run: what it costs in bits is said, and is what --eval finds; train.py is told that it cannot go on."""
-    run, _ = finished
-    code, out, err = script('sample.py', run, '--export=int8', cwd=run.parent)
+    run = tmp_path / 'run'
+    shutil.copytree(finished[0], run)
+    code, out, err = script('sample.py', run, '--export=int8', cwd=finished[0].parent)
     assert code == 0 and not err and (cost := re.search(r'bits per byte (\S+) -> (\S+) \(([+-]\d\.\d\d) %\), on 100.0% of the validation', out)), out
     assert 0.99 < float(cost[1]) / float(cost[2]) < 1.01
-    code, out, err = script('sample.py', run / 'int8', '--eval=bpb', cwd=run.parent)
+    code, out, err = script('sample.py', run / 'int8', '--eval=bpb', cwd=finished[0].parent)
     assert code == 0 and abs(float(re.search(r'bpb bpb: (\S+)', out)[1]) - float(cost[2])) < 6e-5
-    code, out, err = script('sample.py', run / 'int8', 'Mia', '--max_new_tokens=8', cwd=run.parent)
+    code, out, err = script('sample.py', run / 'int8', 'Mia', '--max_new_tokens=8', cwd=finished[0].parent)
     assert code == 0 and out.startswith('Mia')
-    code, out, err = script('sample.py', run / 'int8', '--export=int4', cwd=run.parent)
+    code, out, err = script('sample.py', run / 'int8', '--export=int4', cwd=finished[0].parent)
     assert code == 0 and (run / 'int8' / 'int4' / 'ckpt.pt').exists()
-    code, out, err = script('train.py', '--init_from=resume', f'--out_dir={run / "int8"}', cwd=run.parent)
+    code, out, err = script('train.py', '--init_from=resume', f'--out_dir={run / "int8"}', cwd=finished[0].parent)
     assert code == 2 and 'is a checkpoint of version int8, this program reads version 3' in err
     state = torch.load(run / 'int8' / 'ckpt.pt', weights_only=True)
     assert state['packed']['wte.weight'][0].dtype == torch.int8 and 'wte.weight' not in state['model']
-    code, out, err = script('sample.py', run, '--export=hf', cwd=run.parent)
+    code, out, err = script('sample.py', run, '--export=hf', cwd=finished[0].parent)
     assert code == 2 and err.startswith('sample.py: ') and 'config/llama_shape.py' in err and err.count('\n') == 1
 
 

@@ -218,7 +218,7 @@ def test_latent_attention_caches_its_latent_alone():
 def test_a_value_embedding_is_added_to_the_values_of_its_layers_alone():
     model, idx = make('value_embeds', value_embeds=1, n_kv_head=2), tokens(2, 9)
     assert [block.attn.value_embed is not None for block in model.blocks] == [False, False, True]
-    layer, x, context = model.blocks[2].attn, torch.randn(2, 9, 32), types.SimpleNamespace(idx=idx)
+    layer, x, context = model.blocks[2].attn, torch.randn(2, 9, 32), types.SimpleNamespace(idx=idx, cache=None)
     with_table, plain = layer.packed(x, context), m.Attention.packed(layer, x, context)
     assert with_table.shape == (2, 9, 8, 8) and torch.equal(with_table[:, :, :6], plain[:, :, :6])
     expected = layer.value_gain * layer.value_embed.weight[idx].view(2, 9, 2, 8)
