@@ -598,7 +598,7 @@ def test_dynamics_change_nothing_of_a_run(corpus, tmp_path):
     share = results[1]['dynamics_seconds'] / results[1]['total_seconds']
     assert results[1]['dynamics_share'] == pytest.approx(share) and 0 < share < 1 and '\ndynamics_share: ' in said['probed']
     found = json.loads((probed / 'dynamics.json').read_text())
-    assert found['steps'] == [*range(9)] and found['progress'] == [i / 8 for i in range(9)] and len(found['names']) == 2 * (3 + 2)
+    assert found['steps'] == [*range(9)] and found['progress'] == [i / 8 for i in range(9)] and len(found['names']) == 2 * (3 + 2) + 1
     assert 'warning: step 1 was probed, not finite: 1.attn.v activation\n' in said['probed'] and 'step 3 was probed' not in said['probed']
     v = found['names'].index('1.attn.v')
     assert [row[v] is None for row in found['measures']['cka_final']] == [False, True, True] + [False] * 6
