@@ -602,7 +602,7 @@ def test_dynamics_change_nothing_of_a_run(corpus, tmp_path):
     assert 'warning: step 1 was probed, not finite: 1.attn.v activation\n' in said['probed'] and 'step 3 was probed' not in said['probed']
     v = found['names'].index('1.attn.v')
     assert [row[v] is None for row in found['measures']['cka_final']] == [False, True, True] + [False] * 6
-    assert found['measures']['cka_final'][8] == [1] * 10
+    assert found['measures']['cka_final'][8] == [1] * 11
     assert all(0 < row[v] < 1 for row in found['measures']['weight_effective_rank'])
     page = (probed / 'report.html').read_text()
     assert 'Cka final' in page and 'Weight effective rank' in page
