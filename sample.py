@@ -396,11 +396,11 @@ def hf_tokenizer(t):
 
 def write_hf(run):
     """hf/ in a run's folder, which transformers' AutoModelForCausalLM and AutoTokenizer open."""
+    (about, tensors), t, folder = shape_of(run), run.tokenizer, run.folder / 'hf'
     try:
         from safetensors.torch import save
     except ImportError as e:
         raise UserError('--export hf needs safetensors: pip install safetensors') from e
-    (about, tensors), t, folder = shape_of(run), run.tokenizer, run.folder / 'hf'
     roles = getattr(t, 'roles', {})
     ends = dict(bos_token_id=t.bos, pad_token_id=t.bos, eos_token_id=[t.bos, *roles.values()])
     size = run.model.config.block_size
@@ -421,11 +421,11 @@ def write_hf(run):
 
 def write_gguf(run):
     """model.gguf in a run's folder, fp32, of a shape that llama.cpp computes, with its tokenizer."""
+    (about, tensors), c, t, path = shape_of(run), run.model.config, run.tokenizer, run.folder / 'model.gguf'
     try:
         import gguf
     except ImportError as e:
         raise UserError('--export gguf needs gguf: pip install gguf') from e
-    (about, tensors), c, t, path = shape_of(run), run.model.config, run.tokenizer, run.folder / 'model.gguf'
     refuse(c.mlp != 'swiglu', f'mlp is {c.mlp}, llama.cpp knows SiLU gates alone: train with --mlp=swiglu')
     for name, row in dict(n_embd=c.n_embd, mlp_hidden=c.mlp_hidden, head_dim=c.n_head * c.head_dim).items():
         refuse(row % 32, f'{name} makes rows of {row}, llama.cpp takes 32 at a time: choose a multiple')
