@@ -8,7 +8,7 @@ its sharper scores, the token embedding mixed in again at every layer. The RMS-n
 the table is normalised as it is exported, and a tied head gets one of its own. config/qwen3_shape.py keeps
 QK-norm. Documents are told apart in training as ever; elsewhere one is read at a time.
 What it cost: 2.2143 bits per byte beside 2.2131 in a doll of config/babylm.py's half hour, one seed, with
-mlp_hidden 85 for as many parameters (RESULTS.md, "Exports"). Even.
+mlp_hidden 85 for as many parameters (RESULTS.md, "Instructions, passages, exports"). Even.
 """
 import torch
 
