@@ -15,6 +15,7 @@ R = rotary_dim, V vocabulary, S keys, a cache's included, N = B T.
 
     python -c "import model; print(model.GPT(model.GPTConfig()).describe())"
 """
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -281,7 +282,7 @@ class GPT(nn.Module):
         context = Context(idx, *turns, first, last, cache, extras)
         x = self.layers(self.embed(context), context)
         if cache is not None:
-            cache.length = cache.length + T
+            cache.length += T
         return self.final(x)
 
     def visible(self, idx, past=0, cache=None, **extras):
@@ -303,7 +304,7 @@ class GPT(nn.Module):
             start[:, 0] = torch.maximum(start[:, 0], cache.doc_start)
         start = start.cummax(dim=1).values
         if cache is not None:
-            cache.doc_start = start[:, -1]
+            cache.doc_start.copy_(start[:, -1])
             cache.follows.scatter_(1, position.expand_as(idx), idx != self.config.bos)
         return start
 
@@ -338,8 +339,15 @@ class GPT(nn.Module):
         return self.lm_head(x).float()
 
     def step(self, new, cache, **extras):
-        """Logits (B, V) of what follows new (B, T), the latest tokens, after those that the cache has read."""
+        """Logits (B, V) of what follows new (B, T), tokens that come after those that the cache has read."""
         return self.logits(self.trunk(new, cache, **extras)[:, -1:])[:, 0]
+
+    def compile_step(self):
+        """From here on `generate` takes single tokens through a compiled `step`, a minute's work to build. Its
+        parts are not fused, and on a CPU one core computes it: so a row is added up in one order in any batch,
+        and the other cores read prompts, or train."""
+        options = {'max_fusion_size': 1, 'cpp.threads': 1}
+        self.quick_step = torch.compile(self.step, fullgraph=True, dynamic=False, options=options)
 
     def hints(self, idx):
         """What generation tells the forward pass about a prompt idx (B, T), by keyword: nothing."""
@@ -360,12 +368,12 @@ class GPT(nn.Module):
             if past + new.shape[1] > block_size:
                 new = idx[:, -(block_size // 2):]
                 cache, past = KVCache(self, len(idx)), 0
-            past += new.shape[1]
-            if self.quick_step and new.shape[1] == 1:
+            if self.quick_step and past:
                 cache.go_apart()
                 logits = self.quick_step(new, cache, **extras)
             else:
                 logits = self.step(new, cache, **extras)
+            past += new.shape[1]
             new = sample_token(logits, temperature, top_k, top_p, generator, min_p, repetition_penalty, idx)
             new = new[:, None]
             idx = torch.cat([idx, new], dim=1)[:, -block_size:]
@@ -431,7 +439,7 @@ class KVCache:
     `shift` needs of the last position. A layer's `cached` says what it keeps.
 
     length is a number while all rows are as long, (B, 1) once they have gone apart: then every row is at a
-    position of its own, steps are of one token, and shapes never change. parts: further caches, of models
+    position of its own, steps are of one token, and no shape ever changes. parts: further caches, of models
     that a model holds, or of layers that run more than once.
     """
 
@@ -440,8 +448,8 @@ class KVCache:
         self.model, self.store = model, {}
         for layer in (block.attn for block in model.blocks):
             n, heads, width = layer.cached
-            shape = n, batch_size, heads, size, width
-            self.store[id(layer)] = torch.zeros(shape, dtype=model.compute_dtype, device=weight.device)
+            empty = weight.new_zeros(batch_size, heads, size, width, dtype=model.compute_dtype)
+            self.store[id(layer)] = [empty.clone() for _ in range(n)]
         self.length, self.before, self.parts = 0, {}, {}
         self.doc_start = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         self.follows = torch.zeros(batch_size, size, dtype=torch.bool, device=weight.device)
@@ -455,14 +463,23 @@ class KVCache:
     def append(self, layer, *new):
         """Add k, v (B, H_kv, T, D), return all the layer has seen; `length` moves after the last layer. Of
         rows that are apart all block_size positions are returned."""
-        store, T = self.store[id(layer)], new[0].shape[2]
-        if isinstance(self.length, Tensor):
+        store, start, T = self.store[id(layer)], self.length, new[0].shape[2]
+        if isinstance(start, Tensor):
             for old, x in zip(store, new):
-                old.scatter_(2, self.length[:, None, :, None].expand_as(x), x)
-            return store.unbind()
+                old.scatter_(2, start[:, None, :, None].expand_as(x), x)
+            return store
         for old, x in zip(store, new):
-            old[:, :, self.length:self.length + T] = x
-        return store[..., :self.length + T, :].unbind()
+            old[:, :, start:start + T] = x
+        return [old[:, :, :start + T] for old in store]
+
+    def follow(self, owner, x):
+        """What `owner` gave the last time, zeros at first; next time it will be x."""
+        if id(owner) not in self.before:
+            self.before[id(owner)] = x.new_zeros(x.shape)
+        last = self.before[id(owner)]
+        before = last.clone()
+        last.copy_(x)
+        return before
 
     def go_apart(self):
         """From here on every row has a length of its own."""
@@ -471,23 +488,37 @@ class KVCache:
         for part in self.parts.values():
             part.go_apart()
 
-    def take(self, row, other):
-        """A row, of those that went apart, becomes what a cache of one row is."""
-        for layer, store in self.store.items():
-            store[:, row] = other.store[layer][:, 0]
+    def row(self, i):
+        """The cache of one row, of those that went apart; it shares the memory of this one."""
+        one, at = copy.copy(self), slice(i, i + 1)
+        one.store = {layer: [x[at] for x in store] for layer, store in self.store.items()}
+        one.before = {owner: x[at] for owner, x in self.before.items()}
+        one.parts = {key: part.row(i) for key, part in self.parts.items()}
+        one.length, one.doc_start, one.follows = self.length[at], self.doc_start[at], self.follows[at]
+        return one
+
+    def take(self, i, other):
+        """Row i, of those that went apart, becomes what the cache of one row is."""
         for owner, x in other.before.items():
-            if owner not in self.before:
-                self.before[owner] = x.new_zeros(len(self.doc_start), *x.shape[1:])
-            self.before[owner][row] = x[0]
-        self.length[row], self.doc_start[row], self.follows[row] = other.length, other.doc_start, other.follows
+            self.before.setdefault(owner, x.new_zeros(len(self.doc_start), *x.shape[1:]))[i] = x[0]
         for key, part in other.parts.items():
-            mine = self.part(key, part.model)
-            mine.go_apart()
-            mine.take(row, part)
+            self.part(key, part.model).go_apart()
+            self.parts[key].take(i, part)
+        for layer, store in self.store.items():
+            for mine, theirs in zip(store, other.store[layer]):
+                mine[i] = theirs[0]
+        self.length[i], self.doc_start[i] = other.length, other.doc_start[0]
+        self.follows[i] = other.follows[0]
+
+    def clear(self, i):
+        """Row i begins anew."""
+        self.length[i] = 0
+        for part in self.parts.values():
+            part.clear(i)
 
     def values(self):
         """How many numbers it keeps of a token in each layer, on average."""
-        return sum(s.numel() / (s.shape[1] * s.shape[3]) for s in self.store.values()) / len(self.store)
+        return sum(x[0, :, 0].numel() for store in self.store.values() for x in store) / len(self.store)
 
 
 def sample_token(logits, temperature, top_k, top_p, generator=None, min_p=0.0, repetition_penalty=1.0,
@@ -521,12 +552,17 @@ def sample_token(logits, temperature, top_k, top_p, generator=None, min_p=0.0, r
 # ---- part 2: the operations --------------------------------------------------------------------------------
 
 def linear(x, weight):
-    """x weight^T, x (..., K), weight (N, K). A compiled step of one token a row takes a row of weight at a
-    time: on a CPU that reads memory faster, and what a row of x comes to is the same to the bit in any batch.
-    """
+    """x weight^T, x (..., K), weight (N, K). In a compiled step of one token a row, each row of weight is read
+    once and meets one row of x after the other: on a CPU this takes two thirds of the time of a product of
+    matrices, and what a row comes to is the same to the bit in any batch."""
     if torch.compiler.is_compiling() and x.ndim == 3 and x.shape[1] == 1 and not torch.is_grad_enabled():
-        return (weight[:, None] * x[:, 0]).sum(-1).t()[:, None]
+        return in_memory((weight[:, None] * in_memory(x[:, 0])).sum(-1).t())[:, None]
     return F.linear(x, weight)
+
+
+def in_memory(x):
+    """x (B, K), which a compiled program then writes down as it is, not making it anew where it is read."""
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
 
 
 def rms_norm(x, eps=1e-6):
@@ -547,9 +583,8 @@ def shift(x, follows, owner, cache=None):
 
     Before the first position stands 0, or the last one that the cache was given by `owner`, a module.
     """
-    before = torch.zeros_like(x[..., :1, :])
-    if cache is not None:
-        before, cache.before[id(owner)] = cache.before.get(id(owner), before), x[..., -1:, :]
+    last = x[..., -1:, :]
+    before = torch.zeros_like(last) if cache is None else cache.follow(owner, last)
     return torch.cat([before, x[..., :-1, :]], dim=-2) * follows
 
 

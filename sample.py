@@ -12,6 +12,7 @@
     python sample.py data/babylm-bpe8192 --eval=all                    fetch BLiMP, tokenize all of data/eval
     python sample.py out/quickstart "Mia" --stats                      and what that took in energy and cache
     python sample.py out/babylm --export html                          the model in a page that opens anywhere
+    python sample.py --serve out/quickstart out/babylm                 a page and a JSON API, for one run or two
     python sample.py out/babylm --export hf                            for transformers; gguf for llama.cpp
     python sample.py out/babylm --export int8                          out/babylm/int8, a smaller run; or int4
 
@@ -351,7 +352,7 @@ def shape_of(run):
 def spelled(t):
     """The pieces of a vocabulary by id as byte-level or byte-fallback BPE writes them, {id: piece} of those
     that no text makes, and [left, right] of all that BPE joins, the first before the others."""
-    special = {t.bos: '<|endoftext|>'} | {i: f'<|{name}|>' for name, i in getattr(t, 'roles', {}).items()}
+    special = {t.bos: '<|endoftext|>'} | {i: f'<|{name}|>' for name, i in t.roles.items()}
     letters, first = [f'<0x{byte:02X}>' for byte in range(256)], 0
     if t.kind == 'bpe':                          # spaces, tabs and lines' ends are written as they are
         special[t.unk], first = '<unk>', t.first_byte + 256
@@ -372,7 +373,7 @@ def spelled(t):
 def chat_template(t):
     """Jinja: BOS, each message's role and text, then the assistant's turn; None for what does not chat."""
     return ('{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}'
-            '{% if add_generation_prompt %}<|assistant|>{% endif %}') if getattr(t, 'roles', {}) else None
+            '{% if add_generation_prompt %}<|assistant|>{% endif %}') if t.roles else None
 
 
 def hf_tokenizer(t):
@@ -401,7 +402,7 @@ def write_hf(run):
         from safetensors.torch import save
     except ImportError as e:
         raise UserError('--export hf needs safetensors: pip install safetensors') from e
-    roles = getattr(t, 'roles', {})
+    roles = t.roles
     ends = dict(bos_token_id=t.bos, pad_token_id=t.bos, eos_token_id=[t.bos, *roles.values()])
     size = run.model.config.block_size
     draws = dict(do_sample=True, temperature=0.8, max_new_tokens=min(256, size))
@@ -598,14 +599,39 @@ EXPORTS = dict(html=write_model_page, hf=write_hf, gguf=write_gguf,      # forma
 
 # ---- completing --------------------------------------------------------------------------------------------
 
+DRAWN = dict(temperature=(0, 100), top_k=(0, 10 ** 9), top_p=(1e-9, 1), min_p=(0, 1),
+             repetition_penalty=(0.01, 100))     # how a token is drawn (model.sample_token): the least, the most
+
+
+def drawn_by(options):
+    return {name: getattr(options, name) for name in DRAWN}
+
+
+def compile_for(run, *sizes):
+    """Compiles what makes a token of each of so many rows, or says why the run goes on without."""
+    model = run.model
+    try:
+        refuse(run.state.get('packed'), 'its weights are packed')
+        model.compile_step()
+        for rows in sizes:
+            cache, new = KVCache(model, rows), torch.full((rows, 1), run.tokenizer.bos, device=model.wte.weight.device)
+            cache.go_apart()
+            with torch.no_grad():
+                model.quick_step(new, cache, **model.hints(new))
+    except (RuntimeError, ImportError, UserError) as e:
+        model.quick_step = None
+        why = ' '.join(str(e).split())[:200] or type(e).__name__
+        print(f'{run.folder} goes on without compiled steps: {why}', file=sys.stderr)
+
+
 def stream(model, tokenizer, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None,
-           before=()):
+           before=(), **further):
     """Yield the pieces of one continuation as they come, whole characters only, up to its end. prompt: a
-    text, or ids that begin with BOS. before: ids between BOS and a text."""
+    text, or ids that begin with BOS. before: ids between BOS and a text. further: for GPT.generate."""
     ids = [tokenizer.bos, *before, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
     idx = torch.tensor([ids], device=model.wte.weight.device)
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-    for new in model.generate(idx, max_new_tokens, temperature, top_k, top_p, generator):
+    for new in model.generate(idx, max_new_tokens, temperature, top_k, top_p, generator, **further):
         if new.item() in tokenizer.ends:
             break
         yield decoder.decode(tokenizer.token_bytes(new.item()))
@@ -613,7 +639,7 @@ def stream(model, tokenizer, prompt, max_new_tokens, temperature=1.0, top_k=0, t
 
 
 def continuations(model, tokenizer, prompts, max_new_tokens, temperature, generator, top_k=0, top_p=1.0,
-                  done=lambda text: False, rows=32, stop=None, ends=None):
+                  done=lambda text: False, rows=32, stop=None, ends=None, **further):
     """What follows each of `prompts` (ids that begin with BOS): lists of ids, and which of them ended, at one
     of the ids `ends`, by default tokenizer.ends.
 
@@ -630,7 +656,7 @@ def continuations(model, tokenizer, prompts, max_new_tokens, temperature, genera
         order, open_rows, texts = order[len(batch):], list(enumerate(batch)), {i: [] for i in batch}
         idx = [[tokenizer.bos] * (width - len(prompts[i])) + prompts[i] for i in batch]
         for new in model.generate(torch.tensor(idx, device=device), max_new_tokens, temperature, top_k, top_p,
-                                  generator):
+                                  generator, **further):
             if stop and stop():
                 return made, ended
             new = new.tolist()
@@ -677,8 +703,7 @@ def chat(run, args, generator):
     for text in [args.prompt] if args.prompt else iter(lambda: input('> '), ''):
         messages.append(dict(role='user', content=text))
         ids, pieces = chat_ids(tokenizer, messages, model.config.block_size * 3 // 4), []
-        for piece in stream(model, tokenizer, ids, args.max_new_tokens, args.temperature, args.top_k,
-                            args.top_p, generator):
+        for piece in stream(model, tokenizer, ids, args.max_new_tokens, generator=generator, **drawn_by(args)):
             print(piece, end='', flush=True)
             pieces.append(piece)
         print()
@@ -1699,8 +1724,6 @@ def say_cost(how, marks, tokens, args):
 
 ROWS, WAITING, CONNECTIONS = 4, 32, 64      # answers made at once by a model, answers that may wait, sockets
 BODY, TOKENS, PATIENCE = 65536, 2048, 20    # bytes of a request, tokens of an answer, seconds to send or take it
-SAMPLING = dict(temperature=(0.0, 100.0), top_k=(0, 10 ** 9), top_p=(1e-9, 1.0), min_p=(0.0, 1.0),
-                repetition_penalty=(0.01, 100.0), seed=(0, 2 ** 63 - 1), max_tokens=(1, TOKENS))
 USUAL = dict(temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=1, max_tokens=256)
 
 
@@ -1715,12 +1738,11 @@ class Declined(Exception):
 def numbers_of(body, usual):
     """How tokens are drawn, by what a request says."""
     found = {}
-    for name, (low, high) in SAMPLING.items():
+    for name, (low, high) in (DRAWN | dict(seed=(0, 2 ** 63 - 1), max_tokens=(1, TOKENS))).items():
         value = usual[name] if body.get(name) is None else body[name]
-        kind = (int, float) if isinstance(low, float) else int
-        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-            raise Declined(400, f'{name} must be {"a" if kind is int else "any"} number from {low:g} to {high:g}'
-                           + ', whole' * (kind is int))
+        if type(value) not in (int, type(usual[name])) or not low <= value <= high:
+            whole = 'whole ' * isinstance(usual[name], int)
+            raise Declined(400, f'{name} must be a {whole}number from {low:g} to {high:g}')
         found[name] = value
     return SimpleNamespace(**found)
 
@@ -1752,16 +1774,15 @@ class Answer:
 
     def draw(self, logits):
         """Takes one more token by logits (V,); True if it was the last."""
-        o, ids = self.options, torch.tensor([self.ids[-self.lane.model.config.block_size:]], device=logits.device)
-        new = sample_token(logits[None], o.temperature, o.top_k, o.top_p, self.dice, o.min_p,
-                           o.repetition_penalty, ids).item()
+        ids = torch.tensor([self.ids[-self.lane.model.config.block_size:]], device=logits.device)
+        new = sample_token(logits[None], generator=self.dice, before=ids, **drawn_by(self.options)).item()
         if new in self.ends:
             return self.end('end')
         self.ids.append(new)
         self.made += 1
         told = self.lane.told(logits.log_softmax(-1), new)
         self.events.put(told | dict(text=self.decoder.decode(self.lane.tokenizer.token_bytes(new))))
-        return self.stopped and self.end('stopped') or self.made == o.max_tokens and self.end('length')
+        return self.stopped and self.end('stopped') or self.made == self.options.max_tokens and self.end('length')
 
     def end(self, why):
         rest = self.decoder.decode(b'', final=True)
@@ -1773,8 +1794,8 @@ class Answer:
 class Lane:
     """A model that is served: up to ROWS answers side by side, each a row of one cache.
 
-    A row's arithmetic does not know of the others, and there are always ROWS of them, so an answer is the
-    same whoever else is served.
+    A row's arithmetic does not know of the others, and there are always ROWS of them, or steps are compiled
+    (GPT.compile_step), so an answer is the same whoever else is served.
     """
 
     def __init__(self, name, run):
@@ -1785,6 +1806,7 @@ class Lane:
         self.device, self.waiting = run.model.wte.weight.device, collections.deque()
         alone = type(run.model).hints is not GPT.hints       # what it is told is of a prompt, not of a row
         self.rows, self.hints = [None] * (1 if alone else ROWS), {}
+        self.read = [0] * len(self.rows)         # tokens that are in a row of the cache
         self.cache = KVCache(run.model, len(self.rows))
         self.cache.go_apart()
         self.made, self.tokens, self.seconds, self.joules = 0, 0, 0.0, 0.0     # made: since the desk was idle
@@ -1808,22 +1830,26 @@ class Lane:
                 self.rows[row] = answer = self.waiting.popleft()
                 self.take(row, answer, self.fill(row, answer.ids[-size:]))
         for row, answer in enumerate(self.rows):
-            if answer is None:
-                self.cache.length[row] = 0       # reads BOS there, over and over, which nobody hears
-            elif self.cache.length[row] == size:             # the older half is forgotten, as in GPT.generate
+            if answer is None:                   # it reads BOS at its start, over and over, and nobody hears it
+                self.cache.clear(row)
+            elif self.read[row] == size:         # the older half is forgotten, as in GPT.generate
                 self.fill(row, answer.ids[-(size // 2):-1])
         if going := [(row, answer) for row, answer in enumerate(self.rows) if answer]:
-            new = [[answer.ids[-1] if answer else self.tokenizer.bos] for answer in self.rows]
-            step = self.model.quick_step or self.model.step
-            logits = step(torch.tensor(new, device=self.device), self.cache, **self.hints)
+            rows, cache, step = self.rows, self.cache, self.model.quick_step or self.model.step
+            if self.model.quick_step and len(going) == 1:    # alone it is computed as beside others, and sooner
+                (row, answer), = going
+                rows, cache = [answer], cache.row(row)
+            new = [[answer.ids[-1] if answer else self.tokenizer.bos] for answer in rows]
+            logits = step(torch.tensor(new, device=self.device), cache, **self.hints)
             for row, answer in going:
-                self.take(row, answer, logits[row])
+                self.read[row] += 1
+                self.take(row, answer, logits[rows.index(answer)])
         self.seconds += time.monotonic() - began
 
     def fill(self, row, ids):
         """A row of the cache reads ids from the start; the logits (V,) of what follows."""
         one, idx = KVCache(self.model, 1), torch.tensor([ids], device=self.device)
-        self.hints = self.model.hints(idx)
+        self.hints, self.read[row] = self.model.hints(idx), len(ids)
         logits = self.model.step(idx, one, **self.hints)
         self.cache.take(row, one)
         return logits[0]
@@ -1838,16 +1864,11 @@ class Lane:
             self.rows[row] = None
 
     @torch.no_grad()
-    def score(self, text):
-        """Bits of a text from its BOS on, and what is told of each of its tokens."""
-        ids, told = np.array([self.tokenizer.bos, *self.tokenizer.encode(text)]), []
-        decoder = codecs.getincrementaldecoder('utf-8')()
-        for x, y in windows(ids, self.model.config.block_size):
-            logits = self.model.logits(self.model.trunk(torch.from_numpy(x)[None].to(self.device)))[0]
-            told += [self.told(row.log_softmax(-1), token) | dict(text=decoder.decode(self.tokenizer.token_bytes(token)))
-                     for row, token in zip(logits, y.tolist())]
-        bits, n = sum(t['bits'] for t in told), len(text.encode())
-        return dict(bits=bits, bytes=n, bpb=bits / max(n, 1), tokens=told)
+    def known(self, x, y):
+        """What is told of the tokens y (T,) that follow x (T,)."""
+        idx = torch.from_numpy(x)[None].to(self.device)
+        logits = self.model.logits(self.model.trunk(idx, **self.model.hints(idx)))[0]
+        return [self.told(row.log_softmax(-1), token) for row, token in zip(logits, y.tolist())]
 
 
 class Desk(threading.Thread):
@@ -2139,10 +2160,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not isinstance(texts, list) or not 1 <= len(texts) <= 2:
             raise Declined(400, 'texts must be a list of one or two texts')
         texts = [field_of(dict(texts=text), 'texts') for text in texts]
-        found = [self.server.desk.ask(functools.partial(lane.score, text)) for text in texts]
+        found = [self.scored(lane, text) for text in texts]
         bits = [f['bits'] for f in found]
         apart = len(bits) == 2 and bits[0] != bits[1]
         self.say_json(dict(texts=found, prefers=int(bits[1] < bits[0]) if apart else None))
+
+    def scored(self, lane, text):
+        """Bits of a text from its BOS on, and what is told of each of its tokens; a window at a time, so that
+        answers go on meanwhile."""
+        ids, decoder = np.array([lane.tokenizer.bos, *lane.tokenizer.encode(text)]), codecs.getincrementaldecoder('utf-8')()
+        told = [token for window in windows(ids, lane.model.config.block_size)
+                for token in self.server.desk.ask(functools.partial(lane.known, *window))]
+        told = [token | dict(text=decoder.decode(lane.tokenizer.token_bytes(token['id']))) for token in told]
+        bits, n = sum(token['bits'] for token in told), len(text.encode())
+        return dict(bits=bits, bytes=n, bpb=bits / max(n, 1), tokens=told)
 
     # -- as OpenAI's clients expect
 
@@ -2213,6 +2244,8 @@ def serve(args, of_ideas):
         run = open_run(folder, args.device, of_ideas)
         name = run.folder.absolute().name
         lanes.append(Lane(name if name not in [lane.name for lane in lanes] else f'{name} (2)', run))
+        if args.compile:
+            compile_for(run, 1, len(lanes[-1].rows))
     server = Server(args.host, args.port, lanes, Energy(args.device, time.monotonic()), args.token, args.country)
     host = f'[{args.host}]' if ':' in args.host else args.host
     print(f'{", ".join(lane.name for lane in lanes)}: http://{host}:{server.server_address[1]}/'
@@ -2258,8 +2291,7 @@ def complete(model, tokenizer, prompt, args, generator, passages=None):
     before = ()
     if passages:
         before = passages.before(prompt, args.passages, model.config.block_size, args.max_new_tokens)
-    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-                   top_p=args.top_p, generator=generator)
+    options = dict(max_new_tokens=args.max_new_tokens, generator=generator, **drawn_by(args))
     if args.samples == 1:
         print(prompt, end='', flush=True)
         pieces = stream(model, tokenizer, prompt, before=before, **options)
@@ -2310,6 +2342,9 @@ def the_options():
     add('--temperature', type=float, default=0.8, help='0 takes the likeliest token always')
     whole('--top_k', default=0, help='only the k likeliest tokens; 0 is all')
     add('--top_p', type=float, default=1.0, help='only the likeliest that together hold this probability')
+    add('--min_p', type=float, default=0.0, help='only what is at least so likely, of the likeliest')
+    add('--repetition_penalty', type=float, default=1.0, help='above 1 what stands there already gets rarer')
+    add('--compile', action='store_true', help='first compile what makes one token, a minute; then be quicker')
     add('--stats', action='store_true', help='say what 1,000 tokens take in energy, and the KV cache holds')
     add('--country', default='world',
         help=f'whose electricity it is, one of {", ".join(GRID)}, or grams of CO2e a kWh')
@@ -2342,13 +2377,10 @@ def read_options(argv):
     for name in ('file', 'json', 'eval_data', 'eval', 'retrieve'):
         if value := getattr(args, name):
             setattr(args, name, at_home(value))
-    for name, low, high in (('samples', 1, 4096), ('passages', 1, 1000), ('max_new_tokens', 1, 10 ** 9),
-                            ('temperature', 0, 100), ('top_k', 0, 10 ** 9), ('seed', 0, 10 ** 18),
-                            ('eval_items', 0, 10 ** 9)):
+    for name, (low, high) in dict(samples=(1, 4096), passages=(1, 1000), max_new_tokens=(1, 10 ** 9), **DRAWN,
+                                  seed=(0, 10 ** 18), eval_items=(0, 10 ** 9), port=(0, 65535)).items():
         if not low <= getattr(args, name) <= high:
             raise UserError(f'--{name} is {getattr(args, name)}, it must lie between {low} and {high}')
-    if not 0 < args.top_p <= 1:
-        raise UserError(f'--top_p is {args.top_p}, it must be above 0 and at most 1')
     if args.chat and (args.file or args.interactive or args.samples > 1 or args.eval):
         raise UserError('--chat answers what is typed, one answer each: leave --file, --interactive, '
                         '--samples and --eval away')
@@ -2378,6 +2410,8 @@ def main(argv):
     if args.eval:
         return evaluate(run, args)
     passages = open_passages(run, args.retrieve) if args.retrieve else None
+    if args.compile:
+        compile_for(run, args.samples)
     energy, marks = Energy(args.device, time.monotonic()) if args.stats else None, []
     if args.stats and 'measured' in energy.how['gpu'] + energy.how['cpu']:
         marks.append(energy.mark())

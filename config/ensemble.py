@@ -46,7 +46,7 @@ class GPT(model.GPT):
         found = [super().trunk(idx, cache, **extras)]
         for i, other in enumerate(others):
             other.compute_dtype = self.compute_dtype
-            found.append(other.trunk(idx, cache and cache.part(i, other), **extras))
+            found.append(other.trunk(idx, cache and cache.part(('member', i), other), **extras))
         return torch.cat(found, dim=-1)
 
     def loss(self, x, targets, reduction, **extras):

@@ -36,7 +36,7 @@ class GPT(model.GPT):
     def cache_of(self, n, cache):
         """In every pass a layer makes other keys: later passes have caches of their own beside `cache`."""
         if cache is not None and n > 0:
-            cache, main = cache.part(n, self), cache
+            cache, main = cache.part(('pass', n), self), cache
             cache.length, cache.follows = main.length, main.follows
         return cache
 

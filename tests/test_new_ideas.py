@@ -52,6 +52,62 @@ def weights(folder):
     return torch.load(folder / 'ckpt.pt', weights_only=True)['model']
 
 
+NETS = [(), ('attention_gate',), ('layer_loop',), ('skips',), ('value_embeds',), ('value_projections',), ('ensemble',), ('snapshots',), ('bigrams',),
+        ('factorised',), ('window',), ('softcap',), ('tokenformer',), ('experts',), ('multi_token',), ('latent_attention',), ('domains',), ('wide',),
+        ('latent_attention', 'layer_loop', 'attention_gate'), ('value_embeds', 'skips', 'ensemble'), ('window', 'layer_loop', 'bigrams', 'ensemble')]
+
+
+def apart(model, idx, starts, step):
+    """Logits of the last token of the rows of idx, of which each begins alone with so many tokens; in turn some rows are not there."""
+    cache, alone = KVCache(model, len(idx)), []
+    cache.go_apart()
+    for row, start in zip(idx, starts):
+        one = KVCache(model, 1)
+        model.step(row[None, :start], one, **model.hints(row[None]))
+        alone.append(one)
+    at, found = [0] * len(idx), [None] * len(idx)
+    for turn in range(2 * idx.shape[1]):
+        for i, start in enumerate(starts):
+            if turn == 2 * i:                                        # rows join one after the other
+                cache.take(i, alone[i])
+                at[i] = start
+            if at[i] == 0 or at[i] == idx.shape[1]:                  # and leave
+                cache.clear(i)
+        new = torch.stack([row[at[i] % idx.shape[1]] for i, row in enumerate(idx)])[:, None]
+        logits = step(new, cache, **model.hints(idx))
+        for i in range(len(idx)):
+            at[i] += 0 < at[i] < idx.shape[1]
+            found[i] = logits[i] if at[i] == idx.shape[1] and found[i] is None else found[i]
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize('names', NETS, ids='+'.join)
+def test_rows_that_go_apart_are_what_the_full_forward_gives(names):
+    model = net(*(str(CONFIG / f'{name}.py') for name in names), **dict(rotary_dim=8) if 'latent_attention' in names else {})
+    idx = some(4, 40)
+    found = apart(model, idx, [1, 30, 7, 18], model.step)
+    hints = model.hints(idx)
+    torch.testing.assert_close(found, model.logits(model.trunk(idx, **hints))[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('names', ['', 'latent_attention layer_loop', 'value_embeds skips ensemble', 'tokenformer window', 'bigrams softcap factorised',
+                                   'value_projections domains', 'attention_gate'])
+def test_compiled_steps_are_the_full_forward_and_a_row_s_own_in_any_batch(names):
+    torch._dynamo.reset()
+    model = net(*(str(CONFIG / f'{name}.py') for name in names.split()), n_layer=2, **dict(rotary_dim=8) if 'latent' in names else {}).eval()
+    idx = some(3, 24)
+    model.compile_step()
+    with torch.no_grad():
+        found = apart(model, idx, [1, 15, 7], model.quick_step)
+        alone = torch.cat([apart(model, idx[i:i + 1], [start], model.quick_step) for i, start in enumerate([1, 15, 7])])
+        torch.testing.assert_close(found, model.logits(model.trunk(idx, **model.hints(idx)))[:, -1], rtol=1e-4, atol=1e-4)
+        assert torch.equal(found, alone) or names == 'attention_gate' and (found - alone).abs().max() < 1e-5   # 12 numbers are added up otherwise
+        ids = torch.stack(list(model.generate(idx, 50, temperature=0)), 1)           # past the block
+        model.quick_step = None
+        assert torch.equal(ids, torch.stack(list(model.generate(idx, 50, temperature=0)), 1))
+
+
 @pytest.mark.parametrize('ideas', [[GATE], [LOOP], [SKIPS], [VALUES], [VALUES, SKIPS], [ENSEMBLE], [BIGRAMS], [BIGRAMS, ENSEMBLE], [NARROW], [LOOP, GATE], [str(CONFIG / 'latent_attention.py'), LOOP, GATE]])
 def test_a_cache_changes_nothing(ideas):
     model = net(*ideas, **dict(rotary_dim=8) if len(ideas) == 3 else {})

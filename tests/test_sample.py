@@ -32,7 +32,7 @@ class Says:
     def __init__(self, *ids):
         self.ids = ids
 
-    def generate(self, idx, max_new_tokens, *options):
+    def generate(self, idx, max_new_tokens, *options, **further):
         for new in self.ids[:max_new_tokens]:
             yield torch.full((len(idx),), new)
 
@@ -90,6 +90,15 @@ def ask(finished, capsys):
 
 def test_options_may_stand_before_the_prompt(ask):
     assert ask('--temperature=0', 'Mia') == ask('Mia', '--temperature=0')
+
+
+def test_how_tokens_are_drawn(ask):
+    """min_p of 1 leaves the likeliest alone; a penalty above 1 says other things; what cannot be is refused."""
+    greedy = ask('Mia', '--temperature=0')
+    assert ask('Mia', '--min_p=1', '--temperature=1') == greedy != ask('Mia', '--temperature=0', '--repetition_penalty=3')
+    for wrong in ('--min_p=2', '--repetition_penalty=0', '--top_p=0'):
+        with pytest.raises(UserError, match='it must lie between'):
+            ask('Mia', wrong)
 
 
 def test_as_a_user(finished, tmp_path):
@@ -272,7 +281,7 @@ def test_streaming_gives_whole_characters():
 def test_the_end_of_a_document_ends_a_sample(capsys):
     model = Says(*b'ab', BYTES.bos, *b'cd')
     assert ''.join(sample.stream(model, BYTES, 'x', 100)) == 'ab'
-    options = SimpleNamespace(samples=2, max_new_tokens=5, temperature=0, top_k=0, top_p=1.0)
+    options = SimpleNamespace(samples=2, max_new_tokens=5, temperature=0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
     sample.complete(model, BYTES, 'x', options, None)
     assert capsys.readouterr().out == '--- 1\nxab\n--- 2\nxab\n'
 

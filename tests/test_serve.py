@@ -288,6 +288,19 @@ def test_no_stranger_brings_it_down(desk):
 
 
 @pytest.mark.long
+def test_compiled_steps_answer_as_plain_ones_alone_and_beside_others(desk, finished):
+    own = started(('a', finished[0]))
+    sample.compile_for(own.lanes[0].run, 1, sample.ROWS)
+    assert own.lanes[0].model.quick_step
+    wanted = [dict(prompt='Mia lost ' * n, max_tokens=90, temperature=0, seed=n) for n in range(6)] + [dict(max_tokens=60, seed=3)]
+    alone = [text_of(generate(own, **w)) for w in wanted]
+    with ThreadPoolExecutor(7) as pool:
+        assert list(pool.map(lambda w: text_of(generate(own, **w)), wanted)) == alone
+    assert [text_of(generate(desk, **w)) for w in wanted] == alone
+    own.server.shutdown()
+
+
+@pytest.mark.long
 def test_fifty_clients_for_a_while(desk):
     """Valid, slow and hostile ones at once, HALFHOUR_SECONDS (30): every valid answer is that of one alone, memory stays."""
     wanted = [dict(prompt='Mia lost ' * n, seed=n, max_tokens=4 + n, model='ab'[n % 2]) for n in range(8)]
