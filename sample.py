@@ -58,8 +58,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils._pytree import tree_map_only
 
 try:
     import fcntl
@@ -68,8 +66,8 @@ except ImportError:                             # Windows
     fcntl = resource = None
 
 import prepare_data
-from config import CONFIG, UserError, at_home, in_words, name_of, print_without_fail, refuse
-from model import GPT, IN_USE, MLP, Attention, Block, KVCache, configured, sample_token
+from config import CONFIG, UserError, at_home, in_words, load_idea, name_of, print_without_fail, refuse
+from model import GPT, IN_USE, KVCache, configured, sample_token
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
 
@@ -182,7 +180,7 @@ def open_run(run, device='cpu', argv=()):
 
     argv: what the command line says of it, configs of further ideas and --key=value of what ideas declare.
     """
-    state, path = read_checkpoint(run, (3, *PACKED)), Path(run).expanduser()
+    state, path = read_checkpoint(run, (3, *formats())), Path(run).expanduser()
     folder = path if path.is_dir() else path.parent
     tokenizer = prepare_data.load_tokenizer(folder)
     if hashlib.sha256(tokenizer.blob).hexdigest() != state['tokenizer']:
@@ -197,19 +195,16 @@ def open_run(run, device='cpu', argv=()):
     try:
         config = Config(**state['config'] | {name: given[name] for name in own})
         model = config.GPT(config)
-        weights = state.get('evaluated') or state['model']      # the weights that were measured
-        packed = state.get('packed', {})         # of a run that --export made: what Packed is made of
-        model.load_state_dict(weights | {name: Packed(*parts).dense() for name, parts in packed.items()})
+        if state['version'] == 3:
+            model.load_state_dict(state.get('evaluated') or state['model'])      # the weights that were measured
     except (TypeError, ValueError, RuntimeError) as e:
         why = ' '.join(str(e).split())[:200]
         raise UserError(f'{run} does not fit config/ as it is now ({why}): give its ideas the text that they '
                         f'had, of which the run keeps a copy') from e
     try:
         model = model.to(device).eval()
-        ready = {id(parts): Packed(*parts).on(device) for parts in packed.values()}    # a tied one stays one
-        for name, parts in packed.items():
-            owner, _, leaf = name.rpartition('.')
-            setattr(model.get_submodule(owner), leaf, ready[id(parts)])
+        if state['version'] != 3:
+            format_of(state['version']).load(model, state, device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f'--device is {device!r}, and torch cannot use it here: try cpu') from e
     return SimpleNamespace(folder=folder, model=model, tokenizer=tokenizer, ideas=ideas, state=state,
@@ -252,51 +247,6 @@ def thinned(rows, most=3000):
     return sorted([*means, *(row for row in rows if 'train_loss' not in row)], key=lambda row: row['step'])
 
 
-# ---- a model in one file -----------------------------------------------------------------------------------
-
-def quantised(weight):
-    """int8 q (rows, columns) and fp32 scale (rows,) of a matrix: symmetric, scale q is nearest to it."""
-    scale = weight.abs().amax(dim=1) / 127
-    return (weight / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
-
-
-def finite(name, weight):
-    """A weight as it is exported, fp32 on the CPU."""
-    if not weight.isfinite().all():
-        raise FloatingPointError(f'{name} is not finite: export a run that did not diverge')
-    return weight.detach().float().cpu()
-
-
-def packed(model):
-    """[[name, rows, columns] or [name, length]] of a model's tensors, and their bytes: see web/model.html."""
-    shapes, floats, ints = [], [], []
-    for name, w in model.state_dict().items():
-        if name == 'lm_head.weight' and model.config.tie_embeddings:
-            continue                             # wte.weight once more
-        w = finite(name, w)
-        q, scale = quantised(w) if w.dim() == 2 else (w[:0], w.flatten())
-        shapes.append([name, len(scale), *(w.shape[1:] if w.dim() == 2 else ())])
-        floats.append(scale.numpy().astype('<f4').tobytes())
-        ints.append(q.numpy().astype('i1').tobytes())
-    return shapes, b''.join(floats + ints)
-
-
-def changes_of(ideas):
-    """The classes of ideas that change the net, in the order in which they build on each other."""
-    return [c for seam in (MLP, Attention, Block, GPT) for c in reversed(ideas.seam(seam).__mro__)
-            if issubclass(c, seam) and c.__module__ not in (seam.__module__, 'stack')]
-
-
-def arithmetic_of(ideas):
-    """JavaScript that ideas add to the Model of web/model.html: `page` of each of their classes that change
-    the net. '' says that the baseline's is right."""
-    changed = changes_of(ideas)
-    for c in changed:
-        refuse('page' not in vars(c), f'{name_of(c)} changes the net, and its {c.__name__} does not say how '
-               f'a page computes that: give the class a text `page`, or export a run without this idea')
-    return '\n'.join(c.page for c in changed)
-
-
 def page_with_hashes(name, ideas=''):
     """A page of web/, with what ideas add, and what a content security policy allows of it: its own style and
     scripts, by their digests."""
@@ -306,295 +256,16 @@ def page_with_hashes(name, ideas=''):
     return page, ' '.join(f"'sha256-{digest}'" for digest in hashes)
 
 
-def refuse_unigram(run, where):
-    t, first = run.tokenizer, prepare_data.BPETokenizer.first_byte + 256
-    unigram = t.kind == 'bpe' and any(t.bpe.get_score(i) != first - i for i in range(first, t.vocab_size))
-    refuse(unigram, f'{run.folder} has a vocabulary of the kind unigram, {where} knows bpe, bytes and gpt2: '
-           f'train with one of these')
+# ---- other formats -----------------------------------------------------------------------------------------
+
+def formats():
+    """What --export writes: config/export_<format>.py, whose write(run) does it. One that writes a checkpoint,
+    of a version that is its own name, has load(model, state, device) to read it."""
+    return [path.stem.removeprefix('export_') for path in sorted(CONFIG.glob('export_*.py'))]
 
 
-def write_model_page(run):
-    """model.html in a run's folder: web/model.html with the model, matrices in int8, and its tokenizer."""
-    t, path, ideas = run.tokenizer, run.folder / 'model.html', arithmetic_of(run.ideas)
-    refuse_unigram(run, 'a page')
-    marks = t.marks.pattern if t.kind == 'bpe' else ''
-    shapes, weights = packed(run.model)
-    table = [piece.decode('latin-1') for piece in t.table]
-    data = as_json(dict(name=path.absolute().parent.name, about=run.model.describe(), tensors=shapes,
-                        tokenizer=dict(kind=t.kind, bos=t.bos, table=table, marks=marks),
-                        config=dataclasses.asdict(run.model.config)))
-    page, hashes = page_with_hashes('model.html', ideas)
-    for mark, text in (('HASHES', hashes),
-                       ('id="weights">', 'id="weights">' + base64.b64encode(weights).decode()),
-                       ('{}</script>', data.replace('<', '\\u003c') + '</script>')):
-        page = page.replace(mark, text)
-    write_beside(path, lambda f: f.write(page.encode()))
-    print(f'{path}: {path.stat().st_size / 1e6:.1f} MB, the model in int8; any browser opens it, offline too')
-
-
-# ---- a model for other programs ----------------------------------------------------------------------------
-
-def shape_of(run):
-    """config.json of transformers and {name: tensor}, as GPT.hf says them; UserError where something of the
-    net has no equivalent there. A class that says hf knows one; `page = ''` says that nothing is changed."""
-    changed = [f'{name_of(c)} changes the net' for c in changes_of(run.ideas)
-               if vars(c).get('page') != '' and 'hf' not in vars(c)]
-    parts = ['token_shift'] * run.model.config.token_shift + ['the token embedding mixed in at every layer']
-    wrong = changed or [f'{run.folder} has {" and ".join(parts)}'] * (not hasattr(run.model, 'hf'))
-    shapes = ' or '.join(f'config/{path.name}' for path in sorted(CONFIG.glob('*_shape.py')))
-    refuse(wrong, f'{"".join(wrong[:1])}, for which transformers and llama.cpp have nothing: train with '
-           f'{shapes} alone')
-    refuse_unigram(run, 'the export')
-    about, tensors = run.model.hf()
-    return about, {name: finite(name, w).clone() for name, w in tensors.items()}
-
-
-def spelled(t):
-    """The pieces of a vocabulary by id as byte-level or byte-fallback BPE writes them, {id: piece} of those
-    that no text makes, and [left, right] of all that BPE joins, the first before the others."""
-    special = {t.bos: '<|endoftext|>'} | {i: f'<|{name}|>' for name, i in t.roles.items()}
-    letters, first = [f'<0x{byte:02X}>' for byte in range(256)], 0
-    if t.kind == 'bpe':                          # spaces, tabs and lines' ends are written as they are
-        special[t.unk], first = '<unk>', t.first_byte + 256
-        pieces = [t.table[i].decode() if i >= first else letters[i - t.first_byte]
-                  for i in range(t.vocab_size)]
-    else:                                        # a byte that is no printable Latin-1 moves up, as in GPT-2
-        others = iter(range(256, 512))
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        letters = [chr(byte if byte in plain else next(others)) for byte in range(256)]
-        pieces = [''.join(letters[byte] for byte in piece) for piece in t.table]
-    pieces = [special.get(i, piece) for i, piece in enumerate(pieces)]
-    rank = {piece: i for i, piece in enumerate(pieces) if i >= first and i not in special}
-    ways = sorted((i, rank[piece[:k]], rank[piece[k:]]) for piece, i in rank.items()
-                  for k in range(1, len(piece)) if piece[:k] in rank and piece[k:] in rank)
-    return pieces, special, [[pieces[left], pieces[right]] for _, left, right in ways]
-
-
-def chat_template(t):
-    """Jinja: BOS, each message's role and text, then the assistant's turn; None for what does not chat."""
-    return ('{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}'
-            '{% if add_generation_prompt %}<|assistant|>{% endif %}') if t.roles else None
-
-
-def hf_tokenizer(t):
-    """tokenizer.json of a vocabulary: BPE over bytes (bytes, gpt2), or with bytes for what has no piece."""
-    (pieces, special, merges), fallback = spelled(t), t.kind == 'bpe'
-    level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=t.kind == 'gpt2')
-    begin, text = {'SpecialToken': dict(id=pieces[t.bos], type_id=0)}, {'Sequence': dict(id='A', type_id=0)}
-    return dict(
-        version='1.0', normalizer=None, pre_tokenizer=None if fallback else level,
-        added_tokens=[dict(id=i, content=piece, special=True, normalized=False, single_word=False,
-                           lstrip=False, rstrip=False) for i, piece in sorted(special.items())],
-        model=dict(type='BPE', vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges,
-                   unk_token='<unk>' if fallback else None, byte_fallback=fallback,
-                   ignore_merges=t.kind == 'gpt2'),      # tiktoken takes a word that is a piece as it is
-        post_processor=dict(type='TemplateProcessing', single=[begin, text], pair=[begin, text, begin, text],
-                            special_tokens={pieces[t.bos]: dict(id=pieces[t.bos], ids=[t.bos],
-                                                                tokens=[pieces[t.bos]])}),
-        decoder=level if not fallback else dict(
-            type='Sequence', decoders=[dict(type='ByteFallback'), dict(type='Fuse')]))
-
-
-def write_hf(run):
-    """hf/ in a run's folder, which transformers' AutoModelForCausalLM and AutoTokenizer open."""
-    (about, tensors), t, folder = shape_of(run), run.tokenizer, run.folder / 'hf'
-    try:
-        from safetensors.torch import save
-    except ImportError as e:
-        raise UserError('--export hf needs safetensors: pip install safetensors') from e
-    roles = t.roles
-    ends = dict(bos_token_id=t.bos, pad_token_id=t.bos, eos_token_id=[t.bos, *roles.values()])
-    size = run.model.config.block_size
-    draws = dict(do_sample=True, temperature=0.8, max_new_tokens=min(256, size))
-    files = {'config.json': about | ends | dict(dtype='float32'), 'tokenizer.json': hf_tokenizer(t),
-             'generation_config.json': ends | draws,
-             'tokenizer_config.json': dict(
-                 tokenizer_class='PreTrainedTokenizerFast', model_max_length=size, padding_side='left',
-                 clean_up_tokenization_spaces=False, split_special_tokens=not roles,     # a text holds none
-                 chat_template=chat_template(t), **dict.fromkeys(('bos_token', 'eos_token', 'pad_token'),
-                                                                 '<|endoftext|>'))}
-    files = {name: as_json(content, indent=1).encode() for name, content in files.items()}
-    folder.mkdir(exist_ok=True)
-    for name, content in (files | {'model.safetensors': save(tensors, dict(format='pt'))}).items():
-        write_beside(folder / name, lambda f, content=content: f.write(content))
-    print(f'{folder}: {about["architectures"][0]}; transformers opens it, tokenizer included')
-
-
-def write_gguf(run):
-    """model.gguf in a run's folder, fp32, of a shape that llama.cpp computes, with its tokenizer."""
-    (about, tensors), c, t, path = shape_of(run), run.model.config, run.tokenizer, run.folder / 'model.gguf'
-    try:
-        import gguf
-    except ImportError as e:
-        raise UserError('--export gguf needs gguf: pip install gguf') from e
-    refuse(c.mlp != 'swiglu', f'mlp is {c.mlp}, llama.cpp knows SiLU gates alone: train with --mlp=swiglu')
-    for name, row in dict(n_embd=c.n_embd, mlp_hidden=c.mlp_hidden, head_dim=c.n_head * c.head_dim).items():
-        refuse(row % 32, f'{name} makes rows of {row}, llama.cpp takes 32 at a time: choose a multiple')
-    arch, kind = about['model_type'], {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names, w = gguf.get_tensor_name_map(kind[arch], c.n_layer), gguf.GGUFWriter(None, arch)
-    for key, value in dict(
-            name=run.folder.absolute().name, file_type=0, context_length=c.block_size, block_count=c.n_layer,
-            embedding_length=c.n_embd, feed_forward_length=c.mlp_hidden, head_count=c.n_head,
-            head_count_kv=c.n_kv_head, key_length=c.head_dim, value_length=c.head_dim,
-            rope_dimension_count=c.head_dim, rope_freq_base=c.rope_base, layer_norm_rms_eps=1e-6,
-            vocab_size=c.vocab_size, bos_token_id=t.bos, eos_token_id=t.bos, add_bos_token=True,
-            add_eos_token=False, add_space_prefix=False).items():
-        getattr(w, f'add_{key}')(value)
-    pieces, special, merges = spelled(t)
-    if t.kind == 'bytes':
-        pieces = [special.get(i, ' ' if i == 32 else f'<0x{i:02X}>') for i in range(t.vocab_size)]
-    if t.kind == 'gpt2':
-        w.add_tokenizer_pre('gpt-2')
-        w.add_token_merges([' '.join(pair) for pair in merges])
-    else:                                        # a space is U+2581, as U+2581 is; early pieces join first
-        w.add_token_scores([-float(i) for i in range(t.vocab_size)])
-        pieces = [piece.replace(' ', '\u2581') for piece in pieces]
-    byte = re.compile('<0x[0-9A-F]{2}>')
-    w.add_tokenizer_model('gpt2' if t.kind == 'gpt2' else 'llama')
-    w.add_token_list(pieces)
-    w.add_token_types([gguf.TokenType.UNKNOWN if piece == '<unk>' and i in special else
-                       gguf.TokenType.CONTROL if i in special else
-                       gguf.TokenType.BYTE if byte.fullmatch(piece) else gguf.TokenType.NORMAL
-                       for i, piece in enumerate(pieces)])
-    if template := chat_template(t):
-        w.add_chat_template(template)
-    for name, x in tensors.items():
-        if arch == 'llama' and re.search(r'[qk]_proj', name):     # there pairs that turn are neighbours
-            x = x.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-        w.add_tensor(names.get_name(name, try_suffixes=('.weight',)), x.numpy())
-    with tempfile.TemporaryDirectory() as temp:
-        w.write_header_to_file(Path(temp) / 'model.gguf')
-        w.write_kv_data_to_file()
-        w.write_tensors_to_file()
-        w.close()
-        write_beside(path, lambda f: f.write((Path(temp) / 'model.gguf').read_bytes()))
-    print(f'{path}: {path.stat().st_size / 1e6:.1f} MB in fp32, which llama-quantize makes smaller')
-
-
-# ---- a smaller run -----------------------------------------------------------------------------------------
-
-GROUP = 32                  # neighbours in a row of int4 that share a scale
-FEW = 16                    # rows of x up to which int8's kernel is faster than fp32's after unpacking
-
-
-def quantised_4bit(weight):
-    """uint8 q (rows, columns / 2), an even column's 4 bits below an odd one's, and bfloat16 scale (rows,
-    columns / GROUP): a weight is scale times bits - 8, its group's largest in size -8 or nearly. The scale is
-    the one of nine of the least squared error."""
-    x = weight.unflatten(1, (-1, GROUP))
-    peak, best = x.gather(-1, x.abs().argmax(-1, keepdim=True)), torch.full(x.shape[:2], math.inf)
-    q, scale = torch.zeros_like(x), torch.zeros(x.shape[:2], dtype=torch.bfloat16)
-    for share in np.linspace(1, 0.6, 9):
-        s = (peak * share / -8).bfloat16()
-        tried = (x / torch.where(s == 0, 1, s.float())).round().clamp(-8, 7)
-        error = (tried * s.float() - x).square().sum(-1)
-        better = error < best
-        best, scale = torch.where(better, error, best), torch.where(better, s[..., 0], scale)
-        q = torch.where(better[..., None], tried, q)
-    q = (q + 8).to(torch.uint8).flatten(1)
-    return q[:, ::2] | q[:, 1::2] << 4, scale
-
-
-class Packed(torch.Tensor):
-    """A matrix (rows, columns) of `quantised` or `quantised_4bit`, which stays as small in memory.
-
-    F.linear and F.embedding read it as it is; all else is given fp32. On a CPU the products are those of
-    kernels in bfloat16, int8's of few rows alone; elsewhere it is unpacked for each.
-    """
-
-    @staticmethod
-    def __new__(cls, q, scale):
-        shape = len(q), q.shape[1] * (2 if q.dtype == torch.uint8 else 1)
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=q.device)
-        made.q, made.scale, made.tiles, made.few = q, scale, None, 0
-        made._is_param = True                    # isinstance of nn.Parameter
-        return made
-
-    def on(self, device):
-        """On a device, ready for its kernels."""
-        made = Packed(self.q.to(device), self.scale.to(device))
-        whole = made.shape[0] % 16 == 0 == made.shape[1] % GROUP         # what the kernels take
-        made.few = FEW if whole and made.q.device.type == 'cpu' else 0
-        if made.q.dtype == torch.uint8 and made.few:
-            bits = torch.stack([made.q & 15, made.q >> 4], dim=-1).flatten(1).int()
-            made.tiles = torch._convert_weight_to_int4pack_for_cpu(bits, 1)
-            zeros = torch.zeros_like(made.scale)
-            made.scales = torch.stack([made.scale, zeros], dim=-1).transpose(0, 1).contiguous()
-        return made
-
-    def dense(self, rows=slice(None)):
-        """Rows of it, those of an index (...): (..., columns) in fp32."""
-        q, scale = self.q[rows], self.scale[rows].float()[..., None]
-        if q.dtype == torch.int8:
-            return q * scale
-        bits = torch.stack([q & 15, q >> 4], dim=-1).flatten(-2).unflatten(-1, (-1, GROUP))
-        return ((bits.float() - 8) * scale).flatten(-2)
-
-    def product(self, x):
-        """x (..., columns) times its transpose."""
-        rows = x.flatten(0, -2)
-        if self.tiles is not None:
-            y = torch._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.tiles, GROUP, self.scales)
-        elif self.q.dtype == torch.int8 and len(rows) <= self.few:
-            one = torch.ones(len(self.q), dtype=torch.bfloat16)
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.q, one) * self.scale
-        else:
-            y = rows @ self.dense().to(x.dtype).t()
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is F.linear and isinstance(args[1], Packed) and not kwargs and not any(args[2:]):
-            return args[1].product(args[0])
-        if function is F.embedding and isinstance(args[1], Packed):
-            return args[1].dense(args[0])
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **kwargs or {})
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.detach.default:
-            return args[0]
-        args, kwargs = tree_map_only(Packed, Packed.dense, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-
-PACKED = dict(int8=quantised, int4=quantised_4bit)
-
-
-def write_packed(run, kind):
-    """A run of its own in a run's folder, its matrices in int8 or int4, and what that costs in bits."""
-    folder, packed, weights = run.folder / kind, {}, {}
-    known, parts = dict(run.model.named_parameters(remove_duplicate=False)), {}
-    for name, w in run.model.state_dict().items():
-        number, w = id(known.get(name)), finite(name, w)
-        if name not in known or w.dim() != 2:
-            weights[name] = w
-            continue
-        if number not in parts:
-            parts[number] = [*(PACKED[kind] if w.shape[1] % GROUP == 0 else quantised)(w)]
-        packed[name] = parts[number]
-    keep = ('config', 'ideas', 'settings', 'tokenizer', 'data', 'fingerprint')
-    state = {name: run.state[name] for name in keep} | dict(version=kind, model=weights, packed=packed)
-    folder.mkdir(exist_ok=True)
-    write_beside(folder / run.tokenizer.filename, lambda f: f.write(run.tokenizer.blob))
-    write_beside(folder / 'ckpt.pt', lambda f: torch.save(state, f))
-    print(f'{folder}: {(folder / "ckpt.pt").stat().st_size / 1e6:.1f} MB, sample.py opens it as a run')
-    data = text_of(run)
-    if not data:
-        return print(f'its cost in bits per byte is not measured: {run.state["data"]} is not there')
-    s = SimpleNamespace(**run.settings | dict(evals='bpb'))
-    measure = run.ideas.seam(Measure)(s, run.tokenizer, data, run=run.folder)
-    slices = min(SLICES, math.ceil(SLICES * 2e5 / data.docs['val']['bytes'].sum()))
-    device = next(run.model.parameters()).device
-    models = run.model, open_run(folder, device).model
-    before, after = (measure.bpb(model, slices)['bpb'] for model in models)
-    print(f'bits per byte {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.2f} %), '
-          f'on {slices / SLICES:.1%} of the validation text')
-
-
-EXPORTS = dict(html=write_model_page, hf=write_hf, gguf=write_gguf,      # format: what writes a run in it
-               **{kind: functools.partial(write_packed, kind=kind) for kind in PACKED})
+def format_of(kind):
+    return load_idea(CONFIG / f'export_{kind}.py', '')
 
 
 # ---- completing --------------------------------------------------------------------------------------------
@@ -611,7 +282,7 @@ def compile_for(run, *sizes):
     """Compiles what makes a token of each of so many rows, or says why the run goes on without."""
     model = run.model
     try:
-        refuse(run.state.get('packed'), 'its weights are packed')
+        refuse(run.state['version'] != 3, 'its weights are packed')
         model.compile_step()
         for rows in sizes:
             cache, new = KVCache(model, rows), torch.full((rows, 1), run.tokenizer.bos, device=model.wte.weight.device)
@@ -2360,7 +2031,7 @@ def the_options():
     add('--host', default='127.0.0.1', help='the address to serve on; another than this machine needs --token')
     whole('--port', default=8000, help='0 takes one that is free')
     add('--token', default='', help='what requests to the server must show')
-    add('--export', help=f'write the model into its folder in another format: {", ".join(EXPORTS)}')
+    add('--export', help=f'write the model into its folder in another format: {", ".join(formats())}')
     return parser
 
 
@@ -2388,8 +2059,8 @@ def read_options(argv):
         raise UserError('--stats says what a prompt takes, and --eval reads none: leave one away')
     if args.retrieve and (args.eval or args.export or not (args.prompt or args.file or args.interactive)):
         raise UserError('--retrieve finds what fits a prompt: give one, and neither --eval nor --export')
-    if args.export is not None and args.export not in EXPORTS:
-        raise UserError(f'--export is {args.export!r}, it must be one of {", ".join(EXPORTS)}')
+    if args.export is not None and args.export not in formats():
+        raise UserError(f'--export is {args.export!r}, it must be one of {", ".join(formats())}')
     if args.export and (args.eval or args.stats or args.prompt or args.file or args.interactive or args.chat):
         raise UserError('--export writes a file and does nothing else: leave the other options away')
     if grid(args.country) is None:
@@ -2406,7 +2077,7 @@ def main(argv):
         return serve(args, of_ideas)
     run = open_run(args.run, args.device, of_ideas)
     if args.export:
-        return EXPORTS[args.export](run)
+        return format_of(args.export).write(run)
     if args.eval:
         return evaluate(run, args)
     passages = open_passages(run, args.retrieve) if args.retrieve else None

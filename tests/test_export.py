@@ -18,10 +18,12 @@ import torch.nn.functional as F
 import model
 import prepare_data
 import sample
+from config import export_gguf, export_hf, export_int4, export_int8
+from config.export_html import quantised
 from conftest import ROOT, script
 from prepare_data import UserError
 
-BYTES = prepare_data.ByteTokenizer()
+BYTES, QUANTISED = prepare_data.ByteTokenizer(), dict(int8=quantised, int4=export_int4.quantised_4bit)
 ODD = ['', ' ', '  a  b ', '\n', '\n\n\nx\n', '\ta\t', '\r\n', '\0', '\x07\x1b[0m\x7f\x85', 'kite', ' the kite by the barn.\n', '<s>', '<|endoftext|>',
        '<unk>', '<0x0A>', '<|user|>', '\u2581', 'a\u2581\u2581 \u2581b', '\ue009x\ue00a', '\ufeffa\ufeff', '\uffff', '\U0010ffff', 'e\u0301e', '🙂👨\u200d👩\u200d👧',
        '한국어 日本語 עברית', "it's 1234  don't\u00a0\u3000 \u2028", 'a' * 27, 'abab' * 9, ' ' * 900, '\n' * 300, 'x   ', '\u0130\u017f\u212a', 'İ', '. \n \t\n',
@@ -94,7 +96,7 @@ def opened(folder):
 def test_logits_in_transformers_are_those_of_the_model(tmp_path, names, options, capsys):
     pytest.importorskip('safetensors')
     run = run_in(tmp_path / 'run', names, **options)
-    sample.write_hf(run)
+    export_hf.write(run)
     net, tokenizer = opened(run.folder)
     ids, norm = [256, *some(50)], run.model.config.qk_norm
     with torch.no_grad():
@@ -112,7 +114,7 @@ def test_logits_in_transformers_are_those_of_the_model(tmp_path, names, options,
 def test_ids_of_autotokenizer_are_those_of_training(tmp_path, tokenizers, kind):
     pytest.importorskip('safetensors')
     ours, dice = tokenizers[kind], random.Random(1)
-    sample.write_hf(run_in(tmp_path / 'run', ['llama_shape'], ours, n_layer=1, n_embd=2, n_head=1))
+    export_hf.write(run_in(tmp_path / 'run', ['llama_shape'], ours, n_layer=1, n_embd=2, n_head=1))
     _, theirs = opened(tmp_path / 'run')
     alphabet = [*'abcdehikt  \n\t\r é日🙂\u0301\u2581\ue009\ue00a\ufeff\0', ' the', ' kite', '.\n*CHI:\t']
     texts = ODD + [''.join(dice.choices(alphabet, k=dice.randrange(60))) for _ in range(300)] + [words(3000)]
@@ -127,7 +129,7 @@ def test_ids_of_autotokenizer_are_those_of_training(tmp_path, tokenizers, kind):
 
 def test_what_has_no_equivalent_is_refused_by_name(tmp_path):
     shapes = 'train with config/llama_shape.py or config/qwen3_shape.py alone'
-    for export in sample.write_hf, sample.write_gguf:
+    for export in export_hf.write, export_gguf.write:
         for names, said in (([], 'run has token_shift and the token embedding mixed in at every layer, for which transformers and'),
                             (['qwen3_shape', 'softcap'], 'config/softcap.py changes the net, for which'),
                             (['attention_gate', 'llama_shape'], 'config/attention_gate.py changes the net, for which')):
@@ -157,7 +159,7 @@ def test_gguf_is_read_back(tmp_path, tokenizers, kind, names):
     gguf = pytest.importorskip('gguf')
     t, options = tokenizers[kind], dict(n_head=4, n_kv_head=2, tie_embeddings=True, mlp_hidden=96)
     run = run_in(tmp_path / 'run', names, t, **options)
-    sample.write_gguf(run)
+    export_gguf.write(run)
     reader = gguf.GGUFReader(run.folder / 'model.gguf')
     field = {name: f.contents() for name, f in reader.fields.items()}
     tensors = {x.name: torch.from_numpy(x.data.copy()) for x in reader.tensors}
@@ -184,7 +186,7 @@ def test_rows_that_llama_cpp_cannot_take_are_refused(tmp_path):
     for options, said in ((dict(mlp='relu2'), 'mlp is relu2, llama.cpp knows SiLU'), (dict(n_embd=48), 'n_embd makes rows of 48'),
                           (dict(mlp_hidden=100), 'mlp_hidden makes rows of 100'), (dict(head_dim=8), 'head_dim makes rows of 16')):
         with pytest.raises(UserError, match=said):
-            sample.write_gguf(run_in(tmp_path / 'run', ['llama_shape'], **options))
+            export_gguf.write(run_in(tmp_path / 'run', ['llama_shape'], **options))
 
 
 @pytest.mark.long
@@ -197,7 +199,7 @@ def test_llama_cpp_says_the_same(tmp_path, tokenizers, kind, names):
     run = run_in(tmp_path / 'run', names, t, n_head=4, n_kv_head=2, mlp_hidden=96, block_size=256)
     with torch.no_grad():
         run.model.lm_head.weight[t.bos] = 0      # it goes on
-    sample.write_gguf(run)
+    export_gguf.write(run)
     given = llama.CommonParams()
     given.model.path, given.n_ctx, given.warmup, given.n_parallel, given.cpuparams.n_threads = str(run.folder / 'model.gguf'), 256, False, 1, 1
     given.cache_type_k = given.cache_type_v = llama.ggml_type.GGML_TYPE_F32
@@ -221,15 +223,15 @@ def test_int4_holds_what_it_can():
     torch.manual_seed(0)
     w = torch.randn(48, 64)
     w[3], w[4, :32] = 0, torch.linspace(-8, 7, 32).round() * 0.5
-    q, scale = sample.quantised_4bit(w)
-    dense = sample.Packed(q, scale).dense()
+    q, scale = export_int4.quantised_4bit(w)
+    dense = export_int8.Packed(q, scale).dense()
     x = w.unflatten(1, (-1, 32))
     step = x.gather(-1, x.abs().argmax(-1, keepdim=True)) / -8
     plain = ((x / torch.where(step == 0, 1, step)).round().clamp(-8, 7) * step).flatten(1)          # each group's peak exact
     assert q.shape == (48, 32) and q.dtype == torch.uint8 and scale.shape == (48, 2) and scale.dtype == torch.bfloat16
     assert torch.equal(dense[3], w[3]) and torch.equal(dense[4, :32], w[4, :32])
     assert 0.05 < (dense - w).std() < 0.97 * (plain - w).std()
-    assert torch.equal(sample.Packed(q, scale).dense(torch.tensor([[1, 2]])), dense[1:3][None])
+    assert torch.equal(export_int8.Packed(q, scale).dense(torch.tensor([[1, 2]])), dense[1:3][None])
 
 
 @pytest.mark.parametrize('kind', ['int8', 'int4'])
@@ -238,8 +240,8 @@ def test_a_packed_matrix_multiplies_as_what_it_stands_for(kind, rows):
     torch.manual_seed(0)
     for shape in (96, 64), (50, 32):
         w, x = torch.randn(shape), torch.randn(rows, 1, shape[1])
-        packed = sample.Packed(*sample.PACKED[kind](w)).on('cpu')
-        dense = sample.Packed(packed.q, packed.scale).dense()
+        packed = export_int8.Packed(*QUANTISED[kind](w)).on('cpu')
+        dense = export_int8.Packed(packed.q, packed.scale).dense()
         assert ((packed.shape, packed.dtype) == (w.shape, torch.float32) and not packed.requires_grad
                 and (packed.tiles is not None) == (kind == 'int4' and shape[0] == 96))
         want = F.linear(x, dense)
@@ -260,9 +262,9 @@ def test_a_smaller_run_is_opened_and_says_the_same(tmp_path, kind, names, option
     state, small_state = run.model.state_dict(), small.model.state_dict()
     assert state.keys() == small_state.keys() and small.model.params() == run.model.params() and small.model.describe() == run.model.describe()
     assert (small.model.wte.weight is small.model.lm_head.weight) == run.model.config.tie_embeddings
-    assert any(isinstance(w, sample.Packed) for w in small.model.parameters())
+    assert any(isinstance(w, export_int8.Packed) for w in small.model.parameters())
     twin = run.model                             # with the weights that the smaller run stands for
-    twin.load_state_dict({name: w.dense() if isinstance(w, sample.Packed) else w for name, w in small_state.items()})
+    twin.load_state_dict({name: w.dense() if isinstance(w, export_int8.Packed) else w for name, w in small_state.items()})
     ids = [256, *some(40)]
     want = logits_of(twin, ids)
     assert (logits_of(small.model, ids) - want).abs().max() < 0.05 * want.abs().max()
@@ -277,10 +279,10 @@ def test_sizes_of_an_11m_model(tmp_path, tokenizers):
     assert run.model.params()['total'] > 11e6
     for kind, most in (('int8', 12e6), ('int4', 7e6)):
         run.state['config']['vocab_size'] = 8192
-        sample.write_packed(run, kind)
+        sample.format_of(kind).write(run)
         assert most * 0.85 < (run.folder / kind / 'ckpt.pt').stat().st_size < most
         small = sample.open_run(run.folder / kind).model
-        assert sum(w.q.nbytes + w.scale.nbytes for w in small.parameters() if isinstance(w, sample.Packed)) < most
+        assert sum(w.q.nbytes + w.scale.nbytes for w in small.parameters() if isinstance(w, export_int8.Packed)) < most
 
 
 def test_as_a_user(finished, tmp_path):
@@ -310,5 +312,5 @@ def test_a_run_that_diverged_is_not_exported(tmp_path):
         run.model.blocks[1].attn.v.weight[0] = math.nan
     for kind in ('int8', 'hf'):
         with pytest.raises(FloatingPointError, match='is not finite: export a run that did not diverge'):
-            sample.EXPORTS[kind](run)
+            sample.format_of(kind).write(run)
     assert not Path(run.folder / 'int8' / 'ckpt.pt').exists()

@@ -17,6 +17,7 @@ import torch
 import model
 import prepare_data
 import sample
+from config import export_html
 from conftest import ROOT, script
 from prepare_data import UserError
 
@@ -66,11 +67,11 @@ def export(folder, net, tokenizer=BYTES, ideas=None):
     """The page of a model; the model takes over the weights that are in it."""
     folder.mkdir(exist_ok=True)
     ideas = ideas or prepare_data.Ideas([], [], strict=False)
-    sample.write_model_page(SimpleNamespace(folder=folder, model=net, tokenizer=tokenizer, ideas=ideas))
+    export_html.write(SimpleNamespace(folder=folder, model=net, tokenizer=tokenizer, ideas=ideas))
     with torch.no_grad():
         for w in {*net.parameters()}:
             if w.dim() == 2:
-                q, scale = sample.quantised(w)
+                q, scale = export_html.quantised(w)
                 w.copy_(q * scale[:, None])
     return folder / 'model.html'
 
@@ -213,7 +214,7 @@ def test_draws_are_as_likely_as_sample_token_makes_them(tmp_path):
 
 def test_int8_is_symmetric_with_a_scale_a_row():
     w = torch.tensor([[1.0, -127.0, 63.4], [0.0, 0.0, 0.0], [0.5, 0.25, -0.125]])
-    q, scale = sample.quantised(w)
+    q, scale = export_html.quantised(w)
     assert q.dtype == torch.int8 and q[0].tolist() == [1, -127, 63] and q[1].tolist() == [0, 0, 0] and q[2, 0] == 127
     assert ((q * scale[:, None] - w).abs() <= scale[:, None] * 0.5001).all()
 
@@ -253,7 +254,7 @@ def test_as_a_user(tmp_path):
     assert code == 0 and not err and out.startswith(f'{folder}/model.html: ') and out.count('\n') == 1
     first = (folder / 'model.html').read_bytes()
     assert first == export(tmp_path / 'run', made).read_bytes()                      # the same model makes the same file
-    for wrong, why in ((['--export', 'onnx'], "--export is 'onnx', it must be one of html"), (['--export=html', '--eval=all'], 'leave the other')):
+    for wrong, why in ((['--export', 'onnx'], "--export is 'onnx', it must be one of gguf, hf, html"), (['--export=html', '--eval=all'], 'leave the other')):
         with pytest.raises(UserError, match=why):
             sample.main([str(folder), *wrong])
     state['model']['blocks.1.mix'][0] = math.nan
@@ -298,9 +299,9 @@ def test_ideas_that_change_the_net_are_refused_by_name(tmp_path):
         assert '\n' not in str(e.value) and [*(tmp_path / 'run').iterdir()] == []
     ideas = prepare_data.Ideas([str(ROOT / 'config' / f'{name}.py') for name in ('ema', 'attention_gate')], [], strict=False)
     with pytest.raises(UserError, match='config/attention_gate.py changes'):
-        sample.arithmetic_of(ideas)
+        export_html.arithmetic_of(ideas)
     training = prepare_data.Ideas([str(ROOT / 'config' / f'{name}.py') for name in ('ema', 'normuon', 'babylm', 'even_mix')], [], strict=False)
-    assert sample.arithmetic_of(training) == ''
+    assert export_html.arithmetic_of(training) == ''
 
 
 @needs_node
@@ -311,7 +312,7 @@ def test_an_idea_may_say_how_a_page_computes_it(tmp_path):
     want = logits_of(made, ids)
     assert 1 < np.abs(want).max() < 2 and np.abs(np.reshape(js(page, EACH, [ids])[1][0], want.shape) - want).max() < 1e-3
     with pytest.raises(UserError, match='GPT does not say'):
-        sample.arithmetic_of(idea(tmp_path, CAP.format(page='')))
+        export_html.arithmetic_of(idea(tmp_path, CAP.format(page='')))
 
 
 PAGES = dict(loss_kernels={}, z_loss={}, softcap=dict(logit_softcap=2.0), window=dict(window=5), dropout={}, stochastic_depth={}, multi_token={},
@@ -333,7 +334,7 @@ def test_what_ideas_say_of_their_pages_is_so(tmp_path, name):
 
 def test_ideas_that_stack_add_up_in_a_page():
     ideas = prepare_data.Ideas([str(ROOT / 'config' / f'{name}.py') for name in ('softcap', 'dropout', 'growth', 'multi_token', 'window')], [], strict=False)
-    text = sample.arithmetic_of(ideas)
+    text = export_html.arithmetic_of(ideas)
     assert text.index('logit_softcap') < text.index('head_scale') < text.index('{window}')
 
 
