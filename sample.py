@@ -1657,6 +1657,19 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    """What is asked of a server, all in JSON but the page; what cannot be is {"error": sentence} with a 4xx.
+
+    GET  /api/models    {models: [{id, about, params, minutes, val_bpb, co2_g_per_1000, tok_per_sec, block_size,
+                        chat, ideas}], max_tokens}; null is not known
+    POST /api/generate  {model, prompt or messages: [{role, content}], ids: chosen tokens to go on from, and what
+                        USUAL names} -> server-sent events: `start` {prompt: tokens}; {id, text, bits, p,
+                        alternatives: [{id, text, p}]} a token; `done` {why: end|length|stopped, tokens,
+                        tok_per_sec, rest: what is left of a character} or `error` {error}. Who closes stops it.
+    POST /api/score     {model, texts: [one or two]} -> {texts: [{bits, bytes, bpb, tokens}], prefers: 0|1|null}
+    GET  /v1/models, POST /v1/completions, /v1/chat/completions: as OpenAI's clients expect, `stream` too
+
+    bits and p are of the model's own distribution. Where there is a token: Authorization: Bearer <token>.
+    """
     protocol_version, timeout, server_version, sys_version = 'HTTP/1.1', PATIENCE, 'halfhour', ''
     close_connection = True
 
