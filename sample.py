@@ -1702,6 +1702,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.decline(e.status, str(e))
         except OSError:                          # the client went away
             pass
+        except Exception as e:                   # of the model, whatever it be
+            self.decline(500, f'the model failed ({type(e).__name__})')
 
     def check(self):
         """Refuses names that are not ours (a page elsewhere may have its own name point here), other pages'

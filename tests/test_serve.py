@@ -131,6 +131,17 @@ def test_texts_are_scored(desk, finished):
     assert json.loads(ask(desk, '/api/score', dict(model='a', texts=['']))[2])['texts'][0]['bpb'] == 0
 
 
+def test_a_model_that_fails_is_said_and_the_next_is_answered(desk, monkeypatch):
+    def fails(*args, **more):
+        raise RuntimeError('no memory')
+    with monkeypatch.context() as m:
+        m.setattr(desk.lanes[0].model, 'logits', fails)
+        status, _, body = ask(desk, '/api/score', dict(model='a', texts=['Mia']))
+        assert status == 500 and json.loads(body)['error'] == 'the model failed (RuntimeError)'
+        assert generate(desk)[-1] == ('error', dict(error='the model failed (RuntimeError)'))
+    assert generate(desk)[-1][0] == 'done'
+
+
 def test_what_the_models_are(desk):
     generate(desk)
     known = json.loads(ask(desk, '/api/models')[2])
