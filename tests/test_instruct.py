@@ -243,7 +243,7 @@ def test_a_taught_run_answers_and_is_told_beside_the_run_it_was(teach, finished,
     typed, prompts = iter(['Ada, Bo', 'Who else?', '']), []
     monkeypatch.setattr('builtins.input', lambda prompt: next(typed))
     stream = sample.stream
-    monkeypatch.setattr(sample, 'stream', lambda model, tokenizer, ids, *rest: (prompts.append(ids), stream(model, tokenizer, ids, *rest))[1])
+    monkeypatch.setattr(sample, 'stream', lambda model, tokenizer, ids, *rest, **more: (prompts.append(ids), stream(model, tokenizer, ids, *rest, **more))[1])
     sample.main([str(tmp_path / 'run'), '--chat', '--temperature=0', '--device=cpu'])
     one, two = capfd.readouterr().out.splitlines()
     assert {one, two} <= {*NAMES} and [*prompts[1]] == sample.chat_ids(run.tokenizer, [
