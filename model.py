@@ -18,7 +18,12 @@ R = rotary_dim, V vocabulary, S keys, a cache's included, N = B T.
 import copy
 import dataclasses
 import math
+import os
+import shutil
+import sysconfig
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -738,17 +743,25 @@ def kernels_named(names):
     return (set() if names == 'none' else named or set(KERNELS)) - but
 
 
-def choose_kernels(names, config, device, dtype):
+def missing_compiler():
+    """What Triton and Inductor build with on a GPU and this machine lacks, and how to get it; '' if nothing."""
+    lacks = ['a C compiler'] * (not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')))
+    lacks += ['Python.h'] * (not Path(sysconfig.get_path('include'), 'Python.h').exists())
+    return f'{" and ".join(lacks)} missing: apt install gcc python3-dev' if lacks else ''
+
+
+def choose_kernels(names, config, device, dtype, rows=1):
     """Decide what runs each operation from here on: fills IN_USE, returns lines that say what and why.
 
     Every kernel is tried once on a layer of this width, its loss and its matrices' gradients against
-    PyTorch's: one that this card cannot build or start, or that computes something else, stays out, and the
-    run goes on without it.
+    PyTorch's, and then timed on rows, (rows, T), with and without: one that this card cannot build or start,
+    that computes something else, or is no faster than PyTorch, stays out, and the run goes on without it.
     """
     named = kernels_named(names)
     IN_USE.clear()
     why = ('this is not a GPU' if device != 'cuda' else 'Triton is not installed' if triton is None else
-           '' if torch.cuda.get_device_capability() >= (8, 0) else 'the card is older than Ampere (sm_80)')
+           'the card is older than Ampere (sm_80)' if torch.cuda.get_device_capability() < (8, 0) else
+           missing_compiler())
     reasons = dict.fromkeys(KERNELS, why)
     if not why and config.head_dim not in (16, 32, 64, 128):
         width = f'head_dim {config.head_dim} is not 16, 32, 64 or 128'
@@ -757,17 +770,18 @@ def choose_kernels(names, config, device, dtype):
         without = 'in float32 it would do without tensor cores'
         reasons |= dict.fromkeys(('attention', 'qk_norm', 'mlp'), without)
     reasons |= {name: 'switched off' for name in KERNELS if name not in named}
-    probe = None
+    probe, times = None, {}
     for together in ('attention', 'qk_norm'), ('rms_norm',), ('cross_entropy',), ('mlp',):
         tried = [name for name in together if not reasons[name]]
         while tried:
-            probe = probe or Probe(config, device, dtype)
-            fault = probe.fault(tried) if tried != ['qk_norm'] else 'it is part of the attention kernel'
+            probe = probe or Probe(config, device, dtype, rows)
+            fault, took = probe.fault(tried) if tried != ['qk_norm'] else ('it is part of the attention kernel', '')
             if not fault:
+                times |= dict.fromkeys(tried, took)
                 break
             reasons[tried.pop()] = fault           # and once more without the last
         IN_USE.update(tried)
-    table = {name: f'kernel, {what}' if name in IN_USE else f'torch, {reasons[name]}'
+    table = {name: f'kernel, {what}; {times[name]}' if name in IN_USE else f'torch, {reasons[name]}'
              for name, what in KERNELS.items()}
     return [f'{", ".join(name for name in KERNELS if table[name] == where)}: {where}'
             for where in dict.fromkeys(table.values())]
@@ -776,7 +790,7 @@ def choose_kernels(names, config, device, dtype):
 class Probe:
     """One layer of the baseline in this shape, all its weights random, and what PyTorch makes of it."""
 
-    def __init__(self, config, device, dtype):
+    def __init__(self, config, device, dtype, rows=1):
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
@@ -789,30 +803,57 @@ class Probe:
             self.idx = torch.randint(0, config.vocab_size, (2, config.block_size + 1)).to(device)
         self.idx[0, ::100] = config.bos             # many documents, and one that fills its row
         self.idx[1][self.idx[1] == config.bos] = (config.bos + 1) % config.vocab_size
-        self.expected = self.gradients()
+        self.expected, self.full = self.gradients(self.idx), self.idx[:1].expand(rows, -1)
 
-    def gradients(self):
+    def gradients(self, idx):
         """Gradients of the matrices (a scalar's may cancel to little but rounding), and the loss."""
         self.model.zero_grad()
-        loss = self.model(self.idx[:, :-1].contiguous(), self.idx[:, 1:].contiguous())
+        loss = self.model(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
         loss.backward()
         return [p.grad for p in self.model.parameters() if p.ndim == 2] + [loss.detach()]
 
+    def seconds(self):
+        """What the layer, forward and backward, takes on all rows: the fastest of three goes after a first."""
+        took = []
+        for _ in range(4):
+            began = time.perf_counter()
+            self.gradients(self.full)[-1].item()             # waits for the card
+            took.append(time.perf_counter() - began)
+        return min(took[1:])
+
     def fault(self, names):
-        """What is wrong with kernels: why they do not run here, or how far they are off; '' if nothing is."""
+        """(why kernels stay out, '' if they do not: they do not run here, are off, or no faster; how long the
+        layer takes with them and without)."""
         before = set(IN_USE)
         IN_USE.update(names)
         try:
-            pairs = zip(self.gradients(), self.expected)
+            pairs = zip(self.gradients(self.idx), self.expected)
             errors = [(a - b).norm() / b.norm().clamp(min=1e-12) for a, b in pairs]
             error = torch.stack(errors).max().item()         # NaN if any is, unlike Python's max
-            return '' if error < 0.05 else f'its result differs by {error:.0%}'
+            if not error < 0.05:
+                return f'its result differs by {error:.0%}', ''
+            ours = self.seconds()
+            IN_USE.difference_update(names)
+            theirs = self.seconds()
+            told = f'a layer takes {1000 * ours:.2f} ms with it, {1000 * theirs:.2f} without'
+            return '' if ours < theirs else told, told
         except Exception as e:                 # whatever a compiler or a driver may throw: torch can do it
             said = (str(e).strip() or 'no more is said').splitlines()[0][:80]
-            return f'it does not run here ({type(e).__name__}: {said})'
+            self.check_card(names, said)
+            return f'it does not run here ({type(e).__name__}: {said})', ''
         finally:
             IN_USE.clear()
             IN_USE.update(before)
+
+    def check_card(self, names, said):
+        """After a fault: some, as an illegal address, leave nothing that this process can do on its card.
+        RuntimeError."""
+        try:
+            torch.zeros(1, device=self.idx.device).item()
+        except Exception as e:
+            but = ','.join(f'-{name}' for name in names)
+            raise RuntimeError(f'a kernel has broken this process for its card ({said}): start again with '
+                               f'--kernels={but}') from e
 
 
 # ---- what all kernels share

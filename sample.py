@@ -28,6 +28,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import glob
 import hashlib
 import hmac
 import http.server
@@ -1209,6 +1210,24 @@ def proc(name):
         return Path('/proc', name).read_text()
     except OSError:
         return ''
+
+
+def unusable_card():
+    """Why torch cannot use the NVIDIA card that is here, and what mends it; '' if there is none, or it is hidden.
+
+    A build for CUDA 13 needs driver 580, one for CUDA 12 needs 525; of torch 2.12 and later there are CUDA
+    12.6 and 13, before that 12.8 too, which the RTX 50 needs under driver 570.
+    """
+    driver = re.search(r'\s(\d{3})\.\d[\d.]*', proc('driver/nvidia/version'))
+    hidden = os.environ.get('CUDA_VISIBLE_DEVICES', '0').strip() in ('', '-1')
+    if not driver or hidden or not glob.glob('/dev/nvidia[0-9]*'):
+        return ''
+    version, cuda = int(driver[1]), torch.version.cuda
+    build = ('torch' if version >= 580 else '"torch<2.12" --index-url https://download.pytorch.org/whl/cu128'
+             if version >= 570 else 'torch --index-url https://download.pytorch.org/whl/cu126')
+    needs = f'a build for CUDA {cuda}, which needs driver {580 if cuda >= "13" else 525}' if cuda else 'a build without CUDA'
+    return (f'a card with driver {driver[0].strip()} is here, and torch {torch.__version__} is {needs}: pip uninstall -y '
+            f'torch triton, then pip install {build}' + ', or a newer driver' * (version < 580))
 
 
 def hardware(device):

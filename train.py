@@ -367,9 +367,13 @@ class Clock:
 # ---- what the hardware decides -----------------------------------------------------------------------------
 
 def choose_device(s):
-    refuse(s.device == 'cuda' and not torch.cuda.is_available(),
-           "device is 'cuda', and torch finds none: leave it at 'auto', or install torch's CUDA build")
-    return s.device if s.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    """What computes. A card that is here and cannot be used is refused: its half hour is paid for."""
+    if s.device == 'cpu' or torch.cuda.is_available():
+        return 'cpu' if s.device == 'cpu' else 'cuda'
+    why = sample.unusable_card()
+    refuse(why, f'{why}; or say --device=cpu')
+    refuse(s.device == 'cuda', "device is 'cuda', and torch finds none: leave it at 'auto'")
+    return 'cpu'
 
 
 def adapt(s, device, world, most):
@@ -390,7 +394,9 @@ def adapt(s, device, world, most):
                'a CPU is fastest on some 8,192 tokens at a time')
         said.append(f'micro_batch_size {micro} instead of {s.micro_batch_size}: {why}')
     why, unasked = '', s.compile == 'auto' and device == 'cpu'
-    if s.dry_run:
+    if device == 'cuda':
+        why = models.missing_compiler()
+    elif s.dry_run:
         why = 'it takes too long for a look, and the run itself may be faster'
     elif unasked and (s.budget_minutes < 5 or s.max_steps):
         why = 'it takes half a minute of a CPU, more than so short a run gets back'
@@ -419,11 +425,12 @@ def check_room(s, config, micro, device, out_dir):
 def seconds_of(work, times):
     """Seconds that the fastest of several goes takes."""
     best = math.inf
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(times):
+        wait()
         began = time.monotonic()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait()
         best = min(best, time.monotonic() - began)
     return best
 
@@ -799,8 +806,11 @@ class Run:
             self.make_folder()
 
     def choose_kernels(self):
-        for line in choose_kernels(self.s.kernels, self.config, self.device, self.dtype):
-            self.say(f'  {line}')
+        try:
+            for line in choose_kernels(self.s.kernels, self.config, self.device, self.dtype, self.micro):
+                self.say(f'  {line}')
+        except RuntimeError as e:
+            raise UserError(str(e)) from e
 
     def make_folder(self):
         """The run's folder: what another run left there is gone, what the resumed one logged stays."""
@@ -862,13 +872,8 @@ class Run:
         batch = {k: t.to(self.device) for k, t in batch.items()}
         self.progress = self.clock.progress
         self.make_noise()
-        try:
-            self.batch_loss(**batch).backward()
-        except Exception as e:                  # of a compiler, whatever it be; one of the model comes again
-            if not self.compiling:
-                raise
-            self.do_without_compiler(e)
-            self.batch_loss(**batch).backward()
+        while not self.fits_memory(batch):
+            batch = self.halved(batch)
         moved = {id(p) for o in self.optimizers if isinstance(o, Muon) for g in o.param_groups for p in g['params']}
         idle = [name for name, p in self.model.named_parameters() if id(p) in moved and p.grad is None]
         refuse(idle, f'{", ".join(idle[:3])} have no gradient, nothing in the loss reads them: leave out the idea '
@@ -876,6 +881,40 @@ class Run:
         seconds = seconds_of(lambda: self.batch_loss(**batch).backward(), 1)
         self.step_seconds = self.accum * self.agreed(seconds)
         self.model.zero_grad()
+
+    def fits_memory(self, batch):
+        """Whether every rank's device has room for the gradients of a micro-batch."""
+        full = False
+        try:
+            self.try_out(batch)
+        except torch.OutOfMemoryError:
+            full = True
+        return not self.all_reduce(np.array([float(full)]))[0]
+
+    def try_out(self, batch):
+        try:
+            self.batch_loss(**batch).backward()
+        except Exception as e:                  # of a compiler, whatever it be; one of the model comes again
+            if not self.compiling or isinstance(e, torch.OutOfMemoryError):
+                raise
+            self.do_without_compiler(e)
+            self.batch_loss(**batch).backward()
+
+    def halved(self, batch):
+        """The first rows of a micro-batch, whose size becomes the largest part of it that divides it: a step
+        of more and smaller ones is the same step."""
+        was = self.micro
+        refuse(was == 1, f'{self.device} has no room for one row of {self.s.block_size} tokens: lower '
+               f'block_size, n_layer or n_embd')
+        self.batches.close()
+        self.model.zero_grad()
+        self.micro = max(n for n in range(1, was) if was % n == 0)
+        self.accum *= was // self.micro
+        if self.device == 'cuda':
+            torch.cuda.empty_cache()
+        self.read_ahead()
+        self.say(f'adapted: micro_batch_size {self.micro} instead of {was}: there is no room for more')
+        return {k: t[:self.micro] for k, t in batch.items()}
 
     def compiled(self, model):
         """The model as it is trained: on a GPU one program; on a CPU one for a block, which all blocks share:
@@ -906,7 +945,7 @@ class Run:
         s, clock, measure = self.s, self.clock, self.measure
         tenth, val_tokens = 0.1 * clock.budget, len(self.data.tokens['val'])
         self.slices, most = sample.SLICES, tenth if clock.counts_all else math.inf
-        probe = min(self.slices, -(-self.slices * 8192 // val_tokens))
+        probe = min(self.slices, -(-self.slices * self.at_once // val_tokens))
         self.bits(probe, keep=False)             # the first call sets things up
         self.slice_seconds = self.dearer() * self.agreed(
             min(self.bits(probe, keep=False)['seconds_per_slice'] for _ in range(2)))
@@ -1029,9 +1068,7 @@ class Run:
         if loss is None:
             self.stopping = True
             return
-        loss, norm, rate = self.descend(loss)
-        if self.device == 'cuda':
-            torch.cuda.synchronize()
+        loss, norm, rate = self.descend(loss)    # on a GPU the end of it is part of the next step's seconds
         seconds = time.monotonic() - began
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.steps, self.skipped = self.steps + 1, self.skipped + (not finite)
@@ -1063,7 +1100,7 @@ class Run:
         self.stopping = self.average_over_ranks(loss, bool(self.signals))
         most = self.s.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most, foreach=True)
-        loss, norm = torch.stack([loss, norm]).tolist()   # the step's one wait for the device: skip or not?
+        loss, norm = torch.stack([loss, norm]).tolist()  # a lone card's one wait in a step: skip or not?
         rate, factor = self.rate(self.progress), self.decay(self.progress)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -1430,6 +1467,9 @@ def main(argv):
 def tell(run, error):
     """Says why a run ends, and returns the exit code of that. What is so on every rank the first one says.
     torchrun, which makes 1 of every code, ends with what it finds in a file."""
+    if isinstance(error, torch.OutOfMemoryError):
+        error = UserError(f'the device ran out of memory ({str(error).splitlines()[0][:120]}): lower '
+                          f'micro_batch_size, and go on with --init_from=resume where a checkpoint was saved')
     code = {Stopped: 75, Diverged: 3, FloatingPointError: 3, KeyboardInterrupt: 130}.get(type(error), 2)
     rank, file = os.environ.get('RANK', '0'), os.environ.get('TORCHELASTIC_ERROR_FILE')
     said = 'interrupted before the first step, nothing was left behind' if code == 130 else in_words(error)
@@ -1450,7 +1490,8 @@ if __name__ == '__main__':
             print(__doc__)
         elif run := begin(sys.argv[1:]):
             live(run)
-    except (UserError, OSError, Diverged, FloatingPointError, Stopped, KeyboardInterrupt) as e:
+    except (UserError, OSError, Diverged, FloatingPointError, Stopped, KeyboardInterrupt,
+            torch.OutOfMemoryError) as e:
         code = tell(run, e)
     if run:
         run.close(code)

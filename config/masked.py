@@ -36,10 +36,19 @@ class Run(train.Run):
 
     def build(self):
         super().build()
-        s, micro = self.s, self.micro
-        self.two_way, self.mask = round(s.masked * micro), getattr(self.data.tokenizer, 'unk', None)
-        refuse(self.mask is None, f'masked needs a token to mask with, and tokenizer {s.tokenizer} has none: '
+        self.mask = getattr(self.data.tokenizer, 'unk', None)
+        refuse(self.mask is None, f'masked needs a token to mask with, and tokenizer {self.s.tokenizer} has none: '
                f'take bpe')
+        self.share_rows()
+
+    def halved(self, batch):
+        batch = super().halved(batch)
+        self.share_rows()
+        return batch
+
+    def share_rows(self):
+        s, micro = self.s, self.micro
+        self.two_way = round(s.masked * micro)
         refuse(not 0 < self.two_way < micro,
                f'masked {s.masked:g} is {self.two_way} of the {micro} rows of a micro-batch, and both kinds '
                f'must have some: change it or micro_batch_size')

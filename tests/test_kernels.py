@@ -292,6 +292,9 @@ def test_a_cpu_uses_torch_and_says_why(monkeypatch):
     assert lines == ['attention: torch, switched off', 'qk_norm, rms_norm, cross_entropy, mlp: torch, this is not a GPU']
 
 
+MISSING = m.missing_compiler
+
+
 @pytest.fixture
 def card(monkeypatch):
     """choose_kernels on what it takes for a card of sm_89; kernels by name may do something else there."""
@@ -301,8 +304,15 @@ def card(monkeypatch):
         right(kernel, grid, *args, **options)
         if kernel in trouble and trouble[kernel] != 'build':
             trouble[kernel](args)
+
+    def seconds(probe):                            # an interpreter's own say nothing
+        probe.gradients(probe.full)
+        assert probe.full.shape == (3, 131)
+        return 2e-3 - sum(2e-4 if f'{name}_slow' not in trouble else -2e-4 for name in m.IN_USE)
     trouble, right = {}, m.launch
     monkeypatch.setattr(m, 'launch', launch)
+    monkeypatch.setattr(m.Probe, 'seconds', seconds)
+    monkeypatch.setattr(m, 'missing_compiler', lambda: '')
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 9))
     if DEVICE == 'cpu':
         monkeypatch.setattr(m.GPT, 'to', lambda self, device: self)
@@ -310,15 +320,17 @@ def card(monkeypatch):
 
     def choose(dtype=torch.float16, head_dim=32, **more):
         trouble.clear()
-        trouble.update({getattr(m, name): what for name, what in more.items()})
+        trouble.update({getattr(m, name, name): what for name, what in more.items()})
         config = GPTConfig(vocab_size=90, block_size=130, n_layer=2, n_head=1, head_dim=head_dim, n_embd=48)
-        return dict(line.split(': ', 1) for line in m.choose_kernels('all', config, 'cuda', dtype))
+        return dict(line.split(': ', 1) for line in m.choose_kernels('all', config, 'cuda', dtype, 3))
     return choose
 
 
 def test_kernels_that_work_are_taken(card):
     table = card()
     assert m.IN_USE == set(m.KERNELS) and all(where.startswith('kernel, ') for where in table.values())
+    assert table['attention'].endswith('; a layer takes 1.60 ms with it, 2.00 without')
+    assert table['mlp'].endswith('; a layer takes 1.00 ms with it, 1.20 without')
 
 
 def test_a_kernel_that_does_not_build_stays_out(card):
@@ -331,6 +343,49 @@ def test_a_kernel_that_is_wrong_stays_out(card):
     table = card(qk_backward_kernel=lambda args: args[6].mul_(1.2), mlp_kernel=lambda args: args[3].fill_(float('nan')))
     assert m.IN_USE == {'attention', 'rms_norm', 'cross_entropy'}
     assert table['qk_norm'].startswith('torch, its result differs by ') and table['mlp'] == 'torch, its result differs by nan%'
+
+
+def test_a_kernel_that_is_no_faster_stays_out(card):
+    table = card(mlp_slow=True, rms_norm_slow=True)
+    assert m.IN_USE == {'attention', 'qk_norm', 'cross_entropy'}
+    assert table['rms_norm'] == 'torch, a layer takes 1.80 ms with it, 1.60 without'
+
+
+def test_a_layer_is_timed_with_and_without(monkeypatch):
+    probe = m.Probe(GPTConfig(vocab_size=90, block_size=40, n_layer=1, n_head=1, n_embd=32), 'cpu', torch.float32, 5)
+    shapes, clock = [], iter([0, 9, 10, 12, 20, 21, 30, 33])
+    forward = m.GPT.forward
+    monkeypatch.setattr(m.GPT, 'forward', lambda self, idx, *a: (shapes.append(idx.shape), forward(self, idx, *a))[1])
+    monkeypatch.setattr(m.time, 'perf_counter', lambda: next(clock))
+    assert probe.seconds() == 1 and shapes == 4 * [(5, 40)]          # the first of the four is not counted
+
+
+def test_a_kernel_that_breaks_the_card_is_named(card, monkeypatch):
+    zeros = torch.zeros
+
+    def broken(*args, device=None, **more):
+        if str(device) == 'cpu' and args == (1,):
+            raise RuntimeError('an illegal memory access was encountered')
+        return zeros(*args, device=device, **more)
+    monkeypatch.setattr(torch, 'zeros', broken)
+    with pytest.raises(RuntimeError, match=r'broken this process for its card \(no such instruction\).*--kernels=-mlp$'):
+        card(mlp_kernel='build')
+
+
+@pytest.mark.parametrize('cc, header, lacks', [('gcc', True, ''), ('', True, 'a C compiler'), ('gcc', False, 'Python.h'),
+                                               ('', False, 'a C compiler and Python.h')])
+def test_what_kernels_are_built_with_is_there_or_named(card, tmp_path, monkeypatch, cc, header, lacks):
+    monkeypatch.delenv('CC', raising=False)
+    monkeypatch.setattr(m.shutil, 'which', lambda name: name == cc)
+    monkeypatch.setattr(m.sysconfig, 'get_path', lambda name: str(tmp_path))
+    if header:
+        (tmp_path / 'Python.h').touch()
+    said = MISSING()
+    assert said == (f'{lacks} missing: apt install gcc python3-dev' if lacks else '')
+    monkeypatch.setattr(m, 'missing_compiler', MISSING)
+    if lacks:
+        monkeypatch.setattr(m, 'Probe', None)          # nothing is tried
+        assert card() == {', '.join(m.KERNELS): f'torch, {said}'} and not m.IN_USE
 
 
 def test_kernels_that_cannot_or_should_not_run_are_not_tried(card):

@@ -1,0 +1,128 @@
+"""The machine as it is rented: a driver that is too old, no compiler, a card with too little memory."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from config import UserError
+
+OLD = 'NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\nGCC version:  gcc 12.3.0\n'
+OPEN = 'NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (builder)  Fri Jan 9\n'
+
+
+@pytest.fixture
+def rented(monkeypatch):
+    """rented(driver's text, CUDA of torch's build): a machine whose card torch cannot use."""
+    def made(text, cuda='13.0', cards=('/dev/nvidia0',)):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+        monkeypatch.setattr(torch.version, 'cuda', cuda)
+        monkeypatch.setattr(sample, 'proc', lambda name: text if name == 'driver/nvidia/version' else '')
+        monkeypatch.setattr(sample.glob, 'glob', lambda pattern: list(cards))
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    return made
+
+
+@pytest.mark.parametrize('text, cuda, needs, install', [
+    (OLD, '13.0', 'driver 550.54.14 .* CUDA 13.0, which needs driver 580', 'torch --index-url .*/cu126,'),
+    (OPEN.format('570.86.15'), '13.2', 'driver 570.86.15 .* CUDA 13.2, which needs driver 580', '"torch<2.12" --index-url .*/cu128,'),
+    (OPEN.format('470.256.02'), '12.6', 'CUDA 12.6, which needs driver 525', 'cu126, or a newer driver'),
+    (OPEN.format('580.95.05'), None, 'a build without CUDA', 'pip install torch; or say --device=cpu$')])
+@pytest.mark.parametrize('asked', ['auto', 'cuda'])
+def test_a_driver_that_is_too_old_is_refused(rented, text, cuda, needs, install, asked):
+    rented(text, cuda)
+    with pytest.raises(UserError, match=f'(?s)a card with {needs if needs.startswith("driver") else ".*" + needs}.*{install}'):
+        train.choose_device(SimpleNamespace(device=asked))
+    assert train.choose_device(SimpleNamespace(device='cpu')) == 'cpu'
+
+
+def test_a_machine_without_a_card_or_with_a_hidden_one_computes_itself(rented, monkeypatch):
+    auto = SimpleNamespace(device='auto')
+    rented('')
+    assert train.choose_device(auto) == 'cpu'
+    rented(OLD, cards=())                          # a container sees its host's driver, and no card
+    assert train.choose_device(auto) == 'cpu'
+    rented(OLD)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    assert train.choose_device(auto) == 'cpu'
+    with pytest.raises(UserError, match="device is 'cuda', and torch finds none"):
+        train.choose_device(SimpleNamespace(device='cuda'))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert train.choose_device(auto) == 'cuda'
+
+
+def test_a_card_compiles_where_it_has_what_that_takes(monkeypatch):
+    s = SimpleNamespace(dtype='bfloat16', tokens_per_step=512, block_size=64, micro_batch_size=8, compile='auto', dry_run=True,
+                        budget_minutes=1, max_steps=0)
+    monkeypatch.setattr(train.models, 'missing_compiler', lambda: 'Python.h missing: apt install it')
+    dtype, compiling, micro, said = train.adapt(s, 'cuda', 1, 8)
+    assert not compiling and said == ['torch.compile is off: Python.h missing: apt install it']
+    monkeypatch.setattr(train.models, 'missing_compiler', lambda: '')
+    assert train.adapt(s, 'cuda', 1, 8)[1:] == (True, 8, [])         # a dry run too, or it says half of what will be
+
+
+# ---- memory: the same steps in smaller parts
+
+def with_room_for(rows):
+    """Run's loss of a device that has room for so many rows."""
+    def loss(self, idx, targets, **extras):
+        if len(idx) > rows:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\nand more')
+        return plain(self, idx, targets, **extras)
+    plain = train.Run.loss
+    return loss
+
+
+def losses(folder):
+    return [row['train_loss'] for row in sample.read_rows(folder / 'metrics.jsonl') if 'train_loss' in row]
+
+
+@pytest.mark.parametrize('ideas', [(), ('config/masked.py', '--tokenizer=bpe', '--vocab_size=300')])
+def test_a_micro_batch_that_has_no_room_is_halved(main, tmp_path, monkeypatch, ideas):
+    from conftest import ROOT
+    args = [str(ROOT / a) if a.endswith('.py') else a for a in ideas] + ['--tokens_per_step=512', '--block_size=32']
+    main(*args, '--micro_batch_size=4', '--out_dir=small')
+    monkeypatch.setattr(train.Run, 'loss', with_room_for(5))
+    told = main(*args, '--micro_batch_size=16', '--out_dir=halved')
+    assert 'adapted: micro_batch_size 8 instead of 16: there is no room for more' in told
+    assert 'adapted: micro_batch_size 4 instead of 8: there is no room for more' in told or ideas   # masked asks for half the rows
+    if not ideas:
+        assert losses(tmp_path / 'halved') == losses(tmp_path / 'small')
+        model = [torch.load(tmp_path / name / 'ckpt.pt')['model'] for name in ('small', 'halved')]
+        assert all(torch.equal(model[0][k], model[1][k]) for k in model[0])
+
+
+def test_no_room_for_one_row_is_said(main, monkeypatch):
+    monkeypatch.setattr(train.Run, 'loss', with_room_for(0))
+    with pytest.raises(UserError, match='no room for one row of 32 tokens: lower block_size'):
+        main('--tokens_per_step=512', '--block_size=32', '--micro_batch_size=4')
+
+
+def test_ranks_halve_together(monkeypatch):
+    run = SimpleNamespace(try_out=lambda batch: None, all_reduce=lambda array: array + 1)       # another rank has no room
+    assert not train.Run.fits_memory(run, {})
+    run.all_reduce = lambda array: array
+    assert train.Run.fits_memory(run, {})
+
+
+def test_memory_that_ends_on_the_way_is_a_sentence(capsys):
+    assert train.tell(object(), torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\nand more')) == 2
+    said = capsys.readouterr().err
+    assert said.startswith('train.py: the device ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.): lower micro')
+    assert said.count('\n') == 1
+
+
+def test_a_card_s_queue_is_waited_for_before_the_clock_starts(monkeypatch):
+    """seconds_of on a device that works later than it is told: 5 s of other work wait as the clock starts."""
+    now, queue = [0.0], [5.0]
+
+    def synchronize():
+        now[0] += sum(queue)
+        queue.clear()
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'synchronize', synchronize)
+    monkeypatch.setattr(train.time, 'monotonic', lambda: now[0])
+    assert train.seconds_of(lambda: queue.append(2.0), 2) == 2.0
+    assert np.isclose(now[0], 9)
