@@ -1088,11 +1088,15 @@ class Run:
                 self.model.zero_grad()
                 return None, waited
             batch = {k: t.to(self.device, non_blocking=True) for k, t in batch.items()}
-            loss = self.batch_loss(**batch) / n_micro
-            loss.backward()
-            total += loss.detach()
+            total += self.add_gradients(batch, n_micro)
             waited += wait
         return total, waited
+
+    def add_gradients(self, batch, n_micro):
+        """Adds the gradients of one of n_micro micro-batches; its part of the loss."""
+        loss = self.batch_loss(**batch) / n_micro
+        loss.backward()
+        return loss.detach()
 
     def descend(self, loss):
         """Makes the step that the gradients say: the loss, gradient norm before clipping, multiplier of the

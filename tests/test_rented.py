@@ -1,4 +1,5 @@
 """The machine as it is rented: a driver that is too old, no compiler, a card with too little memory."""
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,8 @@ import torch
 
 import sample
 import train
-from config import UserError
+from config import UserError, cuda_graphs
+from conftest import ROOT
 
 OLD = 'NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\nGCC version:  gcc 12.3.0\n'
 OPEN = 'NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (builder)  Fri Jan 9\n'
@@ -81,7 +83,6 @@ def losses(folder):
 
 @pytest.mark.parametrize('ideas', [(), ('config/masked.py', '--tokenizer=bpe', '--vocab_size=300')])
 def test_a_micro_batch_that_has_no_room_is_halved(main, tmp_path, monkeypatch, ideas):
-    from conftest import ROOT
     args = [str(ROOT / a) if a.endswith('.py') else a for a in ideas] + ['--tokens_per_step=512', '--block_size=32']
     main(*args, '--micro_batch_size=4', '--out_dir=small')
     monkeypatch.setattr(train.Run, 'loss', with_room_for(5))
@@ -112,6 +113,49 @@ def test_memory_that_ends_on_the_way_is_a_sentence(capsys):
     said = capsys.readouterr().err
     assert said.startswith('train.py: the device ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.): lower micro')
     assert said.count('\n') == 1
+
+
+# ---- config/cuda_graphs.py
+
+GRAPHS = str(ROOT / 'config' / 'cuda_graphs.py')
+
+
+@pytest.mark.parametrize('rows', [16, 4, 1])
+def test_a_recorded_step_is_the_same_step(main, tmp_path, rows):
+    args = ['--tokens_per_step=384', '--block_size=32', '--max_steps=6', f'--micro_batch_size={rows}', str(ROOT / 'config' / 'dropout.py')]
+    main(*args, '--out_dir=plain')
+    main(*args, GRAPHS, '--out_dir=recorded')
+    assert losses(tmp_path / 'recorded') == losses(tmp_path / 'plain') and len(losses(tmp_path / 'plain')) == 6
+
+
+def test_a_step_is_recorded_on_a_stream_of_its_own_and_replayed(monkeypatch):
+    told = []
+    stream = SimpleNamespace(wait_stream=lambda other: told.append('wait'))
+    graph = SimpleNamespace(replay=lambda: told.append('replay'))
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda: stream)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: stream)
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', lambda: graph)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda s: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, 'graph', lambda g: contextlib.nullcontext())
+    replay, result = cuda_graphs.record(lambda: told.append('work') or 7, 'cuda')
+    replay()
+    assert result == 7 and told == ['wait', *3 * ['work'], 'wait', 'work', 'replay']
+
+
+def test_what_cannot_be_recorded_is_refused(main, monkeypatch):
+    with pytest.raises(UserError, match='recorded step, and masked_inputs.py may compute each otherwise: leave one out'):
+        main(GRAPHS, str(ROOT / 'config' / 'masked_inputs.py'), '--tokenizer=bpe', '--vocab_size=300')
+    plain = train.Run.loss
+
+    def loss(self, *args, **more):
+        if self.steps == 0 and getattr(self, 'going', False):
+            raise RuntimeError('operation not permitted when stream is capturing\nand more')
+        self.going = True
+        return plain(self, *args, **more)
+    monkeypatch.setattr(train.Run, 'loss', loss)
+    monkeypatch.setattr(train, 'seconds_of', lambda work, times: 0.01)
+    with pytest.raises(UserError, match='cannot record this step .operation not permitted when stream is capturing.: leave it out'):
+        main(GRAPHS)
 
 
 def test_a_card_s_queue_is_waited_for_before_the_clock_starts(monkeypatch):
