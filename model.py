@@ -1347,15 +1347,15 @@ attend_forward.register_autograd(attend_gradient, setup_context=attend_save)
 #   z = x W^T     p = softmax(z)     loss = lse - z_target     lse = log sum_j e^z_j     dz = (p - onehot) / count
 
 @jit
-def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, V: constexpr, GRAD: constexpr,
-                         BLOCK_V: constexpr):
+def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, V: constexpr, STRIDE: constexpr,
+                         GRAD: constexpr, BLOCK_V: constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     keep, gold = target >= 0, tl.maximum(target, 0).to(tl.int32)
     top, total, z_gold = -1e30, 0.0, 0.0
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + row * STRIDE + cols, mask=cols < V, other=0.0).to(tl.float32)
         z_gold += tl.sum(tl.where(cols == gold, z, 0.0))
         z = tl.where(cols < V, z * LOG2E, float('-inf'))
         new_top = tl.maximum(top, tl.max(z))
@@ -1367,9 +1367,9 @@ def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, V: constexpr, G
         share = tl.where(keep, 1.0 / tl.load(count_ptr), 0.0)
         for start in range(0, V, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
-            z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+            z = tl.load(z_ptr + row * STRIDE + cols, mask=cols < V, other=0.0).to(tl.float32)
             g = tl.exp2(z * LOG2E - lse) - tl.where(cols == gold, 1.0, 0.0)
-            tl.store(z_ptr + row * V + cols, g * share, mask=cols < V)
+            tl.store(z_ptr + row * STRIDE + cols, g * share, mask=cols < V)
 
 
 @op
@@ -1379,10 +1379,12 @@ def cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, grad: bool
     N, V, w, x, targets = len(x), len(weight), weight.to(x.dtype), x.contiguous(), targets.contiguous()
     losses, count = x.new_empty(N, dtype=torch.float32), (targets >= 0).sum().clamp(min=1).float()
     dx, dw = torch.empty_like(x) if grad else x.new_empty(0), torch.zeros_like(weight if grad else weight[:0])
+    stride = triton.cdiv(V, 64) * 64        # rows of any V begin aligned: GPT-2 has 50,257
     for i in range(0, N, rows):
         xs, ys = x[i:i + rows], targets[i:i + rows]
-        z = xs @ w.t()
-        launch(cross_entropy_kernel, (len(xs),), z, ys, losses[i:i + rows], count, V, grad,
+        z = x.new_empty(len(xs), stride)[:, :V]
+        torch.mm(xs, w.t(), out=z)
+        launch(cross_entropy_kernel, (len(xs),), z, ys, losses[i:i + rows], count, V, stride, grad,
                BLOCK_V=min(triton.next_power_of_2(V), 4096), num_warps=8)
         if grad:
             torch.mm(z, w, out=dx[i:i + rows])
