@@ -674,7 +674,7 @@ def look(run):
     ideas."""
     result = run.folder / 'result.json'
     run.result = json.loads(result.read_text()) if result.exists() else None
-    run.begun = any((run.folder / name).exists() for name in ('ckpt.pt', 'ckpt.prev.pt'))
+    run.begun = any((run.folder / name).exists() for name in sample.CHECKPOINTS)
     if not (run.result or run.begun):
         return
     found = run.result or sample.read_checkpoint(run.folder)

@@ -77,13 +77,37 @@ SLICES = 1024    # the parts that a validation split is dealt into
 
 # ---- a run's files -----------------------------------------------------------------------------------------
 
+CHECKPOINTS = ('ckpt.pt', 'ckpt.prev.pt', 'ckpt.new.pt')     # the last, the one before, one that a kill kept from its place
+
+
+class Damaged(UserError):
+    """A file that is not what was written there."""
+
+
 def read_checkpoint(run, versions=(3,)):
-    """The newest checkpoint of a run's folder (or the file itself), on the CPU; UserError if damaged."""
-    path = Path(run).expanduser()
-    if path.is_dir():
-        path = next((p for p in (path / 'ckpt.pt', path / 'ckpt.prev.pt') if p.exists()), path / 'ckpt.pt')
-    previous = path.with_name('ckpt.prev.pt')
+    """The newest whole checkpoint of a run's folder (or the file itself), on the CPU. One that is damaged is
+    passed over with a line; UserError if no other is whole."""
+    run, damaged = Path(run).expanduser(), None
+    paths = [run / name for name in CHECKPOINTS if (run / name).exists()] if run.is_dir() else [run]
+    for path in paths or [run / CHECKPOINTS[0]]:
+        try:
+            state = read_whole(path, versions)
+        except Damaged as e:
+            damaged = damaged or e
+            continue
+        if damaged:
+            print(f'warning: {damaged}; {path} is whole and takes its place', file=sys.stderr)
+        return state
+    raise damaged
+
+
+def read_whole(path, versions):
+    """What a checkpoint holds, tensors and plain values alone, after its checksums."""
     try:
+        with zipfile.ZipFile(path) as records:
+            wrong = records.testzip()
+        if wrong:
+            raise Damaged(f'{path} is damaged: {wrong} in it has another checksum than was written')
         state = torch.load(path, map_location='cpu', weights_only=True)
         if state['version'] not in versions:
             older = ': commit fb45184 reads it, git checkout fb45184' * (state['version'] == 2)
@@ -95,14 +119,11 @@ def read_checkpoint(run, versions=(3,)):
                         f'such as out/quickstart') from e
     except OSError as e:
         raise UserError(f'{path} cannot be read ({e.strerror}): have its owner let you') from e
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, IndexError,
-            zipfile.BadZipFile) as e:
-        what = f'{path} is cut off or not a checkpoint of train.py ({type(e).__name__})'
-        with contextlib.suppress(UserError):
-            if previous != path and read_checkpoint(previous):
-                move = shlex.join(['mv', str(previous), str(path)])
-                what += f'; the one before is whole, to go on from it: {move}'
-        raise UserError(what) from e
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, IndexError, ValueError,
+            AttributeError, zlib.error, zipfile.BadZipFile, NotImplementedError) as e:
+        code = re.search(r'GLOBAL (\S+)', str(e))
+        raise Damaged(f'{path} holds {code[1]}, which is code, and none of a checkpoint is run' if code else
+                      f'{path} is cut off or not a checkpoint of train.py ({type(e).__name__})') from e
 
 
 def as_json(data, **layout):

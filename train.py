@@ -577,7 +577,7 @@ class Run:
                f'another --out_dir')
         refuse(not os.access(place, os.W_OK), f'{place} cannot be written to: choose another --out_dir')
         finished = (out / 'result.json').exists()
-        saved = (out / 'ckpt.pt').exists() or (out / 'ckpt.prev.pt').exists()   # killed between two moves
+        saved = any((out / name).exists() for name in sample.CHECKPOINTS)
         if self.resuming:
             refuse(finished and not s.overwrite,
                    f'{out} holds a finished run, there is nothing to resume: choose another --out_dir')

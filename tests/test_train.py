@@ -1,6 +1,7 @@
 """train.py: settings, data order, optimizer, clock, and whole runs as a user makes them."""
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -939,31 +940,51 @@ def test_checkpoints_that_do_not_fit(main, corpus, tmp_path):
     shutil.copytree(corpus.source, other)
     (other / 'tales.train').write_text((other / 'tales.train').read_text().replace('kite', 'flag'))
     refused('not the data', f'--dataset=files:{other}', f'--data_dir={tmp_path / "data"}')
-    whole = (tmp_path / 'run' / 'ckpt.pt').read_bytes()
-    for damaged in (whole[:len(whole) // 2], whole[:100], b'', b'no checkpoint at all'):
-        (tmp_path / 'run' / 'ckpt.pt').write_bytes(damaged)
-        before = snapshot(tmp_path / 'run')
-        assert 'ckpt.prev.pt' in refused('cut off or not a checkpoint')
-    before = (tmp_path / 'run' / 'ckpt.prev.pt').read_bytes()
-    for no_better in (b'', before[:500]):
-        (tmp_path / 'run' / 'ckpt.prev.pt').write_bytes(no_better)
-        with pytest.raises(UserError, match='cut off or not a checkpoint') as e:
-            sample.read_checkpoint(tmp_path / 'run')
-        assert 'mv' not in str(e.value)
-    (tmp_path / 'run' / 'ckpt.pt').write_bytes(before)
     main('--init_from=resume')
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_moved_away(tmp_path, monkeypatch):
+@pytest.fixture
+def two_saved(tmp_path):
+    """A folder with the checkpoints of steps 1 and 2."""
     for step in (1, 2):
-        train.save_checkpoint(tmp_path, dict(version=3, steps=step))
+        train.save_checkpoint(tmp_path, dict(version=3, steps=step, model=dict(weight=torch.arange(999.0))))
+    return tmp_path
 
+
+def test_a_damaged_checkpoint_is_passed_over(two_saved, capsys):
+    last, before = two_saved / 'ckpt.pt', two_saved / 'ckpt.prev.pt'
+    whole, earlier = last.read_bytes(), before.read_bytes()
+    assert sample.read_checkpoint(two_saved)['steps'] == 2 and not capsys.readouterr().err
+    at = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
+    flipped = whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1:]
+    assert len(torch.load(io.BytesIO(flipped), weights_only=True)['model']['weight']) == 999      # torch does not look
+    for damaged in (whole[:len(whole) // 2], whole[:100], b'', b'no checkpoint at all', flipped):
+        last.write_bytes(damaged)
+        assert sample.read_checkpoint(two_saved)['steps'] == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f'warning: {last} is ') and said.endswith(f'{before} is whole and takes its place\n') and said.count('\n') == 1
+        with pytest.raises(UserError, match='cut off or not a checkpoint|in it has another checksum'):
+            sample.read_checkpoint(last)
+    for no_better in (b'', earlier[:500]):
+        before.write_bytes(no_better)
+        with pytest.raises(UserError, match='ckpt.pt is damaged'):
+            sample.read_checkpoint(two_saved)
+    (two_saved / 'ckpt.new.pt').write_bytes(whole)                   # killed between the two moves
+    assert sample.read_checkpoint(two_saved)['steps'] == 2
+
+
+def test_a_checkpoint_with_code_in_it_is_not_loaded(tmp_path):
+    torch.save(dict(version=3, steps=os.system), tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='holds posix.system, which is code, and none of a checkpoint is run'):
+        sample.read_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(two_saved, monkeypatch):
     def denied(path, **options):
         raise PermissionError(errno.EACCES, 'Permission denied', str(path))
     monkeypatch.setattr(sample.torch, 'load', denied)
-    with pytest.raises(UserError, match='ckpt.pt cannot be read .Permission denied') as e:
-        sample.read_checkpoint(tmp_path)
-    assert 'mv' not in str(e.value)
+    with pytest.raises(UserError, match='ckpt.pt cannot be read .Permission denied'):
+        sample.read_checkpoint(two_saved)
 
 
 def test_weights_of_another_run(main, tmp_path):
