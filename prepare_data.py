@@ -1401,6 +1401,9 @@ def write_beside(path, write):
     later, no more: what is written so can be made again."""
     beside = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
+        for left in path.parent.glob(f'.{path.name}.*'):         # by a process that was killed
+            if left.suffix[1:].isdigit() and not running(int(left.suffix[1:])):
+                left.unlink()
         with open(beside, 'wb') as f:
             write(f)
         os.replace(beside, path)

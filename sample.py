@@ -911,14 +911,9 @@ def eval_set(path, tokenizer, cache=None):
     made = tokenize_items(items, tokenizer)
     made |= dict(left_out=np.array(bad), digest=np.array(digest.hexdigest()))
     if kept:
-        try:
+        with contextlib.suppress(OSError):
             kept.parent.mkdir(exist_ok=True)
-            beside = kept.with_suffix(f'.{os.getpid()}.part')
-            with open(beside, 'wb') as f:
-                np.savez(f, **made)
-            os.replace(beside, kept)
-        except OSError:
-            pass                                                 # a read-only folder costs seconds, no more
+        prepare_data.write_beside(kept, lambda f: np.savez(f, **made))
     return made
 
 

@@ -488,6 +488,7 @@ class Run:
         self.signals, self.told = [], []         # told: what a reader of the report should know
         self.steps, self.rows_read, self.skipped, self.tokens, self.flops = 0, 0, 0, 0, 0.0
         self.bad_steps, self.rolled_back, self.stopping, self.metrics = 0, False, False, None
+        self.next_eval = None                    # at which progress there is an evaluation on the way
         self.progress = 0.0                      # what a step goes by: rank 0's clock's
         self.times = dict.fromkeys(('startup', 'compile', 'train', 'eval', 'save'), 0.0)
         self.history = []                        # (seconds waited for data, seconds) of every step
@@ -756,7 +757,7 @@ class Run:
             version=3, steps=self.steps, rows_read=self.rows_read, progress=self.clock.progress,
             elapsed=self.clock.elapsed(), trained=self.clock.trained, skipped=self.skipped, tokens=self.tokens,
             flops=self.flops, times=dict(self.times), warnings=self.told, origin=self.origin,
-            stream=self.stream.state(),
+            stream=self.stream.state(), next_eval=self.next_eval, went_by=self.progress,
             joules=(self.earlier + self.world * self.energy.joules).tolist(),            # ranks are alike
             model=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers],
             config=dataclasses.asdict(self.config), settings=vars(self.s), ideas=self.ideas.sources(),
@@ -776,6 +777,8 @@ class Run:
         self.times |= state['times']
         self.told += state['warnings']
         self.stream.load(state['stream'])
+        # neither was in checkpoints before 2026-11-27
+        self.next_eval, self.progress = state.get('next_eval'), state.get('went_by', state['progress'])
         # what a killed run did after its last checkpoint was paid for too
         spent = max([state['elapsed']] + [row['elapsed_s'] for row in read_rows(self.log_path)])
         self.clock = Clock(self.s, spent, state['trained'], state['progress'])
@@ -822,7 +825,8 @@ class Run:
             for pattern in ('ckpt*.pt*', 'tokenizer.*', '*.json*', 'report.html'):
                 for old in out.glob(pattern):
                     old.unlink()
-        rows = [row for row in read_rows(self.log_path) if row['step'] <= self.steps]
+        rows = [row for row in read_rows(self.log_path)      # what came after the checkpoint comes again
+                if row['step'] < self.steps or row['step'] == self.steps and 'train_loss' in row]
         known = ''.join(json.dumps(row) + '\n' for row in rows)
         write_beside(self.log_path, lambda f: f.write(known.encode()))
         write_beside(out / tokenizer.filename, lambda f: f.write(tokenizer.blob))
@@ -850,7 +854,8 @@ class Run:
         self.measure_evaluation()
         self.save_seconds = 0.5 + 12 * models.blueprint(self.largest()).params()['total'] / 2 ** 30
         self.last_save = self.clock.elapsed()
-        self.next_eval = s.eval_interval * max(1, math.ceil(self.clock.progress / (s.eval_interval or 1)))
+        if self.next_eval is None:               # a run that goes on knows it
+            self.next_eval = s.eval_interval * max(1, math.ceil(self.clock.progress / (s.eval_interval or 1)))
 
     def read_ahead(self):
         """Begins to read what the first step takes."""
@@ -870,7 +875,6 @@ class Run:
         batch['idx'] = torch.arange(size).view(shape) % self.config.vocab_size
         batch['targets'] = batch['idx'].clone()      # one tensor twice would compile another program
         batch = {k: t.to(self.device) for k, t in batch.items()}
-        self.progress = self.clock.progress
         self.make_noise()
         while not self.fits_memory(batch):
             batch = self.halved(batch)
@@ -1197,6 +1201,8 @@ class Run:
                 return self.diverged('the weights are not finite')
             try:
                 if self.master:
+                    with contextlib.suppress(OSError):       # the log's rows until here, for good
+                        os.fsync(self.metrics.fileno())
                     save_checkpoint(self.out_dir, self.state())
             except UserError as e:              # the run is worth more, and the earlier checkpoint is whole
                 self.say(f'warning: {e}')
@@ -1359,7 +1365,7 @@ class Run:
         text = self.continuation(0 if self.signals else self.s.sample_tokens, self.deadline(kept - slow * spoken))
         for name in [*self.counts, *self.others] if self.master and not self.signals else ():
             self.say_cut(name, evals[name].get('share', 1) if name in evals else 0)
-        if evals:
+        if evals and not self.signals:
             self.record_abilities(evals)
         return result, evals, text
 
@@ -1453,6 +1459,8 @@ def live(run):
     if run.s.dry_run:
         return run.say_plan()
     run.say_start()
+    if run.resuming:
+        run.evaluate_if_due()                    # what the checkpoint's step was followed by
     while run.time_left():
         run.step()
         if run.stopping:

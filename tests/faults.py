@@ -1,0 +1,403 @@
+"""Does to runs what rented machines do to them, and looks at what the next command makes of what is left.
+
+    python tests/faults.py                                  two hundred trials
+    python tests/faults.py --trials=1000 --jobs=2 --json=faults.json
+    python tests/faults.py --only=kill,full --first=17 --trials=1
+    python tests/faults.py --plant=fsync                    with a bug planted, which must be found
+
+A trial is a run of ten tiny steps that prepares its text, saves after every step or only at the end, grows
+half way and evaluates. Something is done to it, once, twice or three times, then the same command is given
+again, and what it says is followed, until the run has ended: all its losses must be those of the run to which
+nothing was done, to the bit, and so must its result, its text and the names of the files it leaves.
+
+    kill    the machine goes away before, after or in the middle of a write, fsync or move, drawn evenly of all that
+            a run makes; what was written since the last fsync of a file is lost
+    moment  SIGKILL after a time drawn evenly of what a run takes
+    term    SIGTERM after such a time, one to three of them
+    pause   SIGSTOP, and SIGCONT half a second later
+    full    from some write on, every one fails with ENOSPC, and there is room again as the command is repeated
+    flip    the machine goes away as in kill, and then a bit of one of the run's files is another
+
+Beside that nothing may be lost that should not be: one step where every step is saved, none after the last
+one. No traceback, no hang, no file that is damaged by its own writer. Exit code 1 if a trial fails.
+"""
+import builtins
+import collections
+import concurrent.futures
+import errno
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import compare_checkouts as checkouts
+
+ROOT, STEPS = checkouts.ROOT, 10
+KINDS = ('kill', 'moment', 'term', 'pause', 'full', 'flip')
+SETTINGS = (f'--max_steps={STEPS} --device=cpu --dtype=float32 --compile=off --budget_minutes=10000 --seed=3 --log_interval=1 '
+            '--eval_interval=0.4 --sample_tokens=8 --evals=choices --n_layer=1 --n_embd=32 --n_head=2 --mlp_hidden=64 '
+            '--vocab_size=400 --block_size=32 --tokens_per_step=256 --dropout=0.1')
+MOST = 60           # seconds that a command may take
+
+
+# ---- in the process that something is done to ---------------------------------------------------------------
+
+class Disk:
+    """Counts what this process does to files, and ends or fails it at one of those events."""
+
+    def __init__(self, folder, kind, at, dice):
+        self.folder, self.kind, self.at, self.dice = str(folder), kind, at, dice
+        self.events, self.kept = 0, {}            # kept: bytes of a file that would survive
+        real = dict(open=builtins.open, fsync=os.fsync, replace=os.replace, rename=os.rename, unlink=os.unlink)
+        self.real = real
+
+        def opened(file, mode='r', *args, **more):
+            f = real['open'](file, mode, *args, **more)
+            if not isinstance(file, int) and self.ours(file) and set(mode) & set('wax+'):
+                self.kept.setdefault(os.path.abspath(file), os.path.getsize(file) if 'w' not in mode else 0)
+                self.event()
+                return Written(f, self) if 'b' in mode and '+' not in mode else f
+            return f
+
+        def synced(fd):
+            real['fsync'](fd)
+            path = os.readlink(f'/proc/self/fd/{fd if isinstance(fd, int) else fd.fileno()}')
+            if path in self.kept:
+                self.kept[path] = os.path.getsize(path)
+                self.event()
+
+        def moved(name):
+            def move(a, b, **more):
+                if not self.ours(b):
+                    return real[name](a, b, **more)
+                self.event()
+                real[name](a, b, **more)
+                a, b = os.path.abspath(a), os.path.abspath(b)
+                for path in [p for p in self.kept if p == a or p.startswith(a + os.sep)]:
+                    self.kept[b + path[len(a):]] = self.kept.pop(path)
+                self.event()
+            return move
+
+        builtins.open = io.open = opened
+        os.fsync, os.replace, os.rename = synced, moved('replace'), moved('rename')
+
+    def ours(self, file):
+        return os.path.abspath(os.fspath(file)).startswith(self.folder)
+
+    def event(self, writing=None):
+        """One more thing done; the machine goes away if it is the one."""
+        self.events += 1
+        if self.kind in ('kill', 'flip') and self.events == self.at:
+            if writing:
+                file, data = writing
+                file.write(bytes(data)[:len(bytes(data)) // 2])
+                file.flush()
+            self.lose()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == 'full' and self.events >= self.at and writing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), writing[0].name)
+
+    def lose(self):
+        """What was not synced is gone, more or less of it."""
+        for path, size in self.kept.items():
+            if os.path.exists(path) and (now := os.path.getsize(path)) > size:
+                os.truncate(path, self.dice.randint(size, now))
+
+
+class Written:
+    """A file whose writes are events."""
+
+    def __init__(self, file, disk):
+        self.file, self.disk = file, disk
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, data):
+        self.disk.event((self.file, data))
+        return self.file.write(data)
+
+
+def plant(bug):
+    """A mistake of a later hand, in this process alone."""
+    import sample
+    import train
+    if bug == 'fsync':                          # nothing is sure to be on the disk
+        os.fsync = lambda fd: None
+    elif bug == 'late':                         # the closing evaluation first, then what it is of is saved
+        closing, save = train.Run.closing_evaluation, train.Run.save
+        train.Run.save = lambda self: None if self.steps == STEPS and not hasattr(self, 'judged') else save(self)
+
+        def judged(self):
+            found, self.judged = closing(self), True
+            save(self)
+            return found
+        train.Run.closing_evaluation = judged
+    elif bug == 'dice':                         # a step draws what comes next, whoever was there before
+        train.Run.make_noise = lambda self: None
+    elif bug == 'direct':                       # a file in its place as it is written
+        def write(path, write):
+            with open(path, 'wb') as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+        sample.write_beside = train.write_beside = write
+    elif bug:
+        raise SystemExit(f'no bug is called {bug}')
+
+
+def child(args, cwd, log, act, bug):
+    """Runs train.py with args in this process, which something may be done to; never returns."""
+    code = 1
+    try:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for n in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), n)
+        os.chdir(cwd)
+        sys.pycache_prefix = str(cwd.parent / 'pycache')
+        sys.path.insert(0, str(ROOT))
+        disk = Disk(cwd, *act)
+        import train
+        plant(bug)
+        judge = train.Run.closing_evaluation
+
+        def judging(self):
+            (cwd / 'judging').touch()
+            return judge(self)
+        train.Run.closing_evaluation = judging
+        sys.argv = ['train.py', *args]
+        run = None
+        train.print_without_fail()
+        try:
+            run = train.begin(args)
+            train.live(run)
+            code = 0
+        except (train.UserError, OSError, train.Diverged, FloatingPointError, train.Stopped, KeyboardInterrupt) as e:
+            code = train.tell(run, e)
+        (cwd / 'events').write_text(str(disk.events))
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+# ---- a command, and what is done to it ----------------------------------------------------------------------
+
+class Failed(Exception):
+    """A run that did not survive, or came out otherwise."""
+
+
+def command(args, cwd, act, dice, bug, length):
+    """(exit code, what it said) of train.py, with a thing done to it: (kind, event), or (kind, None) at a time
+    drawn of `length` seconds."""
+    kind, at = act
+    log = cwd / 'log'
+    log.write_text('')
+    pid = os.fork()
+    if not pid:
+        child(args, cwd, log, (kind, at, dice), bug)
+    began, coming = time.monotonic(), []
+    if kind in ('moment', 'term', 'pause'):
+        when = dice.random() * length
+        coming = {'moment': [(when, signal.SIGKILL)], 'pause': [(when, signal.SIGSTOP), (when + 0.5, signal.SIGCONT)],
+                  'term': [(when + i * dice.random(), signal.SIGTERM) for i in range(dice.randint(1, 3))]}[kind]
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        now = time.monotonic() - began
+        while coming and coming[0][0] <= now:
+            os.kill(pid, coming.pop(0)[1])
+        if now > MOST:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise Failed(f'took more than {MOST} s')
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(ended[1]), log.read_text(errors='replace')
+
+
+def rows_of(out):
+    path = out / 'metrics.jsonl'
+    rows = []
+    for line in path.read_text(errors='replace').splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def given(cwd):
+    """All that a run gave that must be the same again."""
+    out, data = cwd / 'out', cwd / 'data'
+    rows = [checkouts.numbers(row) for row in rows_of(out)]
+    names = sorted(str(p.relative_to(cwd)) for top in (out, data) for p in top.rglob('*') if p.is_file())
+    bins = {p.name: checkouts.hashlib.sha256(p.read_bytes()).hexdigest() for p in data.rglob('*') if p.name in checkouts.KEPT}
+    return dict(rows=rows, result=checkouts.numbers(json.loads((out / 'result.json').read_text())), bins=bins,
+                names=[name for name in names if 'ckpt.prev' not in name])
+
+
+def saved_steps(cwd):
+    """Steps of the newest whole checkpoint, 0 without any."""
+    import torch
+    for name in ('ckpt.pt', 'ckpt.prev.pt', 'ckpt.new.pt'):
+        try:
+            return torch.load(cwd / 'out' / name, weights_only=True)['steps']
+        except Exception:
+            continue
+    return 0
+
+
+def flip(cwd, dice):
+    """Another bit in one of the run's files; which."""
+    files = sorted(p for top in ('out', 'data') for p in (cwd / top).rglob('*') if p.is_file() and p.stat().st_size and p.name != '.lock')
+    if not files:
+        return ''
+    path, whole = dice.choice(files), None
+    whole = bytearray(path.read_bytes())
+    whole[dice.randrange(len(whole))] ^= 1 << dice.randrange(8)
+    path.write_bytes(whole)
+    return path.name
+
+
+def trial(number, seed, folder, only, reference, bug, keep=False):
+    """(what was done, most steps lost, seconds); Failed."""
+    dice, began = random.Random(f'{seed} {number}'), time.monotonic()
+    kind = dice.choice(only)
+    rare = kind != 'flip' and dice.random() < 0.3           # saves at the end alone
+    cwd = Path(folder) / f'trial{number}'
+    cwd.mkdir()
+    if dice.random() < 0.6:
+        shutil.copytree(reference['cwd'] / 'data', cwd / 'data')
+    done, lost, resume, damaged, left = [], 0, False, '', dice.randint(1, 3)
+    args = arguments(reference['inputs'], cwd, 1000 if rare else 0)
+    try:
+        for _ in range(12):
+            act = kind if left > 0 else None
+            at = dice.randint(1, reference['events']) if act in ('kill', 'full', 'flip') else None
+            before = saved_steps(cwd)
+            code, said = command([*args, *['--init_from=resume'] * resume], cwd, (act, at), dice, bug, reference['seconds'])
+            left -= 1
+            if 'Traceback' in said or code == 1:
+                raise Failed(f'{act} at {at}: a traceback:\n{said[-1500:]}')
+            if kind != 'flip' and re.search('cut off|damaged|not the vocabulary|is not what', said):
+                raise Failed(f'{act} at {at}: its own writer left something damaged:\n{said[-600:]}')
+            if code < 0:
+                steps = max([row['step'] for row in rows_of(cwd / 'out')], default=0)
+                now = saved_steps(cwd)
+                gone = max(steps, before) - now
+                lost = max(lost, 0 if rare else gone)
+                if not rare and gone > 1 or (cwd / 'judging').exists() and now < STEPS:
+                    raise Failed(f'{act} at {at}: {steps} steps were made and {now} saved')
+                done.append(f'{act}')
+                if kind == 'flip':
+                    damaged = flip(cwd, dice) or damaged
+            elif code == 0 or 'finished run' in said:
+                break
+            elif code in (75, 130) or act:
+                done.append(f'{act}')
+            elif damaged:
+                if resume and 'no ckpt.pt' not in said and damaged.startswith('ckpt'):
+                    raise Failed(f'another bit in {damaged} was not passed over:\n{said[-600:]}')
+                return dict(done=done, lost=lost, refused=damaged, seconds=time.monotonic() - began)
+            elif '--init_from=resume' in said and not resume:
+                resume = True
+                continue
+            else:
+                raise Failed(f'code {code}:\n{said[-600:]}')
+            resume = any((cwd / 'out' / name).exists() for name in ('ckpt.pt', 'ckpt.prev.pt', 'ckpt.new.pt'))
+        else:
+            raise Failed('did not come to its end')
+        result = given(cwd)
+        expected = reference['given']
+        if kind == 'full':                       # rows of the log may be missing, and no other be there
+            strange = [row for row in result['rows'] if row not in expected['rows']]
+            expected = expected | dict(rows=strange or result['rows'])
+        differs = checkouts.first_difference(expected, result)
+        if differs:
+            raise Failed(f'after {done} {damaged and "and another bit in " + damaged}, it differs: {differs}')
+    except Failed as e:
+        raise Failed(f'trial {number} ({kind}): {e}') from None
+    finally:
+        if not keep:
+            shutil.rmtree(cwd, ignore_errors=True)
+    return dict(done=done or ['nothing'], lost=lost, refused='', seconds=time.monotonic() - began)
+
+
+def arguments(inputs, cwd, save_minutes):
+    stack = [str(ROOT / 'config' / f'{name}.py') for name in ('dropout', 'hypercloning')]
+    return [*stack[:1], *SETTINGS.split(), stack[1], f'--dataset=files:{inputs / "text"}', f'--data_dir={cwd / "data"}',
+            f'--eval_data={inputs / "data" / "eval"}', f'--out_dir={cwd / "out"}', f'--save_minutes={save_minutes}']
+
+
+# ---- all of them -------------------------------------------------------------------------------------------
+
+def refer(folder, bug):
+    """The run that nothing is done to."""
+    inputs, cwd = Path(folder) / 'inputs', Path(folder) / 'reference'
+    inputs.mkdir()
+    cwd.mkdir()
+    checkouts.write_inputs(inputs)
+    began = time.monotonic()
+    code, said = command(arguments(inputs, cwd, 0), cwd, (None, None), random.Random(0), bug, 0)
+    if code:
+        raise SystemExit(f'the run that nothing is done to ended with {code}:\n{said}')
+    return dict(inputs=inputs, cwd=cwd, seconds=time.monotonic() - began, events=int((cwd / 'events').read_text()), given=given(cwd))
+
+
+def attempt(*args):
+    try:
+        return trial(*args)
+    except Failed as e:
+        return dict(failed=str(e))
+
+
+def main(argv, say=print):
+    options = dict(trials='200', seed='1', jobs='1', only=','.join(KINDS), plant='', json='', first='0')
+    for arg in argv:
+        name, _, value = arg.removeprefix('--').partition('=')
+        if name not in options:
+            say(__doc__)
+            return 2
+        options[name] = value
+    checkouts.preload()
+    sys.path[:] = [str(Path(__file__).parent), *sys.path]
+    first, n, began = int(options['first']), int(options['trials']), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix='faults-') as folder:
+        reference = refer(folder, options['plant'])
+        say(f'a run makes {reference["events"]} writes, fsyncs and moves in {reference["seconds"]:.1f} s')
+        calls = [(i, options['seed'], folder, options['only'].split(','), reference, options['plant']) for i in range(first, first + n)]
+        pool = concurrent.futures.ProcessPoolExecutor(int(options['jobs']), multiprocessing.get_context('fork'))
+        found = []
+        with pool:
+            for result in pool.map(attempt, *zip(*calls)):
+                found.append(result)
+                if 'failed' in result:
+                    say(result['failed'])
+    done = collections.Counter(what for r in found for what in r.get('done', ()))
+    failed = [r for r in found if 'failed' in r]
+    refused = collections.Counter(r['refused'] for r in found if r.get('refused'))
+    say(f'{len(found)} trials, {sum(done.values())} things done ({", ".join(f"{v} {k}" for k, v in done.most_common())}), '
+        f'{len(failed)} failed; most steps lost {max([r["lost"] for r in found if "lost" in r], default=0)}; '
+        f'refused for another bit in {dict(refused)}; {time.monotonic() - began:.0f} s')
+    if options['json']:
+        Path(options['json']).write_text(json.dumps(found, indent=1))
+    return int(bool(failed))
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,26 @@
+"""The harness of tests/faults.py on a few trials: what is done to a run is survived, and planted bugs are found."""
+import pytest
+
+import faults
+
+pytestmark = pytest.mark.skipif(not hasattr(faults.os, 'fork'), reason='no fork')
+
+
+def told(capsys, *args):
+    code = faults.main([*args])
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_runs_survive(capsys):
+    code, out = told(capsys, '--trials=24', '--seed=3', '--jobs=2')
+    assert code == 0 and '24 trials' in out and ', 0 failed' in out, out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('bug, said', [('fsync', 'steps were made and'), ('late', '10 steps were made and 9 saved'),
+                                       ('dice', 'it differs: rows'), ('direct', 'its own writer left something damaged')])
+def test_planted_bugs_are_found(capsys, bug, said):
+    only = 'kill' if bug in ('fsync', 'direct') else 'kill,moment'
+    code, out = told(capsys, f'--only={only}', '--trials=12', '--seed=5', '--jobs=2', f'--plant={bug}')
+    assert code == 1 and said in out, out
