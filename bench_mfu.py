@@ -67,7 +67,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -80,7 +80,7 @@ import model as m
 import prepare_data
 import sample
 import train
-from config import UserError, at_home, in_words, literal, print_without_fail, refuse
+from config import UserError, at_home, in_words, literal, name_of, print_without_fail, refuse, told, verbs
 
 sys.modules.setdefault('bench_mfu', sys.modules[__name__])
 
@@ -117,7 +117,6 @@ class Options:
 
 
 TABLES = [*train.TABLES, Options]
-OWN = {field.name for field in fields(Options)}
 # tied models of 12.5, 33.6 and 97.5 million parameters, whatever the config says
 SHAPES = {'11M': dict(n_layer=8, n_embd=320, n_head=5, block_size=512, vocab_size=8192),
           '34M': dict(n_layer=8, n_embd=512, n_head=8, block_size=512, vocab_size=16384),
@@ -125,16 +124,17 @@ SHAPES = {'11M': dict(n_layer=8, n_embd=320, n_head=5, block_size=512, vocab_siz
 
 
 def own_options(argv):
-    """This script's options, what is left for train.py's, and which were given."""
-    mine = [arg for arg in argv if arg.startswith('--') and arg[2:].partition('=')[0] in OWN]
-    ideas = prepare_data.Ideas(mine, [Options])
-    return SimpleNamespace(**ideas.values), [arg for arg in argv if arg not in mine], ideas.set_at
-
-
-def joined(argv):
-    """Arguments with --where TEXT and its like as one word, as Ideas reads them."""
-    words = iter(argv)
-    return [f'{word}={next(words, "")}' if word in ('--sweep', '--where', '--sort') else word for word in words]
+    """This script's options, with those of a verb that is asked for, config/bench_<verb>.py, and own.given; what is
+    left for train.py's; all of argv, where --where TEXT is one word; and the modules of the verbs."""
+    typed = dict(arg[2:].partition('=')[::2] for arg in argv if arg.startswith('--'))
+    files = [str(path) for name, path in verbs('bench').items() if typed.get(name, 'False') != 'False']
+    known, words = prepare_data.Ideas(files, [Options]).known, iter(argv)
+    texts = {f'--{name}' for name, setting in known.items() if setting.kind is str}
+    words = [f'{word}={next(words, "")}' if word in texts else word for word in words]
+    mine = [word for word in words if word.startswith('--') and word[2:].partition('=')[0] in known]
+    ideas = prepare_data.Ideas([*files, *mine], [Options])
+    own = SimpleNamespace(**ideas.values, given=ideas.set_at)
+    return own, [word for word in words if word not in mine], words, ideas.modules
 
 
 # ---- clocks ------------------------------------------------------------------------------------------------
@@ -1849,15 +1849,18 @@ def measure_all(s, ideas, argv):
 
 def main(argv):
     if {'-h', '--help'} & set(argv):
-        return print(__doc__)
-    own, rest, given = own_options(words := joined(argv))
+        return print(__doc__, told('bench'), sep='\n')
+    own, rest, words, modules = own_options(argv)
+    refuse(len(modules) > 1, f'{" and ".join(map(name_of, modules))} are asked for: one at a time')
+    if modules:
+        return modules[0].main(own, rest, argv)
     if own.leaderboard:
         return leaderboard(own, rest)
     if own.predict:
         return predict(rest)
     if own.plan:
-        return plan(own, rest, given)
-    if own.compare or own.doll or 'sweep' in given:
+        return plan(own, rest, own.given)
+    if own.compare or own.doll or 'sweep' in own.given:
         return compare_runs(own, rest, argv, *([dolls] if own.doll else [] if own.compare else [swept, keep_sweep]))
     s, ideas = train.read_settings(words, TABLES)
     if s.compile_for:

@@ -67,7 +67,7 @@ except ImportError:                             # Windows
     fcntl = resource = None
 
 import prepare_data
-from config import CONFIG, UserError, at_home, in_words, load_idea, name_of, print_without_fail, refuse
+from config import UserError, at_home, in_words, name_of, print_without_fail, refuse, verb, verbs
 from model import GPT, IN_USE, KVCache, configured, sample_token
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
@@ -202,7 +202,7 @@ def open_run(run, device='cpu', argv=()):
 
     argv: what the command line says of it, configs of further ideas and --key=value of what ideas declare.
     """
-    state, path = read_checkpoint(run, (3, *formats())), Path(run).expanduser()
+    state, path = read_checkpoint(run, (3, *verbs('export'))), Path(run).expanduser()
     folder = path if path.is_dir() else path.parent
     tokenizer = prepare_data.load_tokenizer(folder)
     if hashlib.sha256(tokenizer.blob).hexdigest() != state['tokenizer']:
@@ -226,7 +226,7 @@ def open_run(run, device='cpu', argv=()):
     try:
         model = model.to(device).eval()
         if state['version'] != 3:
-            format_of(state['version']).load(model, state, device)
+            verb('export', state['version']).load(model, state, device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f'--device is {device!r}, and torch cannot use it here: try cpu') from e
     return SimpleNamespace(folder=folder, model=model, tokenizer=tokenizer, ideas=ideas, state=state,
@@ -276,18 +276,6 @@ def page_with_hashes(name, ideas=''):
     inline = re.findall(r'<(?:style|script(?: id="\w+")?)>(.*?)</(?:style|script)>', page, re.S)
     hashes = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in inline)
     return page, ' '.join(f"'sha256-{digest}'" for digest in hashes)
-
-
-# ---- other formats -----------------------------------------------------------------------------------------
-
-def formats():
-    """What --export writes: config/export_<format>.py, whose write(run) does it. One that writes a checkpoint,
-    of a version that is its own name, has load(model, state, device) to read it."""
-    return [path.stem.removeprefix('export_') for path in sorted(CONFIG.glob('export_*.py'))]
-
-
-def format_of(kind):
-    return load_idea(CONFIG / f'export_{kind}.py', '')
 
 
 # ---- completing --------------------------------------------------------------------------------------------
@@ -2086,7 +2074,7 @@ def the_options():
     add('--host', default='127.0.0.1', help='the address to serve on; another than this machine needs --token')
     whole('--port', default=8000, help='0 takes one that is free')
     add('--token', default='', help='what requests to the server must show')
-    add('--export', help=f'write the model into its folder in another format: {", ".join(formats())}')
+    add('--export', help=f'write the model into its folder in another format: {", ".join(verbs("export"))}')
     return parser
 
 
@@ -2114,8 +2102,8 @@ def read_options(argv):
         raise UserError('--stats says what a prompt takes, and --eval reads none: leave one away')
     if args.retrieve and (args.eval or args.export or not (args.prompt or args.file or args.interactive)):
         raise UserError('--retrieve finds what fits a prompt: give one, and neither --eval nor --export')
-    if args.export is not None and args.export not in formats():
-        raise UserError(f'--export is {args.export!r}, it must be one of {", ".join(formats())}')
+    if args.export is not None and args.export not in verbs('export'):
+        raise UserError(f'--export is {args.export!r}, it must be one of {", ".join(verbs("export"))}')
     if args.export and (args.eval or args.stats or args.prompt or args.file or args.interactive or args.chat):
         raise UserError('--export writes a file and does nothing else: leave the other options away')
     if grid(args.country) is None:
@@ -2132,7 +2120,7 @@ def main(argv):
         return serve(args, of_ideas)
     run = open_run(args.run, args.device, of_ideas)
     if args.export:
-        return format_of(args.export).write(run)
+        return verb('export', args.export).write(run)
     if args.eval:
         return evaluate(run, args)
     passages = open_passages(run, args.retrieve) if args.retrieve else None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import bench_mfu
 import model
 import config as loader
 import prepare_data
@@ -424,6 +425,31 @@ def test_an_idea_that_is_gone_must_be_named_by_its_path(folder, write, tmp_path)
     assert 'out_dir' in str(e.value) and '--eval=x/gone' in str(e.value)
     assert ideas_of([('gone', hashlib.sha256(gone_now.encode()).hexdigest(), True)], {}).changed == []
     assert ideas_of([('gone', digest(gone), True)], {}).changed == ['gone']
+
+
+# ---- verbs: what a script does beyond its baseline
+
+def test_a_verb_is_a_file_and_brings_its_settings(folder, capsys):
+    """Of bench_mfu.py: found by its name, executed only when it is asked for, told of in --help."""
+    (folder / 'bench_shout.py').write_text(
+        '"""--shout says it.\n\n    python bench_mfu.py --shout=twice config/x.py\n"""\n'
+        'shout: str = ""        # |once|twice: how often\nloudness: float = 1.0  # 0..9: how loud\n\n\n'
+        'def main(own, rest, argv):\n    print([own.shout, own.loudness, own.seeds, *own.given], rest, argv)\n')
+    (folder / 'bench_broken.py').write_text('"""--broken does not."""\nbroken: bool = False   # do it\n\n1 / 0\n')
+    (folder / 'shout_bench.py').write_text('"""No verb."""\n')
+    assert [*loader.verbs('bench')] == ['broken', 'shout'] and loader.verbs('nothing') == {}
+    argv = ['--shout', 'twice', '--loudness=2', 'x.py', '--n_layer=3']
+    bench_mfu.main(argv)
+    assert capsys.readouterr().out == f"['twice', 2.0, 3, 'shout', 'loudness'] ['x.py', '--n_layer=3'] {argv}\n"
+    bench_mfu.main(['--help'])
+    assert re.search(r'--broken does not.\n\n--shout says it.\n\n    python bench', capsys.readouterr().out)
+    for argv, said in ((['--shout=thrice'], 'one of , once, twice'), (['--shout=once', '--loudness=10'], 'loudness is 10.0'),
+                       (['--loudness=2'], 'no setting is called loudness'), (['--broken'], 'bench_broken.py:4: ZeroDivisionError')):
+        with pytest.raises(UserError, match=said):
+            bench_mfu.main(argv)
+    (folder / 'bench_broken.py').write_text('"""--broken does."""\nbroken: bool = False   # do it\n\nX = 1\n')
+    with pytest.raises(UserError, match='config/bench_broken.py and config/bench_shout.py are asked for: one at a time'):
+        bench_mfu.main(['--shout=once', '--broken'])
 
 
 # ---- what a run is made of
