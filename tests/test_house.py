@@ -582,8 +582,8 @@ def test_nothing_that_prints_raises(monkeypatch, full, heeds):
 
 
 def test_the_shapes_that_the_help_sweeps_can_be_built():
-    """Of README's and bench_mfu.py's own example with config/babylm.py, whose heads must divide every width."""
-    for text in ((ROOT / 'README.md').read_text(), (ROOT / 'bench_mfu.py').read_text()):
+    """Of README's and the sweep's own example with config/babylm.py, whose heads must divide every width."""
+    for text in ((ROOT / 'README.md').read_text(), (ROOT / 'config/bench_sweep.py').read_text()):
         shown = re.findall(r'--sweep "(n_embd=[\d,]+).*config/babylm.py', text)
         assert len(shown) == 1
         for line in shown:
