@@ -61,7 +61,7 @@ import model as m
 import prepare_data
 import sample
 import train
-from config import UserError, at_home, in_words, literal, name_of, print_without_fail, refuse, told, verbs
+from config import UserError, at_home, docs, in_words, literal, name_of, print_without_fail, refuse, verbs
 
 sys.modules.setdefault('bench_mfu', sys.modules[__name__])
 
@@ -1109,7 +1109,7 @@ def measure_all(s, ideas, argv):
 
 def main(argv):
     if {'-h', '--help'} & set(argv):
-        return print(__doc__, told('bench'), sep='\n')
+        return print(__doc__, docs('bench'), sep='\n')
     own, rest, words, modules = own_options(argv)
     refuse(len(modules) > 1, f'{" and ".join(map(name_of, modules))} are asked for: one at a time')
     if modules:

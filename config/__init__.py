@@ -260,6 +260,8 @@ def verbs(script):
     bench: --<verb>, or --<verb>=value, calls main(own, rest, argv) of config/bench_<verb>.py, which declares the
     settings that it adds as an idea does, --<verb> the first. own: bench_mfu.Options and these, own.given those that
     were typed; rest: configs and settings that are train.py's; argv: all that was typed.
+    sample: --<verb> calls main(args, of_ideas) of config/sample_<verb>.py, whose options(add) adds its arguments as
+    argparse has them, --<verb> the first. args: all that was typed, of_ideas: what ideas and their settings are.
     export: sample.py --export <verb> calls write(run); one that writes a checkpoint, of a version that is the verb,
     has load(model, state, device) to read it."""
     return {path.stem.removeprefix(f'{script}_'): path for path in sorted(CONFIG.glob(f'{script}_*.py'))}
@@ -270,7 +272,7 @@ def verb(script, name):
     return load_idea(verbs(script)[name], '')
 
 
-def told(script):
+def docs(script):
     """The docstrings of a script's verbs, none of which is executed."""
     trees = [ast.parse(path.read_text('utf-8')) for path in verbs(script).values()]
     return '\n\n'.join(ast.get_docstring(tree, clean=False).rstrip() for tree in trees)

@@ -452,6 +452,22 @@ def test_a_verb_is_a_file_and_brings_its_settings(folder, capsys):
         bench_mfu.main(['--shout=once', '--broken'])
 
 
+def test_a_verb_of_sample_has_options_of_its_own(folder, capsys):
+    (folder / 'sample_shout.py').write_text(
+        '"""--shout says it."""\n\n\ndef options(add):\n    add("--shout")\n    add("--loudness", type=int, default=3, help="how loud")\n\n\n'
+        'def main(args, of_ideas):\n    print(args.run, args.shout, args.loudness, args.top_k, of_ideas)\n')
+    (folder / 'sample_whisper.py').write_text(
+        '"""--whisper does not."""\n\n\ndef options(add):\n    add("--whisper", action="store_true")\n')
+    sample.main(['run', '--shout', 'twice', '--loudness=2', '--top_k=5', '--idea=7'])
+    assert capsys.readouterr().out == "run twice 2 5 ['--idea=7']\n"
+    with pytest.raises(SystemExit):
+        sample.main(['--help'])
+    out = capsys.readouterr().out
+    assert '--shout says it.\n\n--whisper does not.\n' in out and '--loudness LOUDNESS' in out and 'how loud' in out
+    with pytest.raises(UserError, match='--shout and --whisper are asked for: one at a time'):
+        sample.main(['run', '--shout=once', '--whisper'])
+
+
 # ---- what a run is made of
 
 def test_show_says_what_a_run_is_made_of(write, tmp_path):
