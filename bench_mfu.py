@@ -8,10 +8,7 @@
     python bench_mfu.py config/babylm.py --micro_batches=32,64,128  which micro-batch is best
     python bench_mfu.py config/babylm.py --kernels=compile-only     build them all without a GPU, check limits
     python bench_mfu.py --compare config/babylm.py config/a.py      whole runs: ideas beside their base
-    python bench_mfu.py --doll config/babylm.py config/a.py         the same at the ratios of a card's run
-    python bench_mfu.py --plan config/babylm.py --budget_minutes=5  what to train with so much time and text
     python bench_mfu.py --leaderboard out                           a table and a page of all finished runs
-    python bench_mfu.py --sweep "n_embd=160,240,320;learning_rate=1e-2,2e-2,4e-2" config/babylm.py     laws
 
 Configs and overrides are train.py's, and so is the step that is measured, half way through a run. All
 contestants run in one process and take turns, so that a machine that drifts drifts for all.
@@ -32,22 +29,6 @@ what is finished, goes on with what was stopped and tries again what failed.
 it:
 --sort=total_params, or what else a result.json names, a - before it for high to low;
 --where "n_layer == 4 and total_params < 12e6".
-
---doll compares scale models of what --card would run, reaching --card_mfu of its peak: the same tokens a
-parameter, epochs (of --text_words, if the card's text is larger than that which is here), steps and
-proportions, in --minutes of training each. A doll is a config, out/doll/<base>/doll.py:
---sweep "learning_rate=0.01,0.02" config/babylm.py config/text_share.py out/doll/babylm/doll.py tunes it.
---jobs=2 makes two such runs at a time: they go by tokens, not by the clock. --predict out/doll/a out/doll/b
-says of dolls of two or more sizes (other --minutes, each its --compare_dir) whether they agree.
-
---plan measures this machine for a minute or so, or takes --card at --card_mfu, and says which size in the
-config's proportions, how many side by side, thinned or not, and how much reading end with the fewest bits per
-byte in budget_minutes on the text that is here, or on --text_words such as are here, with at most --most_params
-(1e8). It goes by a law of runs that read their text 1 to 40 times: config/law.tsv, or --plan_runs, a folder of
-yours. --write=plan.py makes a config of it.
-
---sweep makes every point of a grid in the same way, --seeds=3 times each, into out/sweep/<configs>, and fits:
-bits per byte against parameters and tokens, the best size for a budget, the best learning rate at a width.
 """
 import ast
 import difflib
@@ -67,7 +48,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -80,7 +61,7 @@ import model as m
 import prepare_data
 import sample
 import train
-from config import UserError, at_home, in_words, literal, print_without_fail, refuse
+from config import UserError, at_home, docs, in_words, literal, name_of, print_without_fail, refuse, verbs
 
 sys.modules.setdefault('bench_mfu', sys.modules[__name__])
 
@@ -95,21 +76,10 @@ class Options:
     beside: str = ''            # configs, or stacks of them, commas between, whose steps are measured too
     json: str = ''              # a file for all that was measured
     compare: bool = False       # make whole runs: a base, and ideas stacked on it
-    sweep: str = ''             # make the runs of a grid
     seeds: int = 3              # 1..: runs of the base, or of each point of a grid
     idea_seeds: int = 1         # 1..: runs of each idea
     compare_dir: str = ''       # where these runs go
     jobs: int = 1               # 1..: runs at a time, each with its part of the cores
-    doll: bool = False          # make them as scale models of what a card's run would be
-    card: str = 'RTX 4090'      # that card, one of sample.PEAK_TFLOPS
-    card_mfu: float = 0.45      # 0.01..1: what share of its peak the run will reach there
-    text_words: float = 0.0     # words that the run will read there, such as are here; 0: those that are here
-    minutes: float = 10.0       # 0.01..: training of a doll
-    plan: bool = False          # say what to train in budget_minutes, with the text that there is
-    most_params: float = 1e8    # 65536..: parameters, all members together, that a plan may have
-    plan_runs: str = ''         # runs, or a table of them, that a plan goes by; '': config/law.tsv
-    write: str = ''             # a config to be made of the plan
-    predict: bool = False       # say what dolls of several sizes say of the card's
     leaderboard: bool = False   # rank all finished runs of a folder
     sort: str = 'val_bpb'       # by what the leaderboard is sorted
     where: str = ''             # which runs are in it
@@ -117,7 +87,6 @@ class Options:
 
 
 TABLES = [*train.TABLES, Options]
-OWN = {field.name for field in fields(Options)}
 # tied models of 12.5, 33.6 and 97.5 million parameters, whatever the config says
 SHAPES = {'11M': dict(n_layer=8, n_embd=320, n_head=5, block_size=512, vocab_size=8192),
           '34M': dict(n_layer=8, n_embd=512, n_head=8, block_size=512, vocab_size=16384),
@@ -125,16 +94,17 @@ SHAPES = {'11M': dict(n_layer=8, n_embd=320, n_head=5, block_size=512, vocab_siz
 
 
 def own_options(argv):
-    """This script's options, what is left for train.py's, and which were given."""
-    mine = [arg for arg in argv if arg.startswith('--') and arg[2:].partition('=')[0] in OWN]
-    ideas = prepare_data.Ideas(mine, [Options])
-    return SimpleNamespace(**ideas.values), [arg for arg in argv if arg not in mine], ideas.set_at
-
-
-def joined(argv):
-    """Arguments with --where TEXT and its like as one word, as Ideas reads them."""
-    words = iter(argv)
-    return [f'{word}={next(words, "")}' if word in ('--sweep', '--where', '--sort') else word for word in words]
+    """This script's options, with those of a verb that is asked for, config/bench_<verb>.py, and own.given; what is
+    left for train.py's; all of argv, where --where TEXT is one word; and the modules of the verbs."""
+    typed = dict(arg[2:].partition('=')[::2] for arg in argv if arg.startswith('--'))
+    files = [str(path) for name, path in verbs('bench').items() if typed.get(name, 'False') != 'False']
+    known, words = prepare_data.Ideas(files, [Options]).known, iter(argv)
+    texts = {f'--{name}' for name, setting in known.items() if setting.kind is str}
+    words = [f'{word}={next(words, "")}' if word in texts else word for word in words]
+    mine = [word for word in words if word.startswith('--') and word[2:].partition('=')[0] in known]
+    ideas = prepare_data.Ideas([*files, *mine], [Options])
+    own = SimpleNamespace(**ideas.values, given=ideas.set_at)
+    return own, [word for word in words if word not in mine], words, ideas.modules
 
 
 # ---- clocks ------------------------------------------------------------------------------------------------
@@ -837,716 +807,6 @@ def compare_runs(own, rest, argv, plan=planned, keep=keep_table):
     print(keep(runs, root))
 
 
-# ---- the doll's house: a card's run at its own ratios, as large as this machine can make it -----------------
-
-TRAINED = 0.87                      # of a card's budget: a tenth measures, starting takes a minute
-VAL_TOKENS = 2 ** 17                # of validation text that a doll is measured on
-LEAST_LAYERS, LEAST_HEAD = 4, 16    # of a doll: with fewer a model does other things
-SHARE = str(Path(train.__file__).with_name('config') / 'text_share.py')
-
-
-def shape_like(config, L, C, V, heads=0):
-    """The settings of a model L deep, C wide, of V ids, its MLP and context to its width as config's are; heads
-    too, or as many as config has if they are not too narrow."""
-    fit = [h for h in range(1, config.n_head + 1) if C % (2 * h) == 0 and C >= LEAST_HEAD * h]
-    heads = heads or max(fit, default=1)
-    shared = [k for k in range(1, heads + 1) if heads % k == 0 and k * config.n_head <= heads * config.n_kv_head]
-    T = 2 ** max(6, round(math.log2(config.block_size * C / config.n_embd)))
-    return dict(n_layer=L, n_embd=C, n_head=heads, n_kv_head=max(shared, default=1), head_dim=0,
-                rotary_dim=0, mlp_hidden=max(1, round(config.mlp_hidden * C / config.n_embd)),
-                vocab_size=V, block_size=min(T, config.block_size))
-
-
-def doll_shape(config, size, vocabularies):
-    """The settings of a model of about `size` parameters whose table, depth and width stand to each other,
-    and whose context to its width, as config's do."""
-    def proportions(c):
-        total = m.blueprint(c).params()['total']
-        return np.log([total / size, c.vocab_size * c.n_embd / total, c.n_embd / c.n_layer])
-
-    def rough(shape):
-        L, C, V = shape
-        return abs(math.log((12 * L * C + V * (2 - config.tie_embeddings)) * C / size))
-
-    layers = range(min(LEAST_LAYERS, config.n_layer), config.n_layer + 1)
-    shapes = itertools.product(layers, range(min(32, config.n_embd), config.n_embd + 1, 8), vocabularies)
-    near = [shape_like(config, *shape) for shape in sorted(shapes, key=rough)[:50]]
-    wanted = proportions(config) * [0, 1, 1]
-    off = [(proportions(replace(config, **shape)) - wanted) ** 2 @ [9, 1, 0.5] for shape in near]
-    return near[int(np.argmin(off))]
-
-
-def card_peak(own):
-    peak = sample.peak_flops(own.card)
-    refuse(not peak, f'--card is {own.card!r}, whose peak is not known; there are '
-           f'{", ".join(sample.PEAK_TFLOPS)}')
-    return peak
-
-
-def doll_of(own, argv):
-    """What the run of argv is on its card and what its doll is here, {ratio: (run, doll)}; the doll's
-    settings."""
-    peak = card_peak(own)
-    s, ideas = train.read_settings([argv[0], SHARE, *argv[1:]])
-    run = measured(ideas)(s, device='cpu', compile='off')
-    there, text, flops = run.config, run.data.meta['splits']['train'], run.model.flops_per_token(
-        run.model.attended(run.early))
-    tokens = s.max_tokens or s.max_steps * s.tokens_per_step or (
-        peak * own.card_mfu * TRAINED * 60 * s.budget_minutes / flops)
-    card = ratios(there, tokens, text['tokens'] * (own.text_words or text['words']) / text['words'],
-                  s.tokens_per_step, s.budget_minutes, text)
-    smaller = [2 ** k for k in range(9, 17) if s.tokenizer == 'bpe' and 2 ** k < there.vocab_size]
-    if own.jobs > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // own.jobs))
-    size, shape = 2 ** 18, None
-    for _ in range(5):                          # one size after another, until one reads its tokens in time
-        before, shape = shape, doll_shape(there, min(size, card['parameters']), [there.vocab_size, *smaller])
-        if shape == before:
-            break
-        size, T = m.blueprint(replace(there, **shape)).params()['total'], shape['block_size']
-        step = max(1, round(size * card['tokens a parameter'] / card['steps'] / T)) * T
-        n_steps = round(size * card['tokens a parameter'] / step)
-        doll = measured(ideas)(SimpleNamespace(**vars(s) | shape | dict(tokens_per_step=step)))
-        doll.step()
-        minutes = train.seconds_of(doll.step, 5) * n_steps / 60
-        doll.batches.close()
-        print(f'{size:,} parameters, {n_steps:,} steps of {step:,} tokens: {minutes:.1f} minutes here')
-        if 0.8 < minutes / own.minutes < 1.25:
-            break
-        size *= (own.minutes / minutes) ** 0.5
-    text, val = (doll.data.meta['splits'][split] for split in ('train', 'val'))
-    wanted = n_steps * step / card['epochs']
-    refuse(wanted > text['tokens'], f'the doll is to read {wanted:,.0f} tokens of text, {text["tokens"]:,} are '
-           f'here: bring more, or give it fewer --minutes')
-    share, val_share = (float(f'{part * min(1, a / b["tokens"]):.3g}') for part, a, b in (
-        (s.text_share, wanted, text), (1, VAL_TOKENS, val)))
-    settings = shape | dict(
-        tokens_per_step=step, micro_batch_size=max(1, 8192 // T), max_tokens=n_steps * step, max_steps=0,
-        budget_minutes=round(20 * own.minutes, 2), eval_interval=0.0, evals='', sample_tokens=0,
-        log_interval=100, text_share=share, val_share=val_share)
-    mine = ratios(doll.config, n_steps * step, share / s.text_share * text['tokens'], step, minutes, text)
-    return {k: (card[k], mine[k]) for k in card}, settings
-
-
-def ratios(config, tokens, text_tokens, step, minutes, text):
-    """What a run is, for the table that sets a doll beside it."""
-    C, size = config.n_embd, m.blueprint(config).params()['total']
-    return {'parameters': size, 'tokens': tokens, 'tokens of text': text_tokens, 'minutes': minutes,
-            'tokens a parameter': tokens / size, 'epochs': tokens / text_tokens, 'steps': tokens / step,
-            'share of the table': config.vocab_size * C / size, 'width by depth': C / config.n_layer,
-            'context by width': config.block_size / C, 'tokens a step': step, 'layers': config.n_layer,
-            'width': C, 'heads': config.n_head, 'head size': config.head_dim, 'context': config.block_size,
-            'vocabulary': config.vocab_size, 'bytes a token': text['bytes'] / text['tokens']}
-
-
-def dolls(own, argv):
-    """The runs of --doll: those of --compare, with the doll's settings between the base and the ideas."""
-    configs, rest = [a for a in argv if not a.startswith('--')], [a for a in argv if a.startswith('--')]
-    refuse(not configs, '--doll names no config: it takes the one that the card would run, then ideas')
-    base = configs[0].split('+')
-    root = Path(at_home(own.compare_dir) or f'out/doll/{Path(base[0]).stem}')
-    path, asked = root / 'doll.py', '# of ' + json.dumps(
-        [configs[0], own.card, own.card_mfu, own.text_words, own.minutes, *sorted(rest)])
-    other = path.exists() and asked not in path.read_text().split('\n')
-    refuse(other, f'{path} is the doll of another command: give the options that it was made with, or choose '
-           f'another --compare_dir')
-    if not path.exists():                       # the same command again goes on with the same doll
-        sides, settings = doll_of(own, [*base, *rest])
-        rows = [('', own.card, 'its doll'), *((k, plain(card), plain(doll)) for k, (card, doll) in sides.items())]
-        about = f'A doll of {configs[0]} on a card that reaches {own.card_mfu:.0%} of its peak.'
-        lines = [f'"""{about}', '', *(f'{what:21}{card:>16}{doll:>16}' for what, card, doll in rows), '"""', asked]
-        text = '\n'.join(map(str.rstrip, [*lines, *(f'{k} = {v!r}' for k, v in settings.items()), '']))
-        root.mkdir(parents=True, exist_ok=True)
-        sample.write_beside(path, lambda f: f.write(text.encode()))
-    text = path.read_text()
-    print(text.split('"""')[1].strip(), flush=True)
-    own.compare_dir = str(root)
-    rest = [a for a in rest if f'\n{a[2:].partition("=")[0]} = ' not in text]    # that was of the card's run
-    return planned(own, ['+'.join([*base, SHARE, str(path)]), *configs[1:], *rest])
-
-
-def plain(v):
-    return f'{v:,.0f}' if v >= 100 else f'{v:.3g}'
-
-
-def dolls_at(folder):
-    """What a folder of --doll holds: parameters of the card's model and of the doll, standard deviation of the
-    base as a share of it (None of one seed), {idea: change}."""
-    try:
-        rows = json.loads((folder / 'compare.json').read_text())
-        card, doll = re.search(r'^parameters +([\d,]+) +([\d,]+)$', (folder / 'doll.py').read_text(), re.M).groups()
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f'{folder} holds no doll.py with its compare.json: name folders that --doll wrote') from None
-    base = next(row for row in rows if 'base' in row['notes'])
-    return SimpleNamespace(
-        card=int(card.replace(',', '')), size=int(doll.replace(',', '')), base=base.get('val_bpb'),
-        sd=base['sd'] / base['val_bpb'] if 'sd' in base else None, seeds=base['seeds'],
-        pairs={row['name']: min(row['seeds'], base['seeds']) for row in rows},
-        changes={row['name']: row['change'] for row in rows if row is not base and 'change' in row})
-
-
-def ranks(values):
-    """Of each value its place, from 0; equal ones share theirs."""
-    values = np.asarray(values)
-    return (values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) - 1) / 2
-
-
-def on_a_line(x, y, noise, at):
-    """What a straight line through points with this noise (standard deviations) has there, and its error."""
-    points, there = np.stack([np.ones_like(x), x], axis=1) / np.array(noise)[:, None], np.array([1, at])
-    spread = np.linalg.inv(points.T @ points)
-    return there @ spread @ points.T @ (y / np.array(noise)), float(there @ spread @ there) ** 0.5
-
-
-def t_quantile(df):
-    """The 95th percentile of Student's t distribution, to 1 %: between those of the table on a line in 1 / df."""
-    known = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 6: 1.943, 10: 1.812, 30: 1.697, math.inf: 1.645}
-    return float(np.interp(-1 / df, [-1 / n for n in known], [*known.values()]))
-
-
-def predict(rest):
-    """Whether dolls predict: ideas' changes at several sizes, the rank correlation (Spearman) of one size with
-    the next, and each change on a straight line in the logarithm of size up to the card's, with what the noise
-    of seeds makes of that."""
-    refuse(len(rest) < 2 or any(a.startswith('--') for a in rest),
-           f'--predict takes two or more folders of --doll, of other sizes, and got {" ".join(rest) or "none"}')
-    dolls = sorted((dolls_at(Path(at_home(a))) for a in rest), key=lambda doll: doll.size)
-    noise = [doll.sd for doll in dolls if doll.sd]
-    names = [name for name in dolls[0].changes if all(name in doll.changes for doll in dolls)]
-    refuse(not noise, 'no folder has two seeds of its base, so what is noise is not known: make them with --seeds=2')
-    refuse(len(names) < 2 or len({doll.card for doll in dolls}) > 1 or len({doll.size for doll in dolls}) < len(dolls),
-           f'{" ".join(rest)} have not two ideas in common, each at another size of the doll of one model')
-    sd = statistics.fmean(sd ** 2 for sd in noise) ** 0.5
-    quantile = t_quantile(sum(doll.seeds - 1 for doll in dolls if doll.sd))
-    x, card, rows = np.log([doll.size for doll in dolls]), math.log(dolls[0].card), []
-    for name in names:
-        changes = [doll.changes[name] for doll in dolls]
-        there, error = on_a_line(x, changes, [sd * math.sqrt(2 / doll.pairs[name]) for doll in dolls], card)
-        low, high = there - quantile * error, there + quantile * error
-        rows.append(dict(idea=name, **{f'{doll.size:,}': change for doll, change in zip(dolls, changes)},
-                         card=f'{there:+.1%} ({low:+.1%} to {high:+.1%})'))
-    columns = {'idea': None} | {f'{doll.size:,}': '+.2%' for doll in dolls} | {'card': None}
-    print('\n'.join(text_table(columns, sorted(rows, key=lambda row: row[f'{dolls[-1].size:,}']))))
-    print(f'\nChange of bits per byte by parameters of the doll; card: on a line in log(parameters), at '
-          f'{dolls[0].card:,}, and 90 % of\nwhat the noise of seeds allows (sd of the base {sd:.2%}), if it is one.')
-    for a, b in itertools.pairwise(dolls):
-        ours, theirs = (ranks([doll.changes[name] for name in names]) for doll in (a, b))
-        print(f'rank correlation of {a.size:,} and {b.size:,}: {np.corrcoef(ours, theirs)[0, 1]:.2f} of {len(names)} ideas')
-
-
-# ---- sweeps: a grid of runs, and the laws behind them ------------------------------------------------------
-
-DRAWS, INTERVAL = 400, (0.05, 0.95)     # of a bootstrap, and the shares of its draws below either end
-HUBER = 1e-3                            # of log loss: residuals above it count in proportion, not squared
-LAW = 'E', 'A', 'alpha', 'B', 'beta'    # val_bpb = E + A / N^alpha + B / D^beta (Hoffmann 2022, 2203.15556)
-SHOWN = 'seeds val_bpb sd active_params tokens epochs train_seconds total_seconds tok_per_sec'.split()
-
-
-def swept(own, argv):
-    """The runs of --sweep's grid in turn; UserError lists the mistakes of all."""
-    def plain(text):
-        try:
-            return str(literal(ast.parse(text, mode='eval').body, {}))      # 10**4 is 10000, in names too
-        except (ValueError, SyntaxError, TypeError, ArithmeticError):
-            return text
-
-    parts = [part.partition('=') for part in re.sub(r'\s', '', own.sweep).split(';')]
-    axes = [[(key, plain(value)) for value in values.split(',')] for key, _, values in parts]
-    stacks = {','.join(map('='.join, point)).replace('/', '_'): [*argv, *(f'--{key}={value}' for key, value in point)]
-              for point in itertools.product(*axes)}
-    twice = len({part[0] for part in parts}) < len(parts) or len(stacks) < math.prod(map(len, axes))
-    refuse(twice or not all(map(all, sum(axes, []))),
-           f'--sweep is {own.sweep!r}, it must be like "n_embd=128,192;head_lr=1e-3,2e-3", nothing twice')
-    configs = '+'.join(Path(a).stem for a in argv if not a.startswith('--')) or 'default'
-    root = Path(at_home(own.compare_dir) or f'out/sweep/{configs}')
-    return checked(stacks, root, own.seeds, own.seeds, SAME[:1])
-
-
-def grouped(runs, about=lambda key: True):
-    """{what a point of the grid sets, of the settings that about(name) is true of: its runs}."""
-    groups = {}
-    for run in runs:
-        sets = ', '.join(part for part in run.name.split(',') if about(part.partition('=')[0]))
-        groups.setdefault(sets or 'all runs', []).append(run)
-    return groups
-
-
-def logs(runs, *keys):
-    """Logs of what the results of runs hold, and their settings: an array for each key."""
-    return [np.log([(run.result['settings'] | run.result)[key] for run in runs]) for key in keys]
-
-
-def distinct(x):
-    """How many of these logs differ, by more than the 5 % that two runs of one time do."""
-    return int((np.diff(np.sort(x), prepend=-np.inf) > 0.05).sum())
-
-
-def tuned(runs):
-    """For each size and budget the runs of what did best there, as a law is one of well-chosen settings. Only
-    how runs end counts: one on its way, its rate still high, is worse than one that ends there."""
-    best = {}
-    for mine in grouped(runs).values():
-        kind = mine[0].result['active_params'], *grouped(mine, SAME.__contains__)
-        best[kind] = min(best.get(kind, mine), mine, key=lambda mine: logs(mine, 'val_bpb')[0].mean())
-    return sum(best.values(), [])
-
-
-def redrawn(fitted, residuals, parameters, dice):
-    """Losses like those fitted, (DRAWS, points): residuals are drawn anew, not runs, as a grid without one of
-    its rows tells little; larger for the parameters that took up a part of them and, as in Student's t,
-    for how little a few of them tell."""
-    spread = np.sqrt(len(residuals) / dice.chisquare(len(residuals) - parameters, (DRAWS, 1)))
-    return fitted + spread * dice.choice(residuals, (DRAWS, len(fitted)))
-
-
-def spoken(values, least=-math.inf, most=math.inf):
-    """'1.5 (1.2 to 1.9)': the first value, and the interval of its redraws, which follow if there are any;
-    'or less' and 'or more' say what lies beyond what was tried."""
-    def number(v):
-        kept = min(max(v, least), most)
-        unit, mark = next((u for u in ((1e6, 'M'), (1e3, 'k')) if u[0] <= kept < 1e3 * u[0]), (1, ''))
-        return f'{kept / unit:.4g}{mark}' + (' or less' if v < least else ' or more' if v > most else '')
-    ends = map(number, np.quantile(values[1:], INTERVAL)) if len(values) > 1 else ['no interval']
-    return f'{number(values[0])} ({" to ".join(dict.fromkeys(ends))})'
-
-
-def dots(title, said, x, series, **more):
-    """A chart of losses for sample.write_page; series of (name, x, loss, x and loss of a curve), all logs. Where
-    that loss is (k, points), it is the curve's and those of redraws, which make a band."""
-    def columns(*y):
-        return np.exp(np.stack(y, 1)).tolist()
-
-    def drawn(name, x, y, line, curves):
-        first, *more = np.atleast_2d(curves)
-        band = dict(band=columns(line, *np.quantile(more, INTERVAL, axis=0))) if more else {}
-        return dict(name=name, points=columns(x, y), path=columns(line, first)) | band
-
-    series = [drawn(*one) for one in series]
-    return dict(kind='dots', title=title, note=said, x=x, y='val_bpb', log_x=True, series=series) | more
-
-
-def hoffmann(n, d):
-    """Terms of E + A / N^alpha + B / D^beta for law(): the logs of N and D, of one shape."""
-    one, no = np.ones_like(n), np.zeros_like(n)
-    return np.stack([np.stack(term, -1) for term in (
-        [one, no, no, no, no], [no, one, -n, no, no], [no, no, no, one, -d])], -2)
-
-
-def law(p, terms):
-    """Log of a sum of powers, (k, points), and the shares of its terms: terms ((k or 1,) points, n, P) times
-    p (k, P) are the terms' logs. Of hoffmann(): p holds log E, log A, alpha, log B, beta."""
-    each = (terms @ p[:, None, :, None])[..., 0]
-    total = np.logaddexp.reduce(each, -1)
-    return total, np.exp(each - total[..., None])
-
-
-def fit_law(terms, y, p):
-    """p (k, P) of the least Huber loss of log losses y, (points,) or (k, points), from these starts, and that
-    loss (k,): steps of Levenberg and Marquardt for all k at once, more than it takes, since Hoffmann's
-    fit had stopped too early (Besiroglu 2024, 2404.10102)."""
-    damp, eye = np.full(len(p), 0.01), np.eye(p.shape[1])
-
-    def loss(p):
-        r = abs(law(p, terms)[0] - y)
-        return np.where(r < HUBER, r * r / 2, HUBER * (r - HUBER / 2)).sum(-1)
-
-    for _ in range(200):
-        total, shares = law(p, terms)
-        r, slopes = total - y, (shares[..., None] * terms).sum(-2)               # (k, points, P)
-        weighed = (slopes / np.maximum(1, abs(r) / HUBER)[..., None]).swapaxes(-1, -2)
-        curved = weighed @ slopes * (1 + damp[:, None, None] * eye) + 1e-12 * eye
-        tried = p - np.linalg.solve(curved, weighed @ r[..., None])[..., 0].clip(-1, 1)
-        better = loss(tried) < loss(p)
-        p = np.where(better[:, None], tried, p)
-        damp = np.where(better, damp / 3, damp * 4).clip(1e-8, 1e8)
-    return p, loss(p)
-
-
-def law_of(runs):
-    """Sentences about the law of runs, {parameter: its value and interval}, and charts. N is all parameters
-    that the finished model uses, its tables too, as Pearce 2024 (2406.12907) advises for small ones."""
-    n, d, y = logs(runs, 'active_params', 'tokens', 'val_bpb')
-    has = {'points': (len(grouped(runs)), 5), 'sizes': (distinct(n), 3), 'numbers of tokens': (distinct(d), 3),
-           'runs': (len(runs), 6)}
-    if lacks := ', '.join(f'{least - have} {what}' for what, (have, least) in has.items() if have < least):
-        return [f'No law of size and tokens: its 5 parameters take 5 points, 3 sizes and 3 numbers of tokens '
-                f'among them, and 6 runs; missing: {lacks}.'], {}, []
-    at, m = np.array([n.mean(), d.mean()]), y.mean()
-    tries = itertools.product((0.1, 0.5, 0.9), (0.1, 0.3, 1), (0.1, 0.3, 1))    # E's share, alpha, beta
-    terms = hoffmann(n - at[0], d - at[1])
-    p, loss = fit_law(terms, y, np.array(
-        [(m + math.log(E), a := m + math.log(0.5 - E / 2), alpha, a, beta) for E, alpha, beta in tries]))
-    p = p[[loss.argmin()]]
-    fitted = law(p, terms)[0][0]
-    again = redrawn(fitted, y - fitted, len(LAW), np.random.default_rng(0))
-    p = np.concatenate([p, fit_law(terms, again, p.repeat(DRAWS, 0))[0]])
-    p[:, [1, 3]] += p[:, [2, 4]] * at                       # of N and D themselves, not about their means
-    values = dict(zip(LAW, np.where([1, 1, 0, 1, 0], np.exp(p.clip(-50, 50)), p).T))
-    found = {k: [float(v[0]), *np.quantile(v[1:], INTERVAL).tolist()] for k, v in values.items()}
-    said = [f'val_bpb = E + A / N^alpha + B / D^beta, N parameters and D tokens, is within '
-            f'{abs(np.expm1(y - fitted)).max():.1%} of {len(runs)} runs; in brackets nine of ten redraws: '
-            + ', '.join(f'{k} {spoken(v)}' for k, v in values.items()) + '.']
-    if loose := [k for k in ('E', 'alpha', 'beta') if found[k][2] > 3 * found[k][1]]:
-        said.append(f'These runs leave {" and ".join(loose)} open threefold: trust it only between them.')
-    if max(run.result['epochs'] for run in runs) > 4:
-        said.append('Some read their text more than 4 times: it is worth less then (Muennighoff 2023).')
-    line = np.linspace(d.min(), d.max(), 40)
-    chart = dots('Size and tokens', said[0], 'tokens', log_y=True, series=[
-        (f'{math.exp(N) / 1e6:.3g}M parameters', d[n == N], y[n == N], line, law(p, hoffmann(N + 0 * line, line))[0])
-        for N in np.unique(n)])
-    return said + best_for_time(p, n, runs), found, [chart]
-
-
-def best_for_time(p, n, runs):
-    """Sentences: the size that laws p have best for the budgets of runs, whose sizes have logs n and whose
-    speed says how many tokens a size reads in it: seconds * exp(k) * N^g."""
-    g, k = np.polyfit(n, *logs(runs, 'tok_per_sec'), 1)
-    (_, a, alpha, b, beta), said = p.T.clip([[-99], [-99], [1e-3], [-99], [1e-3]]), []
-    for seconds in sorted({run.result['budget_seconds'] for run in runs}) if g < 0 else []:
-        rate = k + math.log(seconds)
-        best = ((np.log(alpha / (-g * beta)) + a - b + beta * rate) / (alpha - g * beta)).clip(0, 50)
-        bpb = np.exp(law(p, hoffmann(best, rate + g * best)[:, None])[0][:, 0].clip(-50, 50))
-        said.append(f'In {seconds / 60:g} minutes of training alone at the speed measured, best is N = '
-                    f'{spoken(np.exp(best))}, with val_bpb {spoken(bpb)}; tried were '
-                    f'{math.exp(n.min()) / 1e6:.3g}M to {math.exp(n.max()) / 1e6:.3g}M.')
-    return said
-
-
-def lowest(x, y):
-    """Where parabolas through y (..., points) over x are lowest; far away if they do not open upwards."""
-    a, b, _ = np.polyfit(x - x.mean(), y.T, 2)
-    return (x.mean() - b / (2 * np.maximum(a, 1e-9))).clip(x.min() - 20, x.max() + 20)
-
-
-def valleys(what, groups):
-    """Where log loss is lowest, by a parabola over x for each of groups {name: (x, y)}, logs: sentences,
-    {name: x and its redraws} of those within what was tried, and charts."""
-    said = [f'No best {what} for {name}: a parabola takes 3 values; missing: {3 - distinct(x)}.'
-            for name, (x, _) in groups.items() if distinct(x) < 3]
-    groups = {name: xy for name, xy in groups.items() if distinct(xy[0]) > 2}
-    curves = {name: np.polyfit(x, y, 2) for name, (x, y) in groups.items()}
-    rests = np.concatenate([[], *(y - np.polyval(curves[name], x) for name, (x, y) in groups.items())])
-    dice, taken, found, series = np.random.default_rng(0), 3 * len(groups), {}, []
-    for name, (x, y) in groups.items():
-        best, line = [lowest(x, y)], np.linspace(x.min(), x.max(), 40)
-        if len(rests) > taken:
-            best += lowest(x, redrawn(np.polyval(curves[name], x), rests, taken, dice)).tolist()
-        said.append(f'Best {what} for {name}: {spoken(np.exp(best), *np.exp([x.min(), x.max()]))}.')
-        if x.min() <= best[0] <= x.max():
-            found[name] = best
-        series.append((name, x, y, line, np.polyval(curves[name], line)))
-    return said, found, [dots(f'The best {what}', ' '.join(said), what, series)] * bool(series)
-
-
-def moves(what, found):
-    """Sentences: how the best rates {name: log and redraws} move with n_embd, where the names tell that."""
-    said, ways = [], {}
-    for name, best in found.items():
-        if (width := re.search(r'\bn_embd=(\d+)', name)) and len(best) > 1:
-            ways.setdefault(name.replace(width[0], 'each n_embd'), {})[math.log(int(width[1]))] = best
-    for name, at in ways.items():
-        x = np.array([*at]) - np.mean([*at])
-        slope = x @ np.array([*at.values()]) / max(x @ x, 1e-9)
-        known = len(at) > 1 and np.ptp(np.quantile(slope[1:], INTERVAL)) < 4
-        said.append(f'The best {what} for {name} ' + (f'goes as n_embd to the power {spoken(slope)}; '
-                    '0: it carries over.' if known else 'moves in a way that these runs leave open.'))
-    return said
-
-
-def keep_sweep(runs, root):
-    """Rank the runs and fit what they allow; the text, which sweep.md keeps beside .json and .html."""
-    keys, done = re.findall(r'(\w+)=', runs[0].name), [run for run in runs if run.result]
-    rows = [row | dict(notes=[fault for fault in row['notes'] if 'seed ' in fault]) for row in ranked(runs)]
-    rows.sort(key=lambda row: row.get('val_bpb', math.inf))         # no point of a grid is the base
-    said, found, charts = law_of(tuned(done))
-    for what in ['active_params', *(key for key in keys if key.endswith(('_lr', 'learning_rate')))]:
-        size = what == 'active_params'
-        some = tuned(done) if size else [r for r in done if r.result['settings'][what] > 0]     # 0 has no log
-        groups = grouped(some, SAME.__contains__ if size else what.__ne__)
-        groups = {name: logs(mine, what, 'val_bpb') for name, mine in groups.items()}
-        more, best, chart = valleys(what, groups)
-        said += more + ([] if size else moves(what, best))
-        charts += chart
-        found[what] = {name: math.exp(values[0]) for name, values in best.items()}
-    text = '\n'.join([as_table(rows, runs, {key: COLUMNS[key] for key in SHOWN}), '', *said])
-    table = dict(kind='table', title='Runs', rows=rows, columns=[
-        dict(key='name'), *(dict(key=key, digits=COLUMNS[key]) for key in SHOWN)])
-    write_table(root / 'sweep', text, dict(rows=rows, said=said, **found))
-    said = dict(kind='text', title='What the runs say', text='\n'.join(said))
-    sample.write_page(root / 'sweep.html', f'A sweep of {", ".join(keys)}', blocks=[said, *charts, table])
-    return text
-
-
-# ---- the planner: what to train with so much time and text --------------------------------------------------
-
-RUNS = Path(train.__file__).with_name('config') / 'law.tsv'     # of scale models: RESULTS.md, "The planner"
-AS_RUN = RUNS.read_text().partition('\n')[0].split('\t')         # its columns: what a run was, and what came of it
-SEVERAL, THINNED = AS_RUN[3:5]      # settings of two ideas: models side by side, and how much is left out at random
-WIDTHS = [*range(32, 129, 16), *range(160, 257, 32), *range(320, 513, 64), *range(640, 1025, 128)]
-HEADS = 64, 32, 16                  # channels of one, the widest of which there are two: the kernels have these
-MOST_IN_TABLE = 0.35                # of parameters: with more of them ids are too rare for the law
-MEMBERS, RATES = (1, 2, 3, 4, 6, 8), (0.0, 0.1)          # of these two, what a plan may be
-PARTS = 2.0 ** -np.arange(0, 6.5, 0.5)          # of the time spent reading; below 1 a run ends early
-TOKENS_A_STEP = 640, 1e6, 0.4       # 640 in a run of a million tokens, and as the 0.4th power of these
-PLANNED = dict(what=None, layers=0, width=0, vocabulary=0, parameters=0) | {SEVERAL: 0, THINNED: 1} | dict(
-    tokens_per_step=0, tokens=0, epochs=2, val_bpb=None)
-LONGER_TOKENS = 0.27                # bytes a token go as this power of the vocabulary (512 to 8,192 ids)
-REPEATED = 'E A alpha cost B beta C a b g kappa thin'.split()       # E, A, B and C as logs
-UNITS = 1e5, 1e6, 1e6               # parameters and bytes of a run that these are of
-LEAST_AGAIN = 1e-3                  # of R - 1: text that is read once costs nothing
-LEAST_HELD = -2.0                   # of log h: of less no run has read its text again
-
-
-def repeated(params, text, read, members, thinned):
-    """Terms for law() of runs that read their text again: E + A / N^alpha + B / D^beta, as if all were new, and
-    C h^a r^b / K^kappa for what is learned by heart: N parameters of each of K members, h of them a byte of text,
-    R readings of it, r = (R - 1)^2 / R, D bytes in all. From r = 1 on it rises by b + g log h, as larger models
-    know their text by heart sooner. What is thinned has less of it and more of the second."""
-    n, u, d = (np.log(x) - math.log(unit) for x, unit in zip((params, text, read), UNITS))
-    h, again = np.maximum(n - u, LEAST_HELD), 2 * np.log(np.maximum(np.exp(d - u) - 1, LEAST_AGAIN)) - (d - u)
-    n, h, d, again, k, thin = np.broadcast_arrays(n, h, d, again, np.log(members), thinned)
-    terms = [dict(E=1), dict(A=1, alpha=-n, cost=thin), dict(B=1, beta=-d),
-             dict(C=1, a=h, b=again, g=h * np.maximum(again, 0), kappa=-k, thin=-thin)]
-    columns = [[np.broadcast_to(term.get(name, 0.0), n.shape) for name in REPEATED] for term in terms]
-    return np.stack([np.stack(term, -1) for term in columns], -2)
-
-
-def law_of_repeats(rows):
-    """p (1 + DRAWS, len(REPEATED)) of law(repeated(...)), that of rows (points, 6), as AS_RUN, then of redraws; and
-    the residuals of their logs."""
-    *x, y = np.asarray(rows, float).T
-    terms, y = repeated(*x), np.log(y)
-    m, tries = y.mean(), itertools.product((0.2, 0.6), (0.1, 0.4), (0.1, 0.4), (0.4, 0.8))
-    p, loss = fit_law(terms, y, np.array([[dict(
-        E=m + math.log(E), A=(rest := m + math.log(0.45 - E / 2)), alpha=alpha, B=rest, beta=beta, C=m - 2.3, a=0.4,
-        b=b, kappa=1, thin=5).get(name, 0) for name in REPEATED] for E, alpha, beta, b in tries]))
-    p = p[[loss.argmin()]]
-    fitted = law(p, terms)[0][0]
-    again = redrawn(fitted, y - fitted, p.shape[1], np.random.default_rng(0))
-    return np.concatenate([p, fit_law(terms, again, p.repeat(DRAWS, 0))[0]]), y - fitted
-
-
-def runs_known(path):
-    """Rows (points, 6) of a table of runs, or of the finished runs in a folder, of which a law can be made."""
-    try:
-        if path.is_dir():
-            results = [json.loads(file.read_text()) for file in sorted(path.rglob('result.json'))]
-            refuse(len({r['data']['val_bytes'] for r in results}) > 1,
-                   f'{path} holds runs that were measured on different text: name a folder of one')
-            rows = np.array([as_run(r) for r in results])
-        else:
-            rows = np.loadtxt(path, delimiter='\t', skiprows=1, usecols=range(len(AS_RUN)))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f'--plan_runs is {path}, it must be a folder of runs or a table like {RUNS}: {e!r}') from None
-    refuse(len(rows) < 20, f'{path} holds {len(rows)} finished runs: a law of text that is read again takes 20')
-    return rows
-
-
-def as_run(r):
-    """What a law needs of a result.json, as AS_RUN; bytes are what tokens of the validation text stand for."""
-    read = r['tokens'] * r['val_loss'] / (math.log(2) * r['val_bpb'])
-    members, thinned = r['settings'].get(SEVERAL, 1), r['settings'].get(THINNED, 0.0)
-    return [r['total_params'] / members, read / r['epochs'], read, members, thinned, r['val_bpb']]
-
-
-class Choices:
-    """What could be trained here: models in the proportions of a config but for their tables, of up to `most`
-    parameters, alone or as members, thinned or not, and how fast; on the text that is here, or so many words such
-    as are here."""
-
-    def __init__(self, s, argv, ideas, known, most, words=0, on_card=False):
-        vars(s).update({k: v for k, v in ((SEVERAL, 1), (THINNED, 0.0)) if k in vars(s)})       # a plan has its own
-        rows = min(8, s.micro_batch_size)        # a step of the plan's, not of the config's, must fit the text
-        run = measured(ideas)(s, device='cpu', compile='off', tokens_per_step=rows * s.block_size)
-        text, c = run.data.meta['splits']['train'], run.config
-        self.text = {k: text[k] * (words or text['words']) / text['words'] for k in ('bytes', 'tokens')}
-        self.s, self.ideas, self.config, self.on_card, shapes = s, ideas, c, on_card, []
-        ids = [2 ** k for k in range(9, 17) if s.tokenizer == 'bpe' and 2 ** k < c.vocab_size]
-        for V, C in itertools.product([*ids, c.vocab_size], WIDTHS):
-            heads = C // next(D for D in HEADS if C % D == 0 and C >= 2 * D)
-            shape = shape_like(c, max(LEAST_LAYERS, round(c.n_layer * C / c.n_embd)), C, V, heads)
-            size = m.blueprint(replace(c, **shape | dict(block_size=c.block_size))).params()['total']
-            if size <= most and V * C <= MOST_IN_TABLE * size:
-                shapes.append((size, shape | dict(block_size=c.block_size)))
-        refuse(not shapes, f'--most_params is {most:,.0f}, and no model in these proportions has so few: raise it, or '
-               f'lower vocab_size')
-        self.shapes, self.sizes = shapes, np.array([size for size, _ in shapes], float)
-        self.bytes_a_token = text['bytes'] / text['tokens'] * np.array(
-            [(shape['vocab_size'] / c.vocab_size) ** LONGER_TOKENS for _, shape in shapes])
-        # only what the law has seen, and what goes with the config's ideas
-        tried = (SEVERAL, MEMBERS, known[:, 3] > 1), (THINNED, RATES, known[:, 4] > 0)
-        kinds = [some if seen.any() and goes_with(argv, name) else some[:1] for name, some, seen in tried]
-        grid = (x.ravel() for x in np.meshgrid(np.arange(len(shapes)), PARTS, *kinds, indexing='ij'))
-        self.which, self.part, self.members, self.thinned = grid
-        self.fit = self.sizes[self.which] * self.members <= most
-        self.seconds = {}                        # that a token takes, by parameters
-
-    def step_of(self, tokens):
-        """Tokens a step in a run of so many; a card wants no fewer than the config has."""
-        (at_once, at, power), T = TOKENS_A_STEP, self.config.block_size
-        rows = max(1, round(at_once * (tokens / at) ** power / T))
-        most = self.s.micro_batch_size
-        rows = rows if rows < most else rows // most * most        # of whole micro-batches
-        return max(rows * T, self.s.tokens_per_step * self.on_card)
-
-    def measure(self, which, tokens):
-        """A few steps as a run of so many tokens has them; their batches are the config's, as if of no more ids than
-        the model's."""
-        size, shape = self.shapes[which]
-        V, step = shape['vocab_size'], self.step_of(tokens)
-        run = measured(self.ideas)(SimpleNamespace(**vars(self.s) | shape | dict(
-            vocab_size=self.s.vocab_size, tokens_per_step=step)), vocab_size=V)
-        run.choose_kernels()
-        read = run.stream.batch
-        run.stream.batch = lambda *rows: {k: t % V for k, t in read(*rows).items()}
-        run.step()
-        self.seconds[size] = train.seconds_of(run.step, 5) / step
-        run.batches.close()
-        speed = 1 / self.seconds[size]
-        print(f'{size:,} parameters, {step:,} tokens a step: {speed:,.0f} tokens a second here', flush=True)
-
-    def suppose(self, speed):
-        """Seconds a token where FLOPs a second are known and no card is here."""
-        for size, shape in self.shapes:
-            self.seconds[size] = m.blueprint(replace(self.config, **shape)).flops_per_token() / speed
-
-    def seconds_a_token(self):
-        """Of each shape: on lines between what was measured, in logarithms of parameters, beyond it as
-        parameters."""
-        (x, y), size = np.log(sorted(self.seconds.items())).T, np.log(self.sizes)
-        return np.exp(np.interp(size, x, y) + np.minimum(0, size - x[0]) + np.maximum(0, size - x[-1]))
-
-    def best(self, p, seconds, text=1.0):
-        """What could be trained in so many seconds, on so many times the text: rows (points, 6), as AS_RUN but the
-        number of its shape at the end, those first of which law p expects the fewest bits per byte."""
-        read = (seconds / self.seconds_a_token() * self.bytes_a_token)[self.which] * self.part / self.members
-        bytes_ = np.full(len(read), text * self.text['bytes'])
-        rows = np.stack([self.sizes[self.which], bytes_, read, self.members, self.thinned, self.which], -1)[self.fit]
-        return rows[np.argsort(expected(p[:1], rows)[0])]
-
-    def settings(self, row, seconds):
-        """The config that a row of best() is; where it ends before its time, by tokens."""
-        size, text, read, members, thinned, which = row
-        tokens = read / self.bytes_a_token[int(which)]
-        step = self.step_of(tokens)
-        more = {SEVERAL: int(members), THINNED: float(thinned)}
-        shape = self.shapes[int(which)][1] | dict(tokens_per_step=step, max_steps=0, max_tokens=0)
-        shape |= {k: v for k, v in more.items() if v > (k == SEVERAL) or k in vars(self.s)}
-        whole = seconds / members / self.seconds_a_token()[int(which)]
-        return shape | (dict(max_tokens=round(tokens / step) * step) if tokens < 0.9 * whole else {})
-
-    def described(self, p, residuals, row):
-        """A line of the table of a plan; what laws p expect of it, with the interval of their redraws and of what
-        runs are off them."""
-        size, text, read, members, thinned, which = row
-        off = np.random.default_rng(0).choice(residuals, len(p)) * np.sign(np.arange(len(p)))      # not of the first
-        c, bpb = self.shapes[int(which)][1], np.exp(expected(p, row[None])[:, 0] + off)
-        tokens = int(read / self.bytes_a_token[int(which)])
-        return {'layers': c['n_layer'], 'width': c['n_embd'], 'vocabulary': c['vocab_size'],
-                'parameters': int(size * members), SEVERAL: int(members), THINNED: float(thinned),
-                'tokens_per_step': self.step_of(tokens), 'tokens': tokens, 'epochs': read / text, 'val_bpb': spoken(bpb)}
-
-
-def declaring(setting):
-    """The file of config/ that declares a setting."""
-    return next(path for path in RUNS.parent.glob('*.py') if re.search(rf'^{setting}: ', path.read_text(), re.M))
-
-
-def goes_with(argv, setting):
-    """Whether the idea that declares it can be stacked on these."""
-    try:
-        return bool(train.read_settings([*argv, str(declaring(setting))]))
-    except UserError:
-        return False
-
-
-def expected(p, rows):
-    """Logs of bits per byte, (k, points), that laws p (k, 12) expect of rows as Choices.best has them."""
-    return law(p, repeated(*rows.T[:5]))[0]
-
-
-def plan(own, argv, given=()):
-    """Says which model, how many of them, and how often which text, end with the fewest bits per byte in
-    budget_minutes of this machine, or of --card, as runs of scale models have it; --write makes a config of
-    it."""
-    configs, out = [a for a in argv if not a.startswith('--')], Path(at_home(own.write))
-    refuse(not configs, '--plan names no config: it takes what is to be trained')
-    refuse(own.write and (out.suffix != '.py' or out.exists() or not out.stem.isidentifier()),
-           f'--write is {own.write}, it must be a new file with a name like my_plan.py')
-    known = runs_known(Path(at_home(own.plan_runs)) if own.plan_runs else RUNS)
-    s, ideas = train.read_settings(argv)
-    cpu, card = train.choose_device(s) == 'cpu', 'card' in given
-    typed = {k: vars(s)[k] for k, at in ideas.set_at.items() if at.startswith('--')}
-    p, residuals = law_of_repeats(known)
-    here = Choices(s, argv, ideas, known, own.most_params, own.text_words, card or not cpu)
-    seconds = 60 * s.budget_minutes
-    if s.budget_counts == 'all':                # a tenth measures; starting, and compiling on a CPU, take their time
-        seconds = min(TRAINED * seconds, 0.9 * seconds - (30 if s.budget_minutes >= 5 else 10))
-    if s.compile == 'auto' and s.budget_minutes < 5 and cpu:
-        s.compile = 'off'                       # as the run itself
-    if card:
-        here.suppose(card_peak(own) * own.card_mfu)
-    which, tokens, began = int(abs(np.log(here.sizes / 2 ** 18)).argmin()), 1e6, time.monotonic()
-    while not card and time.monotonic() - began < 90 and here.shapes[which][0] not in here.seconds:
-        here.measure(which, tokens)             # until what is planned has been measured
-        row = here.best(p, seconds)[0]
-        which, tokens = int(row[5]), row[2] / here.bytes_a_token[int(row[5])]
-    first, *_ = rows = here.best(p, seconds)
-    same = rows[:, 3:5] == first[3:5]
-    others = {'a smaller model': rows[:, 0] < first[0] / 1.8, 'a larger one': rows[:, 0] > 1.8 * first[0],
-              'one model' if first[3] > 1 else 'several models': (rows[:, 3] > 1) != (first[3] > 1),
-              'half the reading': same.all(1) & (rows[:, 5] == first[5]) & (abs(rows[:, 2] / first[2] - 0.5) < 0.1),
-              f'{"without" if first[4] else "with"} {THINNED}': ~same[:, 1]}
-    shown = {'the plan': first} | {name: rows[like.argmax()] for name, like in others.items() if like.any()}
-    shown |= {'twice the time': here.best(p, 2 * seconds)[0], 'twice the text': here.best(p, seconds, 2)[0]}
-    table = [dict(what=name) | here.described(p, residuals, row) for name, row in shown.items()]
-    far = [f'{what} are {value / most:.1f} times the most' for what, value, most in zip(
-        ('parameters', 'bytes of text', 'bytes read', 'members'), first, known.max(0)) if value > 1.5 * most]
-    machine = f'{own.card} at {own.card_mfu:.0%} of its peak' if card else 'this machine'
-    said = [f'Of {s.budget_minutes:g} minutes of {machine}, {here.text["tokens"]:,.0f} tokens of text and at most '
-            f'{own.most_params:,.0f} parameters, expected of', '', *text_table(PLANNED, table), '',
-            f'tokens: that each member reads. bits per byte: by a law that is within '
-            f'{abs(np.expm1(residuals)).max():.1%} of {len(known)} runs ({own.plan_runs or "config/law.tsv"}); '
-            f'in brackets nine of ten redraws. Other text has other bits per byte.']
-    said += [f'Beyond what those runs show, so trust the order more than the number: {", ".join(far)} of theirs.'] * bool(far)
-    print('\n'.join(said))
-    draw_plan(configs, '\n'.join(said), here, p, first, s.budget_minutes, seconds)
-    if own.write:
-        write_plan(out, configs, vars(s), typed | here.settings(first, seconds), table[0])
-
-
-def draw_plan(configs, text, here, p, first, minutes, seconds):
-    """The page of a plan: what time buys, and where reading again stops paying."""
-    def chart(title, note, x, lines):
-        lines = {name: (np.log(at), expected(p, np.array(rows))) for name, (at, rows) in lines.items()}
-        return dots(title, note, x, [(name, at, bpb[0], at, bpb) for name, (at, bpb) in lines.items()])
-
-    longer, epochs, shares = 2.0 ** np.arange(-4, 5), np.geomspace(1, 100, 40), (0.25, 1, 4)
-    size, bytes_, _, members, thinned, _ = first
-    again = {f'{share:g} of the text': (epochs, [
-        (size, share * bytes_, share * bytes_ * n, members, thinned) for n in epochs]) for share in shares}
-    root = Path('out/plan') / '+'.join(Path(c).stem for c in configs)
-    root.mkdir(parents=True, exist_ok=True)
-    sample.write_page(root / 'plan.html', f'What {" ".join(configs)} should be', blocks=[
-        dict(kind='text', title='The plan', text=text),
-        chart('What time buys', 'The best plan for each time.', 'minutes', {
-            'the best': (minutes * longer, [here.best(p, n * seconds)[0] for n in longer])}),
-        chart('Where reading again stops paying', f'{int(members)} of {size:,.0f} parameters.', 'epochs', again)])
-    print(f'{root / "plan.html"} draws it')
-
-
-def write_plan(path, configs, before, settings, told):
-    """The plan as a config, to be stacked on those that it was made for."""
-    ideas = [declaring(k) for k in settings if k in (SEVERAL, THINNED) and k not in before]
-    seams = {idea.stem: re.findall(rf'^class ({"|".join(prepare_data.SEAMS)})\(', idea.read_text(), re.M) for idea in ideas}
-    lines = [f'"""The plan of bench_mfu.py for {"+".join(configs)}: {told["val_bpb"]} bits per byte expected.', '',
-             f'    python train.py {" ".join(configs)} {path}', '"""',
-             *(f'from config.{name} import {", ".join(classes)}' for name, classes in sorted(seams.items())),
-             *(f'{k} = {v!r}' for k, v in settings.items())]
-    sample.write_beside(path, lambda f: f.write('\n'.join([*lines, '']).encode()))
-    print(f'{path} is written: python train.py {" ".join(configs)} {path}')
-
-
 # ---- leaderboard -------------------------------------------------------------------------------------------
 
 # of the public "lLM leaderboard", which does not give its split of the data
@@ -1849,16 +1109,15 @@ def measure_all(s, ideas, argv):
 
 def main(argv):
     if {'-h', '--help'} & set(argv):
-        return print(__doc__)
-    own, rest, given = own_options(words := joined(argv))
+        return print(__doc__, docs('bench'), sep='\n')
+    own, rest, words, modules = own_options(argv)
+    refuse(len(modules) > 1, f'{" and ".join(map(name_of, modules))} are asked for: one at a time')
+    if modules:
+        return modules[0].main(own, rest, argv)
     if own.leaderboard:
         return leaderboard(own, rest)
-    if own.predict:
-        return predict(rest)
-    if own.plan:
-        return plan(own, rest, given)
-    if own.compare or own.doll or 'sweep' in given:
-        return compare_runs(own, rest, argv, *([dolls] if own.doll else [] if own.compare else [swept, keep_sweep]))
+    if own.compare:
+        return compare_runs(own, rest, argv)
     s, ideas = train.read_settings(words, TABLES)
     if s.compile_for:
         return compile_for(s, ideas)

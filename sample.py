@@ -4,15 +4,12 @@
     python sample.py out/quickstart "Mia left the kite" --samples 3    three continuations at once
     python sample.py out/quickstart --file prompts.txt                 one continuation a line
     python sample.py out/quickstart --interactive                      a prompt at a time, until an empty line
-    python sample.py out/taught --chat                                 what one says and what it answers, in turn
-    python sample.py out/babylm "Who was Ada?" --retrieve notes        with what notes/ says of it before
     python sample.py out/babylm --eval=all                             bits per byte, and all of data/eval
     python sample.py out/babylm --eval=blimp,my_pairs.jsonl            two evaluation sets
     python sample.py out/babylm config/my_measure.py --eval=mine       what an idea measures
     python sample.py data/babylm-bpe8192 --eval=all                    fetch BLiMP, tokenize all of data/eval
     python sample.py out/quickstart "Mia" --stats                      and what that took in energy and cache
     python sample.py out/babylm --export html                          the model in a page that opens anywhere
-    python sample.py --serve out/quickstart out/babylm                 a page and a JSON API, for one run or two
     python sample.py out/babylm --export hf                            for transformers; gguf for llama.cpp
     python sample.py out/babylm --export int8                          out/babylm/int8, a smaller run; or int4
 
@@ -22,30 +19,20 @@ and Energy.
 import argparse
 import base64
 import codecs
-import collections
-import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
 import functools
 import glob
 import hashlib
-import hmac
-import http.server
 import json
 import lzma
 import math
 import os
 import pickle
 import platform
-import queue
 import re
-import secrets
-import select
-import shlex
 import shutil
-import socket
-import stat
 import subprocess
 import sys
 import tarfile
@@ -67,8 +54,8 @@ except ImportError:                             # Windows
     fcntl = resource = None
 
 import prepare_data
-from config import CONFIG, UserError, at_home, in_words, load_idea, name_of, print_without_fail, refuse
-from model import GPT, IN_USE, KVCache, configured, sample_token
+from config import UserError, at_home, docs, in_words, print_without_fail, refuse, verb, verbs
+from model import IN_USE, KVCache, configured
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
 
@@ -202,7 +189,7 @@ def open_run(run, device='cpu', argv=()):
 
     argv: what the command line says of it, configs of further ideas and --key=value of what ideas declare.
     """
-    state, path = read_checkpoint(run, (3, *formats())), Path(run).expanduser()
+    state, path = read_checkpoint(run, (3, *verbs('export'))), Path(run).expanduser()
     folder = path if path.is_dir() else path.parent
     tokenizer = prepare_data.load_tokenizer(folder)
     if hashlib.sha256(tokenizer.blob).hexdigest() != state['tokenizer']:
@@ -226,7 +213,7 @@ def open_run(run, device='cpu', argv=()):
     try:
         model = model.to(device).eval()
         if state['version'] != 3:
-            format_of(state['version']).load(model, state, device)
+            verb('export', state['version']).load(model, state, device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f'--device is {device!r}, and torch cannot use it here: try cpu') from e
     return SimpleNamespace(folder=folder, model=model, tokenizer=tokenizer, ideas=ideas, state=state,
@@ -276,18 +263,6 @@ def page_with_hashes(name, ideas=''):
     inline = re.findall(r'<(?:style|script(?: id="\w+")?)>(.*?)</(?:style|script)>', page, re.S)
     hashes = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in inline)
     return page, ' '.join(f"'sha256-{digest}'" for digest in hashes)
-
-
-# ---- other formats -----------------------------------------------------------------------------------------
-
-def formats():
-    """What --export writes: config/export_<format>.py, whose write(run) does it. One that writes a checkpoint,
-    of a version that is its own name, has load(model, state, device) to read it."""
-    return [path.stem.removeprefix('export_') for path in sorted(CONFIG.glob('export_*.py'))]
-
-
-def format_of(kind):
-    return load_idea(CONFIG / f'export_{kind}.py', '')
 
 
 # ---- completing --------------------------------------------------------------------------------------------
@@ -363,323 +338,6 @@ def continuations(model, tokenizer, prompts, max_new_tokens, temperature, genera
         for i in batch:
             made[i] = texts[i]
     return made, ended
-
-
-# ---- chatting ----------------------------------------------------------------------------------------------
-
-def chat_ids(tokenizer, messages, room=None):
-    """The ids of a chat, [{'role', 'content'}...], up to where the assistant answers: BOS, for each message
-    its role and its text, and the assistant's role. An answer ends at one of tokenizer.ends.
-
-    room: at most so many ids: what was said first goes first, then the beginning of the last message.
-    """
-    turns = []
-    for message in messages:
-        role = message['role']
-        refuse(role not in tokenizer.roles, f'a message has the role {role!r}, this model knows '
-               f'{", ".join(tokenizer.roles) or "none"}: leave it out')
-        turns.append([tokenizer.roles[role], *tokenizer.encode(message['content'])])
-    room = math.inf if room is None else room - 2
-    while len(turns) > 1 and sum(map(len, turns)) > room:
-        del turns[0]
-    if turns and len(turns[0]) > room:
-        turns[0][1:] = turns[0][len(turns[0]) - room + 1:]
-    return [tokenizer.bos, *(i for turn in turns for i in turn), tokenizer.roles['assistant']]
-
-
-def chat(run, args, generator):
-    """Answers a prompt, or what is typed, in turn until an empty line; returns its tokens' number. A quarter
-    of the context is kept for an answer."""
-    model, tokenizer, messages, made = run.model, run.tokenizer, [], 0
-    refuse(not tokenizer.roles, f'{args.run} was not taught to chat, its vocabulary has no roles: continue a '
-           f'text with --interactive, or name a run that was taught')
-    for text in [args.prompt] if args.prompt else iter(lambda: input('> '), ''):
-        messages.append(dict(role='user', content=text))
-        ids, pieces = chat_ids(tokenizer, messages, model.config.block_size * 3 // 4), []
-        for piece in stream(model, tokenizer, ids, args.max_new_tokens, generator=generator, **drawn_by(args)):
-            print(piece, end='', flush=True)
-            pieces.append(piece)
-        print()
-        messages.append(dict(role='assistant', content=''.join(pieces)))
-        made += len(pieces) - 1                  # the last is no token
-    return made
-
-
-# ---- retrieval: passages of text files, and which of them a prompt is about --------------------------------
-
-K1, B = 1.2, 0.75        # BM25: how soon repeats of a word no longer count; how much a passage's length does
-MOST_FILE = 1 << 28      # bytes of a file that is read
-
-
-@functools.lru_cache(1 << 20)
-def hash_of(word):
-    return int.from_bytes(hashlib.blake2b(word.encode('utf-8', 'replace'), digest_size=8).digest(), 'little')
-
-
-def terms_of(text):
-    """(words,) uint64: hashes of a text's words in lower case."""
-    return np.array([hash_of(word) for word in re.findall(r'\w+', text.lower())], np.uint64)
-
-
-@functools.lru_cache(2)
-def breaks_of(tokenizer):
-    """(5, V): whether a token ends a line, is nothing else, ends a paragraph, ends a sentence, begins a word;
-    (V,): whether it begins inside a character."""
-    table = tokenizer.table
-    return np.array([[p.endswith(b'\n'), p.endswith(b'\n') and not p.strip(), b'\n\n' in p or b'\n\r\n' in p,
-                      p.rstrip(b' \r\n"\')').endswith((b'.', b'!', b'?')), p[:1].isspace()] for p in table],
-                    bool).T, np.array([len(p) > 0 and 0x80 <= p[0] < 0xC0 for p in table])
-
-
-def cut(ids, tokenizer, size):
-    """Where passages of at most `size` of these ids part, 0 and their number included: in the later half of
-    each behind the last paragraph that ends there, else a sentence, else a line or word, else anywhere but in
-    a character."""
-    ids = np.asarray(ids, np.int64)
-    of, inside = breaks_of(tokenizer)
-    line, empty, paragraph, sentence, word = of[:, ids]
-    paragraph[1:] |= empty[1:] & line[:-1]
-    rank = np.maximum.reduce([3 * paragraph, 2 * sentence, 1 * line])
-    rank[:-1] = np.where(inside[ids[1:]], -1, np.maximum(rank[:-1], word[1:]))
-    ends = [0]
-    while len(ids) - ends[-1] > size:
-        first = ends[-1] + size // 2
-        ends.append(ends[-1] + size - int(rank[first:ends[-1] + size][::-1].argmax()))
-    return [*ends, len(ids)] if len(ids) else ends
-
-
-class BM25:
-    """Which passages have the words of a text, by Okapi BM25 (Robertson 1994; Robertson and Zaragoza 2009).
-
-    terms (V,): hashes of words, ascending; starts (V + 1,): where the postings of each begin; passages,
-    counts (P,): of a posting, where and how often the word is; lengths (N,): words of each passage. All may
-    be memory-mapped.
-    """
-    ARRAYS = 'terms', 'starts', 'passages', 'counts', 'lengths'
-
-    def __init__(self, terms, starts, passages, counts, lengths):
-        self.terms, self.starts, self.passages, self.counts = terms, starts, passages, counts
-        self.lengths = lengths
-        self.norm = K1 * (1 - B + B * lengths / max(1.0, np.mean(lengths))) if len(lengths) else lengths
-
-    @classmethod
-    def of(cls, rows, old=None, place=()):
-        """Of the words of passages, pairs of a passage's number and an array of terms_of; and of all passages
-        of an older one that have a place among them: place[number there] is the number here, -1 is none."""
-        found = [(number, *np.unique(row, return_counts=True), len(row)) for number, row in rows]
-        numbers, terms, counts, sizes = zip(*found) if found else [()] * 4
-        term = np.concatenate([*terms, np.zeros(0, np.uint64)])
-        where = np.repeat(np.array(numbers, np.int64), [len(t) for t in terms])
-        count = np.concatenate([*counts, np.zeros(0, np.int64)])
-        if old is not None:
-            stays = place[old.passages] >= 0
-            term = np.append(term, np.repeat(old.terms, np.diff(old.starts))[stays])
-            where, count = np.append(where, place[old.passages][stays]), np.append(count, old.counts[stays])
-            numbers, sizes = [*numbers, *place[place >= 0]], [*sizes, *old.lengths[place >= 0]]
-        lengths = np.zeros(len(numbers), np.int32)
-        lengths[np.array(numbers, np.int64)] = sizes
-        order = np.lexsort((where, term))
-        terms, starts = np.unique(term[order], return_index=True)
-        return cls(terms, np.append(starts, len(order)), where[order].astype(np.int32),
-                   count[order].clip(max=65535).astype(np.uint16), lengths)
-
-    def best(self, words, k, but=(0, 0), most=1 << 20):
-        """The numbers and scores of the k passages that fit words of terms_of best, best first, of equals the
-        first first; but those from but[0] to but[1]. Rare words count most: common ones are left out that
-        would come to more than `most` postings."""
-        words = np.unique(words)
-        at = np.searchsorted(self.terms, words)
-        words, at = words[at < len(self.terms)], at[at < len(self.terms)]
-        at = at[self.terms[at] == words]
-        often = self.starts[at + 1] - self.starts[at]
-        rare = np.argsort(often, kind='stable')
-        rare = rare[np.cumsum(often[rare]) <= most]
-        score, n, met = np.zeros(len(self.lengths)), len(self.lengths), [np.zeros(0, np.int64)]
-        for i, df in zip(at[rare], often[rare]):
-            where, tf = (x[self.starts[i]:self.starts[i + 1]] for x in (self.passages, self.counts))
-            score[where] += math.log1p((n - df + 0.5) / (df + 0.5)) * (K1 + 1) * tf / (tf + self.norm[where])
-            met.append(where)
-        score[but[0]:but[1]] = 0
-        met = np.concatenate(met)
-        met = np.unique(met) if len(met) < n // 8 else np.flatnonzero(score)     # a sort, or all of them
-        met = met[score[met] > 0]
-        if len(met) > k:
-            met = met[score[met] >= np.partition(score[met], -k)[-k]]
-        met = met[np.lexsort((met, -score[met]))[:k]]
-        return met, score[met]
-
-
-class Passages:
-    """The passages of a folder's text files, of at most `size` tokens each, and BM25 over them.
-
-    Links are not followed, hidden files are passed over; what is not UTF-8 text is left out with a word. The
-    index lies in `kept`, a folder of ours, memory-mapped; files that are new, changed (by size and time, then
-    by digest) or gone since are taken in or out as it is opened. One that is damaged is made again.
-    """
-
-    def __init__(self, folder, tokenizer, size, kept, say):
-        self.root, self.tokenizer, self.size, self.say = Path(folder).resolve(), tokenizer, size, say
-        refuse(not self.root.is_dir(), f'{folder} is no folder: name one that holds files of text')
-        self.kept, self.what = Path(kept), f'1 {hashlib.sha256(tokenizer.blob).hexdigest()} {size}'
-        self.files, self.spans, self.index = {}, np.zeros((0, 2), np.int64), None
-        self.open()
-        self.update()
-        self.ends = np.cumsum([of['passages'] for of in self.files.values()])
-
-    def open(self):
-        """What was kept, if it is whole and of this tokenizer and size."""
-        if not self.kept.exists():
-            return
-        try:
-            told = json.loads((self.kept / 'index.json').read_text())
-            if told['what'] != self.what:
-                return
-            for name, digest in told['digests'].items():
-                changed = prepare_data.sha256_of(self.kept / f'{name}.npy') != digest
-                refuse(changed, f'{name}.npy is not what was written')
-            refuse(self.check(told['files']) != told['check'], 'index.json is not what was written')
-            self.files, (self.spans, self.index) = told['files'], self.mapped()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as e:
-            self.say(f'{self.kept} is damaged ({e}): it is made again')
-
-    @staticmethod
-    def check(files):
-        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-    def mapped(self):
-        """The spans and the BM25 that were kept."""
-        spans, *arrays = (np.load(self.kept / f'{name}.npy', mmap_mode='r')
-                          for name in ('spans', *BM25.ARRAYS))
-        return spans, BM25(*arrays)
-
-    def names(self):
-        """Names of the files of the folder that are candidates, in order."""
-        def stop(e):
-            self.say(f'left out: {prepare_data.clipped(e.filename)}, {e.strerror}')
-
-        for folder, below, names in os.walk(self.root, onerror=stop):       # links to folders are not walked
-            if any(ours <= {*names} for ours in (*prepare_data.OURS, {'index.json', 'spans.npy'})):
-                names, below[:] = [], []
-            below[:] = sorted(name for name in below if name[0] != '.')
-            yield from (os.path.relpath(os.path.join(folder, name), self.root) for name in sorted(names)
-                        if name[0] != '.' and not os.path.islink(os.path.join(folder, name)))
-
-    @contextlib.contextmanager
-    def opened(self, name):
-        """A file of the folder, neither a link nor a pipe, with its size and time."""
-        flags = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
-        path = self.root / name
-        refuse(path.resolve() != path, 'it is a link')           # or a folder on the way to it has become one
-        with open(os.open(path, os.O_RDONLY | flags), 'rb') as f:
-            of = os.fstat(f.fileno())
-            refuse(not stat.S_ISREG(of.st_mode), 'it is no file')
-            refuse(of.st_size > MOST_FILE, f'it is larger than {MOST_FILE >> 20} MiB')
-            yield f, [of.st_size, of.st_mtime_ns]
-
-    def update(self):
-        """Takes in what is new or changed and out what is gone; kept again if anything was."""
-        files, spans, rows, changed, n = {}, [self.spans[:0]], [], False, 0
-        firsts = dict(zip(self.files, np.cumsum([0, *(of['passages'] for of in self.files.values())])))
-        place = np.full(len(self.spans), -1)
-        for name in self.names():
-            of, old = dict(passages=0), self.files.get(name, {})
-            try:
-                with self.opened(name) as (f, of['seen']):
-                    if of['seen'] != old.get('seen'):
-                        changed, of['digest'] = True, hashlib.file_digest(f, 'sha256').hexdigest()
-                    if of.get('digest', old.get('digest')) == old.get('digest'):
-                        of = {**old, 'seen': of['seen']}
-                    else:
-                        f.seek(0)
-                        made = [*self.passages(f)]
-                        spans.append(np.array([span for span, _ in made], np.int64).reshape(-1, 2))
-                        rows += [(n + i, terms) for i, (_, terms) in enumerate(made)]
-                        of['passages'] = len(made)
-            except (OSError, UserError, UnicodeDecodeError) as e:
-                text = not isinstance(e, UnicodeDecodeError)
-                of['left_out'] = str(getattr(e, 'strerror', e)) if text else 'it is not UTF-8 text'
-                changed |= 'left_out' not in old
-            if 'left_out' not in of and of.get('digest') == old.get('digest'):
-                first = firsts[name]
-                place[first:first + of['passages']] = n + np.arange(of['passages'])
-                spans.append(self.spans[first:first + of['passages']])
-            files[name], n = of, n + of['passages']
-        if changed or files.keys() != self.files.keys() or self.index is None:
-            self.files, self.spans = files, np.concatenate(spans)
-            self.index = BM25.of(rows, self.index, place)
-            self.keep()
-        if left := [(name, of['left_out']) for name, of in files.items() if 'left_out' in of]:
-            self.say(f'left out: {prepare_data.clipped(left[0][0])}, {left[0][1]}'
-                     + f'; and {len(left) - 1:,} more' * (len(left) > 1))
-
-    def passages(self, f):
-        """((first byte, end), terms) of each passage of an open file; UnicodeDecodeError if it is no text."""
-        decoder, end = codecs.getincrementaldecoder('utf-8')(), 3 * (f.read(3) == codecs.BOM_UTF8)
-        f.seek(end)
-        while block := f.read(1 << 20) + f.readline(1 << 16):
-            text = decoder.decode(block)
-            if '\0' in text:
-                raise UnicodeDecodeError('utf-8', b'\0', 0, 1, 'a zero')
-            ids = self.tokenizer.encode(text)
-            places = end + np.cumsum([0, *(len(self.tokenizer.table[i]) for i in ids)])
-            parts = cut(ids, self.tokenizer, self.size)
-            for a, b in zip(parts, parts[1:]):
-                if len(terms := terms_of(self.tokenizer.decode(ids[a:b]))):
-                    yield (places[a], places[b]), terms
-            end = places[-1]
-        decoder.decode(b'', final=True)
-
-    def keep(self):
-        """Writes the index, whole or not at all, and maps it; from memory where that cannot be."""
-        arrays = dict(spans=self.spans) | {name: getattr(self.index, name) for name in BM25.ARRAYS}
-        try:
-            with prepare_data.whole_or_nothing(self.kept) as temp:
-                for name, array in arrays.items():
-                    np.save(temp / f'{name}.npy', array)
-                digests = {name: prepare_data.sha256_of(temp / f'{name}.npy') for name in arrays}
-                told = dict(what=self.what, digests=digests, files=self.files, check=self.check(self.files))
-                (temp / 'index.json').write_text(json.dumps(told))
-        except UserError as e:
-            return self.say(f'the index is not kept: {str(e).partition(";")[0]}')
-        self.spans, self.index = self.mapped()
-
-    def best(self, prompt, k):
-        """(score, file, number of the passage in it, text) of the k best, best first."""
-        for number, score in zip(*self.index.best(terms_of(prompt), k)):
-            at = int(np.searchsorted(self.ends, number, side='right'))
-            name = [*self.files][at]
-            try:
-                with self.opened(name) as (f, seen):
-                    refuse(seen != self.files[name]['seen'], 'it has changed meanwhile')
-                    f.seek(self.spans[number, 0])
-                    text = f.read(self.spans[number, 1] - self.spans[number, 0]).decode(errors='replace')
-                first = self.ends[at] - self.files[name]['passages']
-                yield float(score), name, int(number - first), text.strip()
-            except (OSError, UserError) as e:
-                self.say(f'left out: {prepare_data.clipped(name)}: {getattr(e, "strerror", e)}')
-
-    def before(self, prompt, k, block_size, length):
-        """Ids to put between BOS and a prompt: at most k passages, best one last, a blank line behind each;
-        `length` tokens that follow, up to a quarter of block_size, find room beside them. Says which."""
-        ids, room = [], block_size - 1 - len(self.tokenizer.encode(prompt)) - min(length, block_size // 4)
-        for score, name, number, text in self.best(prompt, k):
-            more = self.tokenizer.encode(text) + self.tokenizer.encode('\n\n')
-            if len(ids) + len(more) <= room:
-                ids = more + ids
-                self.say(f'{score:7.2f}  {prepare_data.clipped(name)}, passage {number + 1}: '
-                         f'{prepare_data.clipped(text, 60)}')
-        if not ids:
-            self.say('no passage has a word of the prompt, or fits before it')
-        return ids
-
-
-def open_passages(run, folder):
-    """Passages of a folder, a quarter of the model's context long each. The index stands in the run's folder,
-    as it is of its tokenizer: nothing is written into the user's."""
-    path = Path(folder).resolve()
-    kept = f'passages-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}'
-    return Passages(folder, run.tokenizer, run.model.config.block_size // 4, run.folder / kept,
-                    functools.partial(print, file=sys.stderr))
 
 
 # ---- bits per byte -----------------------------------------------------------------------------------------
@@ -1426,555 +1084,6 @@ def say_cost(how, marks, tokens, args):
         print('  not to be trusted below 30 s: ask for more --samples or --max_new_tokens')
 
 
-# ---- a server ----------------------------------------------------------------------------------------------
-
-ROWS, WAITING, CONNECTIONS = 4, 32, 64      # answers made at once by a model, answers that may wait, sockets
-BODY, TOKENS, PATIENCE = 65536, 2048, 20    # bytes of a request, tokens of an answer, seconds to send or take it
-USUAL = dict(temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=1, max_tokens=256)
-
-
-class Declined(Exception):
-    """A request that is answered with a status and a sentence."""
-
-    def __init__(self, status, sentence):
-        super().__init__(sentence)
-        self.status = status
-
-
-def numbers_of(body, usual):
-    """How tokens are drawn, by what a request says."""
-    found = {}
-    for name, (low, high) in (DRAWN | dict(seed=(0, 2 ** 63 - 1), max_tokens=(1, TOKENS))).items():
-        value = usual[name] if body.get(name) is None else body[name]
-        if type(value) not in (int, type(usual[name])) or not low <= value <= high:
-            whole = 'whole ' * isinstance(usual[name], int)
-            raise Declined(400, f'{name} must be a {whole}number from {low:g} to {high:g}')
-        found[name] = value
-    return SimpleNamespace(**found)
-
-
-def field_of(body, name):
-    """A field that must hold text, in characters that UTF-8 has."""
-    text = body.get(name)
-    if not isinstance(text, str):
-        raise Declined(400, f'{name} must be text')
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Declined(400, f'{name} has half of a surrogate pair, which is no character') from None
-    return text
-
-
-class Answer:
-    """A continuation that is being made: its dice, and in `events` what its reader gets, a dict a token, at
-    last one with `why` it ended."""
-
-    def __init__(self, lane, ids, chosen, options):
-        self.lane, self.prompt, self.options = lane, ids, options
-        self.ids, self.made, self.stopped, self.events = [*ids, *chosen], 0, False, queue.SimpleQueue()
-        self.dice = torch.Generator(device=lane.device).manual_seed(options.seed)
-        self.ends = lane.tokenizer.ends
-        self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        self.decoder.decode(b''.join(map(lane.tokenizer.token_bytes, chosen)))
-        self.began = time.monotonic()
-
-    def draw(self, logits):
-        """Takes one more token by logits (V,); True if it was the last."""
-        ids = torch.tensor([self.ids[-self.lane.model.config.block_size:]], device=logits.device)
-        new = sample_token(logits[None], generator=self.dice, before=ids, **drawn_by(self.options)).item()
-        if new in self.ends:
-            return self.end('end')
-        self.ids.append(new)
-        self.made += 1
-        told = self.lane.told(logits.log_softmax(-1), new)
-        self.events.put(told | dict(text=self.decoder.decode(self.lane.tokenizer.token_bytes(new))))
-        return self.stopped and self.end('stopped') or self.made == self.options.max_tokens and self.end('length')
-
-    def end(self, why):
-        rest = self.decoder.decode(b'', final=True)
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        self.events.put(dict(why=why, tokens=self.made, tok_per_sec=self.made / seconds, rest=rest))
-        return True
-
-
-class Lane:
-    """A model that is served: up to ROWS answers side by side, each a row of one cache.
-
-    A row's arithmetic does not know of the others, and there are always ROWS of them, or steps are compiled
-    (GPT.compile_step), so an answer is the same whoever else is served.
-    """
-
-    def __init__(self, name, run):
-        owner = next(c for c in type(run.model).__mro__ if 'generate' in vars(c))
-        refuse(owner is not GPT, f'{name_of(owner)} generates in a way of its own, which the server does not know: '
-               f'serve another run than {run.folder}')
-        self.name, self.run, self.model, self.tokenizer = name, run, run.model, run.tokenizer
-        self.device, self.waiting = run.model.wte.weight.device, collections.deque()
-        alone = type(run.model).hints is not GPT.hints       # what it is told is of a prompt, not of a row
-        self.rows, self.hints = [None] * (1 if alone else ROWS), {}
-        self.read = [0] * len(self.rows)         # tokens that are in a row of the cache
-        self.cache = KVCache(run.model, len(self.rows))
-        self.cache.go_apart()
-        self.made, self.tokens, self.seconds, self.joules = 0, 0, 0.0, 0.0     # made: since the desk was idle
-
-    def told(self, logp, token, most=5):
-        """What a reader is told of a token, by the model's own log-probabilities (V,)."""
-        top, ids = logp.topk(min(most, len(logp)))
-        others = [dict(id=i, text=self.tokenizer.decode([i]), p=math.exp(p)) for i, p in zip(ids.tolist(), top.tolist())]
-        bits = -logp[token].item() / math.log(2)
-        return dict(id=token, bits=bits, p=2 ** -bits, alternatives=others)
-
-    def busy(self):
-        return bool(self.waiting) or any(self.rows)
-
-    @torch.no_grad()
-    def step(self):
-        """Lets waiting answers in, and gives every answer a token more."""
-        began, size = time.monotonic(), self.model.config.block_size
-        for row, answer in enumerate(self.rows):
-            if answer is None and self.waiting:
-                self.rows[row] = answer = self.waiting.popleft()
-                self.take(row, answer, self.fill(row, answer.ids[-size:]))
-        for row, answer in enumerate(self.rows):
-            if answer is None:                   # it reads BOS at its start, over and over, and nobody hears it
-                self.cache.clear(row)
-            elif self.read[row] == size:         # the older half is forgotten, as in GPT.generate
-                self.fill(row, answer.ids[-(size // 2):-1])
-        if going := [(row, answer) for row, answer in enumerate(self.rows) if answer]:
-            rows, cache, step = self.rows, self.cache, self.model.quick_step or self.model.step
-            if self.model.quick_step and len(going) == 1:    # alone it is computed as beside others, and sooner
-                (row, answer), = going
-                rows, cache = [answer], cache.row(row)
-            new = [[answer.ids[-1] if answer else self.tokenizer.bos] for answer in rows]
-            logits = step(torch.tensor(new, device=self.device), cache, **self.hints)
-            for row, answer in going:
-                self.read[row] += 1
-                self.take(row, answer, logits[rows.index(answer)])
-        self.seconds += time.monotonic() - began
-
-    def fill(self, row, ids):
-        """A row of the cache reads ids from the start; the logits (V,) of what follows."""
-        one, idx = KVCache(self.model, 1), torch.tensor([ids], device=self.device)
-        self.hints, self.read[row] = self.model.hints(idx), len(ids)
-        logits = self.model.step(idx, one, **self.hints)
-        self.cache.take(row, one)
-        return logits[0]
-
-    def take(self, row, answer, logits):
-        try:
-            ended = answer.stopped and answer.end('stopped') or answer.draw(logits)
-        except FloatingPointError as e:
-            ended = answer.end(str(e))
-        self.made += 1
-        if ended:
-            self.rows[row] = None
-
-    @torch.no_grad()
-    def known(self, x, y):
-        """What is told of the tokens y (T,) that follow x (T,)."""
-        idx = torch.from_numpy(x)[None].to(self.device)
-        logits = self.model.logits(self.model.trunk(idx, **self.model.hints(idx)))[0]
-        return [self.told(row.log_softmax(-1), token) for row, token in zip(logits, y.tolist())]
-
-
-class Desk(threading.Thread):
-    """The one thread that asks models: it goes round their lanes, a step each, and does what else is to be
-    done with a model in between."""
-
-    def __init__(self, lanes, energy):
-        super().__init__(daemon=True)
-        self.lanes, self.energy, self.jobs, self.news = {lane.name: lane for lane in lanes}, energy, queue.SimpleQueue(), threading.Event()
-        self.start()
-
-    def run(self):
-        while True:
-            self.news.wait()
-            self.news.clear()
-            before = self.energy.mark()
-            while self.work():
-                pass
-            _, *spent = np.subtract(self.energy.mark(), before)
-            made = max(1, sum(lane.made for lane in self.lanes.values()))
-            for lane in self.lanes.values():
-                lane.joules, lane.tokens, lane.made = lane.joules + sum(spent) * lane.made / made, lane.tokens + lane.made, 0
-
-    def work(self):
-        """One round; False when there was nothing to do."""
-        busy = [lane for lane in self.lanes.values() if lane.busy()]
-        for lane in busy:
-            try:
-                lane.step()
-            except Exception as e:               # whatever it is, readers are told and the server lives on
-                for answer in [*filter(None, lane.rows), *lane.waiting]:
-                    answer.end(f'the model failed ({type(e).__name__})')
-                lane.rows[:] = [None] * len(lane.rows)
-                lane.waiting.clear()
-        with contextlib.suppress(queue.Empty):
-            work, done = self.jobs.get_nowait()
-            busy.append(work)
-            try:
-                done.set_result(work())
-            except Exception as e:
-                done.set_exception(e)
-        return bool(busy)
-
-    def ask(self, work):
-        """What work() returns, done between steps."""
-        done = concurrent.futures.Future()
-        self.jobs.put((work, done))
-        self.news.set()
-        return done.result()
-
-    def begin(self, answer):
-        lane = answer.lane
-        if len(lane.waiting) >= WAITING:
-            raise Declined(503, f'{WAITING} answers wait already: try again in a while')
-        lane.waiting.append(answer)
-        self.news.set()
-        return answer
-
-
-def about(lane, run, country):
-    """What /api/models says of a model."""
-    result = run.folder / 'result.json'
-    known = json.loads(result.read_text()) if result.exists() else {}
-    tokens = lane.tokens + lane.made
-    return dict(id=lane.name, about=run.model.describe(), params=run.model.params()['total'],
-                minutes=known['total_seconds'] / 60 if known else None, val_bpb=known.get('val_bpb'),
-                co2_g_per_1000=lane.joules / lane.tokens / 3.6e3 * grid(country) if lane.tokens else None,
-                tok_per_sec=tokens / lane.seconds if tokens else None, block_size=run.model.config.block_size,
-                chat=bool(run.tokenizer.roles), ideas=[name for name, _, named in run.state['ideas'] if named])
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Answers on a port; strangers get sentences. token: what a request must show, '' on loopback alone."""
-    daemon_threads, request_queue_size = True, 64
-
-    def __init__(self, host, port, lanes, energy, token, country):
-        self.desk, self.token, self.country = Desk(lanes, energy), token, country
-        self.open, self.reading = threading.BoundedSemaphore(CONNECTIONS), {}
-        page, hashes = page_with_hashes('serve.html')
-        self.page = page.encode()
-        self.policy = '; '.join(["default-src 'none'", f"script-src {hashes}", f"style-src {hashes}", "connect-src 'self'",
-                                 "img-src data:", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
-        self.address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
-        try:
-            super().__init__((host, port), Handler)
-        except OSError as e:
-            raise UserError(f'{host} port {port} cannot be listened on ({e.strerror}): choose another --port or '
-                            f'--host') from e
-        self.names = None if token else {'localhost', '127.0.0.1', '[::1]'}     # that a browser may know it by
-
-    def process_request(self, request, address):
-        if not self.open.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                request.sendall(b'HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n')
-            return self.shutdown_request(request)
-        self.reading[request] = time.monotonic()
-        super().process_request(request, address)
-
-    def process_request_thread(self, request, address):
-        try:
-            super().process_request_thread(request, address)
-        finally:
-            self.reading.pop(request, None)
-            self.open.release()
-
-    def service_actions(self):
-        """Twice a second: who has not sent a whole request by now sends it too slowly."""
-        for request, since in [*self.reading.items()]:
-            if time.monotonic() - since > PATIENCE:
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request, address):
-        """Clients that go away, above all: nothing to tell."""
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """What is asked of a server, all in JSON but the page; what cannot be is {"error": sentence} with a 4xx.
-
-    GET  /api/models    {models: [{id, about, params, minutes, val_bpb, co2_g_per_1000, tok_per_sec, block_size,
-                        chat, ideas}], max_tokens}; null is not known
-    POST /api/generate  {model, prompt or messages: [{role, content}], ids: chosen tokens to go on from, and what
-                        USUAL names} -> server-sent events: `start` {prompt: tokens}; {id, text, bits, p,
-                        alternatives: [{id, text, p}]} a token; `done` {why: end|length|stopped, tokens,
-                        tok_per_sec, rest: what is left of a character} or `error` {error}. Who closes stops it.
-    POST /api/score     {model, texts: [one or two]} -> {texts: [{bits, bytes, bpb, tokens}], prefers: 0|1|null}
-    GET  /v1/models, POST /v1/completions, /v1/chat/completions: as OpenAI's clients expect, `stream` too
-
-    bits and p are of the model's own distribution. Where there is a token: Authorization: Bearer <token>.
-    """
-    protocol_version, timeout, server_version, sys_version = 'HTTP/1.1', PATIENCE, 'halfhour', ''
-    close_connection = True
-
-    # -- what is asked
-
-    def handle_one_request(self):
-        super().handle_one_request()
-        self.close_connection = True             # a request a connection: nothing of one can leak into the next
-
-    def do_GET(self):
-        self.answer({'/': self.front, '/api/models': self.models, '/v1/models': self.models_v1})
-
-    def do_POST(self):
-        self.answer({'/api/generate': self.generate, '/api/score': self.score, '/v1/completions': self.complete,
-                     '/v1/chat/completions': self.complete})
-
-    def answer(self, routes):
-        self.begun = False
-        try:
-            self.check()
-            if self.path not in routes:
-                known = self.path in ('/', '/api/models', '/v1/models', '/api/generate', '/api/score',
-                                      '/v1/completions', '/v1/chat/completions')
-                raise Declined(405 if known else 404, 'this is not asked in this way' if known else 'there is no such page')
-            if self.command == 'POST':
-                self.body = self.read_body()
-            self.server.reading.pop(self.request, None)
-            routes[self.path]()
-        except Declined as e:
-            self.decline(e.status, str(e))
-        except OSError:                          # the client went away
-            pass
-        except Exception as e:                   # of the model, whatever it be
-            self.decline(500, f'the model failed ({type(e).__name__})')
-
-    def check(self):
-        """Refuses names that are not ours (a page elsewhere may have its own name point here), other pages'
-        requests, and who does not know the token."""
-        host, origin, names = self.headers.get('Host', ''), self.headers.get('Origin'), self.server.names
-        if names and re.sub(r':\d+$', '', host) not in names:
-            raise Declined(403, 'Host is not a name of this server: ask 127.0.0.1')
-        if origin is not None and origin != f'http://{host}':
-            raise Declined(403, 'Origin is another page: open this server\'s own')
-        given = self.headers.get('Authorization', '').removeprefix('Bearer ')
-        if self.server.token and self.path != '/' and not hmac.compare_digest(given.encode(), self.server.token.encode()):
-            raise Declined(401, 'Authorization must be "Bearer " and the token of this server')
-
-    def read_body(self):
-        kind, length = self.headers.get('Content-Type', ''), self.headers.get('Content-Length', '')
-        if kind.partition(';')[0].strip().lower() != 'application/json':
-            raise Declined(415, 'Content-Type must be application/json')
-        if not re.fullmatch(r'\d{1,9}', length):
-            raise Declined(411, 'Content-Length must be a number')
-        if int(length) > BODY:
-            raise Declined(413, f'a request may have {BODY} bytes at most')
-        raw = self.rfile.read(int(length))
-        if len(raw) < int(length):
-            raise Declined(400, 'the request ends before its Content-Length')
-        try:
-            body = json.loads(raw.decode(), parse_constant=float)
-        except (ValueError, RecursionError):
-            raise Declined(400, 'the body must be JSON in UTF-8') from None
-        if not isinstance(body, dict):
-            raise Declined(400, 'the body must be an object, {...}')
-        return body
-
-    # -- what is said
-
-    def say(self, status, kind, body, **headers):
-        self.begun = True
-        self.send_response(status)
-        for name, value in {'Content-Type': kind, 'Content-Length': len(body), 'X-Content-Type-Options': 'nosniff',
-                            'Cross-Origin-Resource-Policy': 'same-origin', 'Referrer-Policy': 'no-referrer',
-                            'Cache-Control': 'no-store', 'Connection': 'close', **headers}.items():
-            if value is not None:
-                self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def say_json(self, data, status=200):
-        self.say(status, 'application/json', as_json(data).encode())
-
-    def decline(self, status, sentence):
-        if not self.begun:
-            as_openai = self.path.startswith('/v1/')
-            error = dict(message=sentence, type='invalid_request_error', param=None, code=None) if as_openai else sentence
-            self.say_json(dict(error=error), status)
-
-    def send_error(self, status, message=None, explain=None):
-        """What http.server finds wrong with a request, said as all else is."""
-        self.begun, self.path = False, getattr(self, 'path', '')
-        with contextlib.suppress(OSError):
-            self.decline(status, message or 'this is no request that the server knows')
-
-    def log_message(self, *args):
-        """Nothing is logged of what is asked."""
-
-    def event(self, data, name=None):
-        self.wfile.write((f'event: {name}\n' * bool(name) + f'data: {data if isinstance(data, str) else as_json(data)}\n\n').encode())
-
-    # -- pages
-
-    def front(self):
-        self.say(200, 'text/html; charset=utf-8', self.server.page, **{'Content-Security-Policy': self.server.policy})
-
-    def models(self):
-        lanes = self.server.desk.lanes.values()
-        self.say_json(dict(models=[about(lane, lane.run, self.server.country) for lane in lanes], max_tokens=TOKENS))
-
-    def models_v1(self):
-        self.say_json(dict(object='list', data=[dict(id=name, object='model', created=0, owned_by='halfhour')
-                                                for name in self.server.desk.lanes]))
-
-    def lane(self):
-        name, lanes = self.body.get('model'), self.server.desk.lanes
-        if not isinstance(name, str) or name not in lanes:
-            raise Declined(404, f'model must be one of {", ".join(lanes)}')
-        return lanes[name]
-
-    def prompt(self, lane, chat):
-        """Ids that an answer goes on from."""
-        if not chat:
-            return [lane.tokenizer.bos, *lane.tokenizer.encode(field_of(self.body, 'prompt'))]
-        messages, roles = self.body['messages'], lane.tokenizer.roles
-        if not roles:
-            raise Declined(400, f'{lane.name} continues text and was not taught to chat: send a prompt')
-        if not isinstance(messages, list) or not messages or not all(
-                isinstance(m, dict) and m.get('role') in [*roles] and isinstance(m.get('content'), str) for m in messages):
-            raise Declined(400, f'messages must be a list of {{role, content}}, role one of {", ".join(roles)}')
-        return chat_ids(lane.tokenizer, [m | dict(content=field_of(m, 'content')) for m in messages])
-
-    def generate(self):
-        lane, chosen = self.lane(), self.body.get('ids') or []
-        options, ids = numbers_of(self.body, USUAL), self.prompt(lane, 'messages' in self.body)
-        if not isinstance(chosen, list) or len(chosen) > TOKENS or not all(
-                type(i) is int and 0 <= i < lane.model.config.vocab_size for i in chosen):
-            raise Declined(400, f'ids must be a list of at most {TOKENS} token ids')
-        answer = self.server.desk.begin(Answer(lane, ids, chosen, options))
-        self.say(200, 'text/event-stream', b'', **{'Content-Length': None})
-        try:
-            self.event(dict(prompt=[dict(id=i, text=lane.tokenizer.decode([i]), bits=None) for i in ids]), 'start')
-            for told in self.events_of(answer):
-                if 'why' not in told:
-                    self.event(told)
-                elif told['why'] in ('end', 'length', 'stopped'):
-                    self.event(told, 'done')
-                else:
-                    self.event(dict(error=told['why']), 'error')
-        finally:
-            answer.stopped = True
-
-    def events_of(self, answer):
-        """What an answer tells; a client that has gone away is noticed between two events."""
-        while True:
-            try:
-                told = answer.events.get(timeout=0.25)
-            except queue.Empty:
-                if self.gone():
-                    raise ConnectionError from None
-                continue
-            yield told
-            if 'why' in told:
-                return
-            if self.gone():
-                raise ConnectionError
-
-    def gone(self):
-        """Whether the client has closed: it has nothing more to send."""
-        ready, _, _ = select.select([self.connection], [], [], 0)
-        return bool(ready) and self.connection.recv(1, socket.MSG_PEEK) == b''
-
-    def score(self):
-        lane, texts = self.lane(), self.body.get('texts')
-        if not isinstance(texts, list) or not 1 <= len(texts) <= 2:
-            raise Declined(400, 'texts must be a list of one or two texts')
-        texts = [field_of(dict(texts=text), 'texts') for text in texts]
-        found = [self.scored(lane, text) for text in texts]
-        bits = [f['bits'] for f in found]
-        apart = len(bits) == 2 and bits[0] != bits[1]
-        self.say_json(dict(texts=found, prefers=int(bits[1] < bits[0]) if apart else None))
-
-    def scored(self, lane, text):
-        """Bits of a text from its BOS on, and what is told of each of its tokens; a window at a time, so that
-        answers go on meanwhile."""
-        ids, decoder = np.array([lane.tokenizer.bos, *lane.tokenizer.encode(text)]), codecs.getincrementaldecoder('utf-8')()
-        told = [token for window in windows(ids, lane.model.config.block_size)
-                for token in self.server.desk.ask(functools.partial(lane.known, *window))]
-        told = [token | dict(text=decoder.decode(lane.tokenizer.token_bytes(token['id']))) for token in told]
-        bits, n = sum(token['bits'] for token in told), len(text.encode())
-        return dict(bits=bits, bytes=n, bpb=bits / max(n, 1), tokens=told)
-
-    # -- as OpenAI's clients expect
-
-    def complete(self):
-        chat, lane, b = self.path == '/v1/chat/completions', self.lane(), dict(self.body)
-        if chat and 'messages' not in b:
-            raise Declined(400, 'messages must be a list of {role, content}')
-        prompt = b.get('prompt', '')
-        self.body['prompt'] = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
-        stops = b.get('stop') or []
-        stops = [stops] if isinstance(stops, str) else stops
-        if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(stop, str) and stop for stop in stops):
-            raise Declined(400, 'stop must be a text or a list of four at most')
-        if b.get('n') not in (None, 1):
-            raise Declined(400, 'n must be 1')
-        b['max_tokens'] = b.get('max_completion_tokens') or b.get('max_tokens')
-        options = numbers_of(b, USUAL | dict(temperature=1.0, max_tokens=16 if not chat else 256))
-        ids = self.prompt(lane, chat)
-        answer = self.server.desk.begin(Answer(lane, ids, [], options))
-        try:
-            self.told_as_openai(answer, lane, chat, stops, b.get('stream') is True)
-        finally:
-            answer.stopped = True
-
-    def told_as_openai(self, answer, lane, chat, stops, streaming):
-        name = f'{"chatcmpl" if chat else "cmpl"}-{secrets.token_hex(8)}'
-        head = dict(id=name, created=int(time.time()), model=lane.name)
-        kind = ('chat.completion' + '.chunk' * streaming) if chat else 'text_completion'
-
-        def piece(text, why=None):
-            said = (dict(delta=dict(content=text) if text or not why else {}) if streaming else
-                    dict(message=dict(role='assistant', content=text))) if chat else dict(text=text)
-            return head | dict(object=kind, choices=[dict(index=0, logprobs=None, finish_reason=why) | said])
-        if streaming:
-            self.say(200, 'text/event-stream', b'', **{'Content-Length': None})
-        text, sent, why = '', 0, None
-        for told in self.events_of(answer):
-            if 'why' in told and told['why'] not in ('end', 'length', 'stopped'):
-                raise Declined(500, told['why'])
-            text += told.get('text', told.get('rest', ''))
-            found = [text.find(stop) for stop in stops if stop in text]
-            if found:
-                text, why = text[:min(found)], 'stop'
-            elif 'why' in told:
-                why = dict(end='stop', length='length').get(told['why'], 'stop')
-            # what may be the beginning of a stop waits
-            held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0) if not why else 0
-            if streaming and len(text) - held > sent:
-                self.event(piece(text[sent:len(text) - held]))
-                sent = len(text) - held
-            if why:
-                break
-        if streaming:
-            self.event(piece('', why))
-            return self.event('[DONE]')
-        usage = dict(prompt_tokens=len(answer.prompt), completion_tokens=answer.made,
-                     total_tokens=len(answer.prompt) + answer.made)
-        self.say_json(piece(text, why) | dict(usage=usage))
-
-
-def serve(args, of_ideas):
-    """Answers requests until it is interrupted."""
-    loopback = args.host in ('127.0.0.1', 'localhost', '::1')
-    refuse(not loopback and not args.token, f'--host {args.host} lets others in: give a --token that they must know, '
-           f'or leave --host away')
-    lanes = []
-    for folder in filter(None, (args.run, args.prompt)):
-        run = open_run(folder, args.device, of_ideas)
-        name = run.folder.absolute().name
-        lanes.append(Lane(name if name not in [lane.name for lane in lanes] else f'{name} (2)', run))
-        if args.compile:
-            compile_for(run, 1, len(lanes[-1].rows))
-    server = Server(args.host, args.port, lanes, Energy(args.device, time.monotonic()), args.token, args.country)
-    host = f'[{args.host}]' if ':' in args.host else args.host
-    print(f'{", ".join(lane.name for lane in lanes)}: http://{host}:{server.server_address[1]}/'
-          + f'#{args.token}' * bool(args.token) + '  (Ctrl-C ends it)', flush=True)
-    with server:
-        server.serve_forever()
-
-
 # ---- the command -------------------------------------------------------------------------------------------
 
 def text_of(run):
@@ -2007,11 +1116,8 @@ def evaluate(run, args):
             raise UserError(f'{args.json} cannot be written ({e.strerror}): name another file') from e
 
 
-def complete(model, tokenizer, prompt, args, generator, passages=None):
+def complete(model, tokenizer, prompt, args, generator, before=()):
     """Print one streamed continuation, or args.samples made side by side; returns their tokens' number."""
-    before = ()
-    if passages:
-        before = passages.before(prompt, args.passages, model.config.block_size, args.max_new_tokens)
     options = dict(max_new_tokens=args.max_new_tokens, generator=generator, **drawn_by(args))
     if args.samples == 1:
         print(prompt, end='', flush=True)
@@ -2027,37 +1133,44 @@ def complete(model, tokenizer, prompt, args, generator, passages=None):
     return sum(map(len, texts))
 
 
-def complete_all(run, args, passages=None):
-    """complete what is asked for, or chat; returns how many tokens that made."""
-    model, tokenizer = run.model, run.tokenizer
-    generator, place = torch.Generator(device=args.device).manual_seed(args.seed), args.file or 'the prompt'
+def complete_all(run, args, generator, before=lambda prompt: ()):
+    """complete what is asked for, with the ids before(prompt) behind BOS; returns how many tokens that made."""
+    prompts = [args.prompt]
+    if args.file:                               # a line ends where an editor says so, not at a form feed
+        with open(args.file, encoding='utf-8-sig') as f:
+            prompts = [line.rstrip('\n') for line in f]
+    elif args.interactive:
+        prompts = iter(lambda: input('> '), '')
+    return sum(complete(run.model, run.tokenizer, prompt, args, generator, before(prompt)) for prompt in prompts)
+
+
+def tell(run, args, work=complete_all):
+    """Does work(run, args, generator), which returns how many tokens it made, as --compile and --stats have it."""
+    if args.compile:
+        compile_for(run, args.samples)
+    energy, marks = Energy(args.device, time.monotonic()) if args.stats else None, []
+    if args.stats and 'measured' in energy.how['gpu'] + energy.how['cpu']:
+        marks.append(energy.mark())
+        time.sleep(3)                           # what the machine takes when it has nothing to do
+    marks += [energy.mark()] if args.stats else []
     try:
-        if args.chat:
-            return chat(run, args, generator)
-        prompts = [args.prompt]
-        if args.file:                           # a line ends where an editor says so, not at a form feed
-            with open(args.file, encoding='utf-8-sig') as f:
-                prompts = [line.rstrip('\n') for line in f]
-        elif args.interactive:
-            prompts = iter(lambda: input('> '), '')
-        return sum(complete(model, tokenizer, prompt, args, generator, passages) for prompt in prompts)
+        tokens = work(run, args, torch.Generator(device=args.device).manual_seed(args.seed))
     except UnicodeError as e:
-        raise UserError(f'{place} is not UTF-8 text ({e})') from e
+        raise UserError(f'{args.file or "the prompt"} is not UTF-8 text ({e})') from e
+    if args.stats:                              # of --interactive, waiting for its user included
+        say_cost(energy.how, [*marks, energy.mark()], tokens, args)
+        print(f'KV cache: {KVCache(run.model, 1).values():,.0f} values a token and layer')
 
 
-def the_options():
+def the_options(modules):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f'{__doc__}\n{docs("sample")}', formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='also: paths of configs, whose ideas take part, and --name=value of what ideas declare')
     add, whole = parser.add_argument, functools.partial(parser.add_argument, type=int)
     add('run', help='a folder that train.py wrote, or a checkpoint in it; with --eval a prepared data set')
     add('prompt', nargs='?', default='', help='what to continue; empty begins a document')
     add('--file', help='a text file with one prompt a line')
     add('--interactive', action='store_true', help='read prompts until an empty line')
-    add('--chat', action='store_true', help='talk to a model that was taught to: to the prompt, or until an '
-        'empty line')
-    add('--retrieve', help='a folder of text files, whose passages that fit the prompt best go before it')
-    whole('--passages', default=3, help='of --retrieve, at most')
     whole('--samples', default=1, help='continuations of each prompt, made in one batch')
     whole('--max_new_tokens', default=256)
     add('--temperature', type=float, default=0.8, help='0 takes the likeliest token always')
@@ -2077,17 +1190,25 @@ def the_options():
     whole('--eval_items', default=0, help='only so many items of each; 0 is all')
     add('--no_bos', action='store_true', help='score texts without the BOS of training')
     add('--json', help='a file that keeps what --eval measured')
-    add('--serve', action='store_true', help='answer on a page, and programs, for one run or two')
-    add('--host', default='127.0.0.1', help='the address to serve on; another than this machine needs --token')
-    whole('--port', default=8000, help='0 takes one that is free')
-    add('--token', default='', help='what requests to the server must show')
-    add('--export', help=f'write the model into its folder in another format: {", ".join(formats())}')
+    add('--export', help=f'write the model into its folder in another format: {", ".join(verbs("export"))}')
+    for module in modules:
+        module.options(add)
     return parser
 
 
+def within(args, **limits):
+    """Refuses numbers that do not lie between the least and the most of their names."""
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        refuse(not low <= value <= high, f'--{name} is {value}, it must lie between {low} and {high}')
+
+
 def read_options(argv):
-    """What the command line says, and what of it is for ideas: paths of configs, --name=value of settings."""
-    parser = the_options()
+    """What the command line says; what of it is for ideas: paths of configs, --name=value of settings; and the
+    module of the verb that is asked for, or None."""
+    typed, known = {arg.partition('=')[0] for arg in argv}, verbs('sample')
+    asked = {name: verb('sample', name) for name in known if {f'--{name}', '-h', '--help'} & typed}
+    parser = the_options(asked.values())
     options = parser._option_string_actions
 
     def of_ideas(arg):
@@ -2095,53 +1216,35 @@ def read_options(argv):
         return (arg.endswith('.py') and Path(arg).is_file()
                 or value and re.fullmatch(r'--\w+', name) and not any(o.startswith(name) for o in options))
     args = parser.parse_intermixed_args([a for a in argv if not of_ideas(a)])  # the prompt may follow options
-    for name in ('file', 'json', 'eval_data', 'eval', 'retrieve'):
+    for name in ('file', 'json', 'eval_data', 'eval'):
         if value := getattr(args, name):
             setattr(args, name, at_home(value))
-    for name, (low, high) in dict(samples=(1, 4096), passages=(1, 1000), max_new_tokens=(1, 10 ** 9), **DRAWN,
-                                  seed=(0, 10 ** 18), eval_items=(0, 10 ** 9), port=(0, 65535)).items():
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f'--{name} is {getattr(args, name)}, it must lie between {low} and {high}')
-    if args.chat and (args.file or args.interactive or args.samples > 1 or args.eval):
-        raise UserError('--chat answers what is typed, one answer each: leave --file, --interactive, '
-                        '--samples and --eval away')
+    within(args, samples=(1, 4096), max_new_tokens=(1, 10 ** 9), **DRAWN, seed=(0, 10 ** 18), eval_items=(0, 10 ** 9))
+    refuse(len(asked) > 1, f'{" and ".join(f"--{name}" for name in asked)} are asked for: one at a time')
     if args.eval and args.stats:
         raise UserError('--stats says what a prompt takes, and --eval reads none: leave one away')
-    if args.retrieve and (args.eval or args.export or not (args.prompt or args.file or args.interactive)):
-        raise UserError('--retrieve finds what fits a prompt: give one, and neither --eval nor --export')
-    if args.export is not None and args.export not in formats():
-        raise UserError(f'--export is {args.export!r}, it must be one of {", ".join(formats())}')
-    if args.export and (args.eval or args.stats or args.prompt or args.file or args.interactive or args.chat):
+    if args.export is not None and args.export not in verbs('export'):
+        raise UserError(f'--export is {args.export!r}, it must be one of {", ".join(verbs("export"))}')
+    if args.export and (args.eval or args.stats or args.prompt or args.file or args.interactive):
         raise UserError('--export writes a file and does nothing else: leave the other options away')
     if grid(args.country) is None:
         raise UserError(f'--country is {args.country!r}, it must be one of {", ".join(GRID)}, or the '
                         f'grams of CO2e a kWh')
-    return args, [arg for arg in argv if of_ideas(arg)]
+    return args, [arg for arg in argv if of_ideas(arg)], next(iter(asked.values()), None)
 
 
 def main(argv):
-    args, of_ideas = read_options(argv)
+    args, of_ideas, asked = read_options(argv)
+    if asked:
+        return asked.main(args, of_ideas)
     if args.eval and (Path(args.run) / 'meta.json').exists():
         return prepare_evals(args.run, args.eval, args.eval_data)
-    if args.serve:
-        return serve(args, of_ideas)
     run = open_run(args.run, args.device, of_ideas)
     if args.export:
-        return format_of(args.export).write(run)
+        return verb('export', args.export).write(run)
     if args.eval:
         return evaluate(run, args)
-    passages = open_passages(run, args.retrieve) if args.retrieve else None
-    if args.compile:
-        compile_for(run, args.samples)
-    energy, marks = Energy(args.device, time.monotonic()) if args.stats else None, []
-    if args.stats and 'measured' in energy.how['gpu'] + energy.how['cpu']:
-        marks.append(energy.mark())
-        time.sleep(3)                           # what the machine takes when it has nothing to do
-    marks += [energy.mark()] if args.stats else []
-    tokens = complete_all(run, args, passages)
-    if args.stats:                              # of --interactive, waiting for its user included
-        say_cost(energy.how, [*marks, energy.mark()], tokens, args)
-        print(f'KV cache: {KVCache(run.model, 1).values():,.0f} values a token and layer')
+    tell(run, args)
 
 
 if __name__ == '__main__':

@@ -204,7 +204,7 @@ def imported(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name[7:] for alias in node.names if alias.name.startswith('config.'))
         elif isinstance(node, ast.ImportFrom) and node.module == 'config':
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name for alias in node.names if (CONFIG / f'{alias.name}.py').is_file())
         elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('config.'):
             yield node.module[7:]
 
@@ -252,6 +252,30 @@ def load_idea(path, text):
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def verbs(script):
+    """{verb: file} of what a script does beyond its baseline: config/<script>_<verb>.py. Its docstring is its help.
+
+    bench: --<verb>, or --<verb>=value, calls main(own, rest, argv) of config/bench_<verb>.py, which declares the
+    settings that it adds as an idea does, --<verb> the first. own: bench_mfu.Options and these, own.given those that
+    were typed; rest: configs and settings that are train.py's; argv: all that was typed.
+    sample: --<verb> calls main(args, of_ideas) of config/sample_<verb>.py, whose options(add) adds its arguments as
+    argparse has them, --<verb> the first. args: all that was typed, of_ideas: what ideas and their settings are.
+    export: sample.py --export <verb> calls write(run); one that writes a checkpoint, of a version that is the verb,
+    has load(model, state, device) to read it."""
+    return {path.stem.removeprefix(f'{script}_'): path for path in sorted(CONFIG.glob(f'{script}_*.py'))}
+
+
+def verb(script, name):
+    """The module of a verb."""
+    return load_idea(verbs(script)[name], '')
+
+
+def docs(script):
+    """The docstrings of a script's verbs, none of which is executed."""
+    trees = [ast.parse(path.read_text('utf-8')) for path in verbs(script).values()]
+    return '\n\n'.join(ast.get_docstring(tree, clean=False).rstrip() for tree in trees)
 
 
 class Ideas:

@@ -4,9 +4,9 @@
 
 Such shapes are config/llama_shape.py and config/qwen3_shape.py; the base has parts that have no equivalent.
 """
+from config import CONFIG, UserError, name_of, refuse
 from config.export_html import changes_of, finite, refuse_unigram
-from prepare_data import UserError, refuse
-from sample import CONFIG, as_json, name_of, write_beside
+from sample import as_json, write_beside
 
 
 def shape_of(run):

@@ -10,9 +10,9 @@ import dataclasses
 import torch
 
 import prepare_data
+from config import name_of, refuse
 from model import GPT, MLP, Attention, Block
-from prepare_data import refuse
-from sample import as_json, name_of, page_with_hashes, write_beside
+from sample import as_json, page_with_hashes, write_beside
 
 
 def quantised(weight):

@@ -29,6 +29,7 @@ import prepare_data
 import sample
 import train
 from config.facts import facts
+from config.sample_retrieve import BM25, cut, terms_of
 from prepare_data import write_beside
 
 retrieved: int = 1           # 1..: passages before a document, at most
@@ -94,10 +95,10 @@ def retrieve(data, k, size):
     tokens, tokenizer, parts, words = data.tokens['train'].view(np.ndarray), data.tokenizer, [], []
     for first, end in zip(bounds + 1, bounds[1:]):               # BOS is in no passage
         ids = tokens[first:end].tolist()
-        ends = sample.cut(ids, tokenizer, size)
+        ends = cut(ids, tokenizer, size)
         parts.append([(first + a, b - a) for a, b in zip(ends, ends[1:])])
-        words += [sample.terms_of(tokenizer.decode(ids[a:b])) for a, b in zip(ends, ends[1:])]
-    index, firsts = sample.BM25.of(enumerate(words)), np.cumsum([0, *map(len, parts)])
+        words += [terms_of(tokenizer.decode(ids[a:b])) for a, b in zip(ends, ends[1:])]
+    index, firsts = BM25.of(enumerate(words)), np.cumsum([0, *map(len, parts)])
     spans = np.array([span for spans in parts for span in spans], kind)
     found = np.zeros((len(parts), k), kind)
     for number, own in enumerate(zip(firsts, firsts[1:])):
@@ -130,8 +131,8 @@ class Measure(sample.Measure):
         items = sample.tokenize_items([dict(kind=one['kind'], context=one['question'], options=[
             f' {one["answer"]}', f' {people[other]["answer"]}']) for one, other in zip(people, others)],
             self.tokenizer)
-        index = sample.BM25.of((i, sample.terms_of(one['note'])) for i, one in enumerate(people))
-        best = [int(index.best(sample.terms_of(one['question']), 1)[0][0]) for one in people]
+        index = BM25.of((i, terms_of(one['note'])) for i, one in enumerate(people))
+        best = [int(index.best(terms_of(one['question']), 1)[0][0]) for one in people]
         notes, order = [encode(one['note']) + encode('\n\n') for one in people], items['order']
         before = {'without': [[] for _ in order], 'with': [notes[best[i]] for i in order],
                   'wrong': [notes[others[i]] for i in order]}

@@ -14,6 +14,7 @@ import torch
 
 import prepare_data
 import sample
+from config.sample_chat import chat_ids
 from conftest import start
 from test_model_page import export, net, words
 from test_page import CHROMIUM, needs_chromium
@@ -483,7 +484,7 @@ def test_a_model_that_was_taught_to_chat_chats(tmp_path, bpe, visit):
             messages.append(dict(role='user', content=question))
             page.locator('#prompt').fill(question)
             page.keyboard.press('Enter')
-            ids = sample.chat_ids(tokenizer, messages)
+            ids = chat_ids(tokenizer, messages)
             want = tokenizer.decode(greedy(taught, ids, 20)[len(ids):])
             expect(answers.nth(turn)).to_have_text(want, use_inner_text=True)
             through(page)
@@ -493,7 +494,7 @@ def test_a_model_that_was_taught_to_chat_chats(tmp_path, bpe, visit):
         page.locator('.choices li button').nth(1).click()
         expect(page.locator('.asked')).to_have_count(1)
         through(page)
-        before = tokenizer.decode([*greedy(taught, sample.chat_ids(tokenizer, messages[:1]), 4)[-4:]])
+        before = tokenizer.decode([*greedy(taught, chat_ids(tokenizer, messages[:1]), 4)[-4:]])
         assert answers.inner_text().startswith(before) and answers.inner_text() != messages[1]['content']
         page.get_by_role('button', name='New chat').click()
         assert answers.count() == 0

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import model
 import prepare_data
 import sample
-from config import export_gguf, export_hf, export_int4, export_int8
+from config import export_gguf, export_hf, export_int4, export_int8, verb
 from config.export_html import quantised
 from conftest import ROOT, script
 from prepare_data import UserError
@@ -279,7 +279,7 @@ def test_sizes_of_an_11m_model(tmp_path, tokenizers):
     assert run.model.params()['total'] > 11e6
     for kind, most in (('int8', 12e6), ('int4', 7e6)):
         run.state['config']['vocab_size'] = 8192
-        sample.format_of(kind).write(run)
+        verb('export', kind).write(run)
         assert most * 0.85 < (run.folder / kind / 'ckpt.pt').stat().st_size < most
         small = sample.open_run(run.folder / kind).model
         assert sum(w.q.nbytes + w.scale.nbytes for w in small.parameters() if isinstance(w, export_int8.Packed)) < most
@@ -312,5 +312,5 @@ def test_a_run_that_diverged_is_not_exported(tmp_path):
         run.model.blocks[1].attn.v.weight[0] = math.nan
     for kind in ('int8', 'hf'):
         with pytest.raises(FloatingPointError, match='is not finite: export a run that did not diverge'):
-            sample.format_of(kind).write(run)
+            verb('export', kind).write(run)
     assert not Path(run.folder / 'int8' / 'ckpt.pt').exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import bench_mfu
 import model
 import config as loader
 import prepare_data
@@ -426,6 +427,47 @@ def test_an_idea_that_is_gone_must_be_named_by_its_path(folder, write, tmp_path)
     assert ideas_of([('gone', digest(gone), True)], {}).changed == ['gone']
 
 
+# ---- verbs: what a script does beyond its baseline
+
+def test_a_verb_is_a_file_and_brings_its_settings(folder, capsys):
+    """Of bench_mfu.py: found by its name, executed only when it is asked for, told of in --help."""
+    (folder / 'bench_shout.py').write_text(
+        '"""--shout says it.\n\n    python bench_mfu.py --shout=twice config/x.py\n"""\n'
+        'shout: str = ""        # |once|twice: how often\nloudness: float = 1.0  # 0..9: how loud\n\n\n'
+        'def main(own, rest, argv):\n    print([own.shout, own.loudness, own.seeds, *own.given], rest, argv)\n')
+    (folder / 'bench_broken.py').write_text('"""--broken does not."""\nbroken: bool = False   # do it\n\n1 / 0\n')
+    (folder / 'shout_bench.py').write_text('"""No verb."""\n')
+    assert [*loader.verbs('bench')] == ['broken', 'shout'] and loader.verbs('nothing') == {}
+    argv = ['--shout', 'twice', '--loudness=2', 'x.py', '--n_layer=3']
+    bench_mfu.main(argv)
+    assert capsys.readouterr().out == f"['twice', 2.0, 3, 'shout', 'loudness'] ['x.py', '--n_layer=3'] {argv}\n"
+    bench_mfu.main(['--help'])
+    assert re.search(r'--broken does not.\n\n--shout says it.\n\n    python bench', capsys.readouterr().out)
+    for argv, said in ((['--shout=thrice'], 'one of , once, twice'), (['--shout=once', '--loudness=10'], 'loudness is 10.0'),
+                       (['--loudness=2'], 'no setting is called loudness'), (['--broken'], 'bench_broken.py:4: ZeroDivisionError')):
+        with pytest.raises(UserError, match=said):
+            bench_mfu.main(argv)
+    (folder / 'bench_broken.py').write_text('"""--broken does."""\nbroken: bool = False   # do it\n\nX = 1\n')
+    with pytest.raises(UserError, match='config/bench_broken.py and config/bench_shout.py are asked for: one at a time'):
+        bench_mfu.main(['--shout=once', '--broken'])
+
+
+def test_a_verb_of_sample_has_options_of_its_own(folder, capsys):
+    (folder / 'sample_shout.py').write_text(
+        '"""--shout says it."""\n\n\ndef options(add):\n    add("--shout")\n    add("--loudness", type=int, default=3, help="how loud")\n\n\n'
+        'def main(args, of_ideas):\n    print(args.run, args.shout, args.loudness, args.top_k, of_ideas)\n')
+    (folder / 'sample_whisper.py').write_text(
+        '"""--whisper does not."""\n\n\ndef options(add):\n    add("--whisper", action="store_true")\n')
+    sample.main(['run', '--shout', 'twice', '--loudness=2', '--top_k=5', '--idea=7'])
+    assert capsys.readouterr().out == "run twice 2 5 ['--idea=7']\n"
+    with pytest.raises(SystemExit):
+        sample.main(['--help'])
+    out = capsys.readouterr().out
+    assert '--shout says it.\n\n--whisper does not.\n' in out and '--loudness LOUDNESS' in out and 'how loud' in out
+    with pytest.raises(UserError, match='--shout and --whisper are asked for: one at a time'):
+        sample.main(['run', '--shout=once', '--whisper'])
+
+
 # ---- what a run is made of
 
 def test_show_says_what_a_run_is_made_of(write, tmp_path):
@@ -556,8 +598,8 @@ def test_nothing_that_prints_raises(monkeypatch, full, heeds):
 
 
 def test_the_shapes_that_the_help_sweeps_can_be_built():
-    """Of README's and bench_mfu.py's own example with config/babylm.py, whose heads must divide every width."""
-    for text in ((ROOT / 'README.md').read_text(), (ROOT / 'bench_mfu.py').read_text()):
+    """Of README's and the sweep's own example with config/babylm.py, whose heads must divide every width."""
+    for text in ((ROOT / 'README.md').read_text(), (ROOT / 'config/bench_sweep.py').read_text()):
         shown = re.findall(r'--sweep "(n_embd=[\d,]+).*config/babylm.py', text)
         assert len(shown) == 1
         for line in shown:

@@ -11,7 +11,8 @@ import torch
 import prepare_data
 import sample
 import train
-from config import instruct
+from config import instruct, sample_chat
+from config.sample_chat import chat_ids
 from conftest import ROOT, in_two_parts, script
 from prepare_data import BPETokenizer, ByteTokenizer, GPT2Tokenizer, UserError
 
@@ -77,13 +78,13 @@ def test_chat_ids_are_trimmed_from_the_front():
     user, assistant = t.roles['user'], t.roles['assistant']
     said = [dict(role=role, content=text) for role, text in (('user', 'ab'), ('assistant', 'c'), ('user', 'def'))]
     whole = [t.bos, user, *b'ab', assistant, *b'c', user, *b'def', assistant]
-    assert sample.chat_ids(t, said) == sample.chat_ids(t, said, len(whole)) == whole
-    assert sample.chat_ids(t, said, len(whole) - 1) == [t.bos, assistant, *b'c', user, *b'def', assistant]
-    assert sample.chat_ids(t, said, 6) == [t.bos, user, *b'def', assistant]
-    assert sample.chat_ids(t, said, 5) == [t.bos, user, *b'ef', assistant]
-    assert sample.chat_ids(t, [dict(role='user', content='<|user|>')])[2:-1] == [*b'<|user|>']
+    assert chat_ids(t, said) == chat_ids(t, said, len(whole)) == whole
+    assert chat_ids(t, said, len(whole) - 1) == [t.bos, assistant, *b'c', user, *b'def', assistant]
+    assert chat_ids(t, said, 6) == [t.bos, user, *b'def', assistant]
+    assert chat_ids(t, said, 5) == [t.bos, user, *b'ef', assistant]
+    assert chat_ids(t, [dict(role='user', content='<|user|>')])[2:-1] == [*b'<|user|>']
     with pytest.raises(UserError, match="the role 'system', this model knows user, assistant: leave it out"):
-        sample.chat_ids(t, [dict(role='system', content='x')])
+        chat_ids(t, [dict(role='system', content='x')])
 
 
 # ---- conversations as documents
@@ -242,11 +243,11 @@ def test_a_taught_run_answers_and_is_told_beside_the_run_it_was(teach, finished,
     # the chat answers what is typed, in turn, and reads what was said before
     typed, prompts = iter(['Ada, Bo', 'Who else?', '']), []
     monkeypatch.setattr('builtins.input', lambda prompt: next(typed))
-    stream = sample.stream
-    monkeypatch.setattr(sample, 'stream', lambda model, tokenizer, ids, *rest, **more: (prompts.append(ids), stream(model, tokenizer, ids, *rest, **more))[1])
+    stream = sample_chat.stream
+    monkeypatch.setattr(sample_chat, 'stream', lambda model, tokenizer, ids, *rest, **more: (prompts.append(ids), stream(model, tokenizer, ids, *rest, **more))[1])
     sample.main([str(tmp_path / 'run'), '--chat', '--temperature=0', '--device=cpu'])
     one, two = capfd.readouterr().out.splitlines()
-    assert {one, two} <= {*NAMES} and [*prompts[1]] == sample.chat_ids(run.tokenizer, [
+    assert {one, two} <= {*NAMES} and [*prompts[1]] == chat_ids(run.tokenizer, [
         dict(role='user', content='Ada, Bo'), dict(role='assistant', content=one), dict(role='user', content='Who else?')])
     sample.main([str(tmp_path / 'run'), 'Ada, Bo', '--chat', '--temperature=0', '--device=cpu'])
     assert capfd.readouterr().out == f'{one}\n'
@@ -296,6 +297,6 @@ def test_where_it_is_refused(teach, main, finished, talk, tmp_path, corpus):
         main(IDEA, f'--dataset=files:{talk}', f'--data_dir={tmp_path}')
     for args, why in ((['--chat'], 'was not taught to chat, its vocabulary has no roles: continue a text with --interactive'),
                       (['--chat', '--samples=2'], '--chat answers what is typed'), (['--chat', '--eval=bpb'], '--chat answers what is typed'),
-                      (['--chat', '--export=html'], '--export writes a file')):
+                      (['--chat', '--export=html'], '--chat answers what is typed')):
         code, out, err = script('sample.py', finished[0], *args, cwd=tmp_path)
         assert code == 2 and why in err and 'Traceback' not in err, err

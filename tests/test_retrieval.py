@@ -1,4 +1,4 @@
-"""Retrieval: BM25 and passages of a folder in sample.py, config/retrieval.py, config/facts.py."""
+"""Retrieval: BM25 and passages of a folder in sample.py --retrieve, config/retrieval.py, config/facts.py."""
 import itertools
 import json
 import math
@@ -15,7 +15,7 @@ import torch
 import prepare_data
 import sample
 import train
-from config import facts as facts_of, retrieval
+from config import facts as facts_of, retrieval, sample_retrieve
 from conftest import ROOT, TINY, in_two_parts, script, stack
 from prepare_data import ByteTokenizer, UserError
 
@@ -38,7 +38,7 @@ def by_hand(texts, query, k1=1.2, b=0.75):
 
 
 def index_of(texts):
-    return sample.BM25.of((i, sample.terms_of(text)) for i, text in enumerate(texts))
+    return sample_retrieve.BM25.of((i, sample_retrieve.terms_of(text)) for i, text in enumerate(texts))
 
 
 # ---- BM25
@@ -46,16 +46,16 @@ def index_of(texts):
 @pytest.mark.parametrize('query', ['a red kite', 'Tom TOM tom', 'the drum and the lake', 'nobody', 'submarine', ''])
 def test_scores_are_those_of_the_formula(query):
     expected = by_hand(TEXTS, query)
-    found, scores = index_of(TEXTS).best(sample.terms_of(query), 9)
+    found, scores = index_of(TEXTS).best(sample_retrieve.terms_of(query), 9)
     assert np.allclose(scores, [expected[i] for i in found], rtol=1e-12)
     assert [*found] == [i for i in sorted(range(5), key=lambda i: (-expected[i], i)) if expected[i]]
 
 
 def test_equals_come_in_order_and_a_document_is_not_its_own_passage():
     index = index_of(['kite drum', 'kite lake', 'kite drum', 'lake'])
-    assert [*index.best(sample.terms_of('drum kite'), 2)[0]] == [0, 2]
-    assert [*index.best(sample.terms_of('drum kite'), 2, but=(0, 1))[0]] == [2, 1]
-    assert [*index.best(sample.terms_of('drum kite'), 9, most=2)[0]] == [0, 2]      # the rarer word alone is looked up
+    assert [*index.best(sample_retrieve.terms_of('drum kite'), 2)[0]] == [0, 2]
+    assert [*index.best(sample_retrieve.terms_of('drum kite'), 2, but=(0, 1))[0]] == [2, 1]
+    assert [*index.best(sample_retrieve.terms_of('drum kite'), 9, most=2)[0]] == [0, 2]      # the rarer word alone is looked up
 
 
 def test_what_is_taken_out_and_in_is_as_if_made_at_once():
@@ -64,9 +64,9 @@ def test_what_is_taken_out_and_in_is_as_if_made_at_once():
     kept = [text for i, text in enumerate(texts) if i % 3]
     place = np.array([-1 if i % 3 == 0 else i - i // 3 - 1 for i in range(40)])
     more = 'kite shoe', 'lake'
-    moved = sample.BM25.of(((len(kept) + i, sample.terms_of(text)) for i, text in enumerate(more)), index_of(texts), place)
+    moved = sample_retrieve.BM25.of(((len(kept) + i, sample_retrieve.terms_of(text)) for i, text in enumerate(more)), index_of(texts), place)
     whole = index_of([*kept, *more])
-    assert all(np.array_equal(getattr(moved, name), getattr(whole, name)) for name in sample.BM25.ARRAYS)
+    assert all(np.array_equal(getattr(moved, name), getattr(whole, name)) for name in sample_retrieve.BM25.ARRAYS)
 
 
 # ---- passages
@@ -74,7 +74,7 @@ def test_what_is_taken_out_and_in_is_as_if_made_at_once():
 def test_passages_end_where_the_text_does():
     def parts(text, size):
         ids = ByteTokenizer().encode(text)
-        ends = sample.cut(ids, ByteTokenizer(), size)
+        ends = sample_retrieve.cut(ids, ByteTokenizer(), size)
         return [bytes(ids[a:b]).decode() for a, b in itertools.pairwise(ends)]
     assert parts('', 9) == [] and parts('a b c', 9) == ['a b c']
     assert parts('One. Two three.\n\nFour. Five six', 20) == ['One. Two three.\n\n', 'Four. Five six']
@@ -97,7 +97,7 @@ class Told(list):
 
     def open(self, folder, size=24, kept='kept', tokenizer=ByteTokenizer()):
         self.clear()
-        return sample.Passages(folder, tokenizer, size, folder.parent / kept, self.append)
+        return sample_retrieve.Passages(folder, tokenizer, size, folder.parent / kept, self.append)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_folder_is_read_and_kept(folder, told, monkeypatch):
     (score, name, number, text), = first.best('deep', 9)
     assert (name, number, text) == ('a.txt', 1, 'The lake is cold and') or text.endswith('deep.')
     assert not {*os.listdir(folder)} - {'a.txt', 'sub'}         # nothing is written where the user's text is
-    monkeypatch.setattr(sample, 'terms_of', lambda text: pytest.fail('read again') if 'Mia' in text else np.zeros(1, np.uint64))
+    monkeypatch.setattr(sample_retrieve, 'terms_of', lambda text: pytest.fail('read again') if 'Mia' in text else np.zeros(1, np.uint64))
     again = told.open(folder)
     assert isinstance(again.index.terms, np.memmap) and isinstance(again.spans, np.memmap) and not told
     assert again.files == first.files
@@ -133,14 +133,14 @@ def test_files_that_are_new_changed_or_gone(folder, told, monkeypatch):
     os.rename(folder / 'c.txt', folder / 'd.txt')
     passages = told.open(folder)
     assert not found(passages, 'boat') and found(passages, 'shoe') == [('d.txt', 'A shoe under the tree.')] and found(passages, 'drum')
-    read, of = [], sample.Passages.passages
-    monkeypatch.setattr(sample.Passages, 'passages', lambda self, f: read.append(f.name) or of(self, f))
+    read, of = [], sample_retrieve.Passages.passages
+    monkeypatch.setattr(sample_retrieve.Passages, 'passages', lambda self, f: read.append(f.name) or of(self, f))
     os.utime(folder / 'd.txt')                                  # another time, the same text
     assert found(told.open(folder), 'shoe') and not read
     (folder / 'd.txt').write_text('A shoe under the roof.')
     assert found(told.open(folder), 'roof') and len(read) == 1
     whole = told.open(folder, kept='afresh')
-    assert all(np.array_equal(getattr(whole.index, name), getattr(told.open(folder).index, name)) for name in sample.BM25.ARRAYS)
+    assert all(np.array_equal(getattr(whole.index, name), getattr(told.open(folder).index, name)) for name in sample_retrieve.BM25.ARRAYS)
 
 
 def test_another_size_or_vocabulary_is_another_index(folder, told):
@@ -195,7 +195,7 @@ def test_what_is_no_text_is_left_out_with_a_word(folder, told, monkeypatch):
     (folder / 'run' / 'ckpt.pt').write_text('sings')
     (folder / 'run' / 'metrics.jsonl').write_text('sings')
     (folder / os.fsdecode(b'odd\xff\x1b[31m.txt')).write_text('odd one')
-    monkeypatch.setattr(sample, 'MOST_FILE', 256)
+    monkeypatch.setattr(sample_retrieve, 'MOST_FILE', 256)
     passages = told.open(folder)
     assert not found(passages, 'swordfish') and not found(passages, 'sings') and found(passages, 'kite')
     assert found(passages, 'odd one') and told == ['left out: big.txt, it is larger than 0 MiB; and 5 more']

@@ -15,14 +15,16 @@ import pytest
 import torch
 
 import sample
+from config import sample_serve
+from config.sample_chat import chat_ids
 from prepare_data import UserError
 
 JSON = {'Content-Type': 'application/json'}
 
 
 def started(*folders, token=''):
-    lanes = [sample.Lane(name, sample.open_run(folder)) for name, folder in folders]
-    server = sample.Server('127.0.0.1', 0, lanes, sample.Energy('cpu', time.monotonic()), token, 'world')
+    lanes = [sample_serve.Lane(name, sample.open_run(folder)) for name, folder in folders]
+    server = sample_serve.Server('127.0.0.1', 0, lanes, sample.Energy('cpu', time.monotonic()), token, 'world')
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     return SimpleNamespace(server=server, port=server.server_address[1], lanes=lanes)
 
@@ -146,7 +148,7 @@ def test_what_the_models_are(desk):
     generate(desk)
     known = json.loads(ask(desk, '/api/models')[2])
     a, b = known['models']
-    assert (a['id'], b['id']) == ('a', 'b') and a['params'] > 1000 and a['val_bpb'] > 0 and a['chat'] is False and known['max_tokens'] == sample.TOKENS
+    assert (a['id'], b['id']) == ('a', 'b') and a['params'] > 1000 and a['val_bpb'] > 0 and a['chat'] is False and known['max_tokens'] == sample_serve.TOKENS
     assert a['tok_per_sec'] > 0 and a['ideas'] is not None
 
 
@@ -172,7 +174,7 @@ def test_a_chat(desk, monkeypatch):
     """A tokenizer with roles: an answer ends where another role speaks."""
     tokenizer = desk.lanes[0].tokenizer
     monkeypatch.setattr(tokenizer, 'roles', dict(user=5, assistant=7), raising=False)
-    assert sample.chat_ids(tokenizer, [dict(role='user', content='Hi')]) == [tokenizer.bos, 5, *tokenizer.encode('Hi'), 7]
+    assert chat_ids(tokenizer, [dict(role='user', content='Hi')]) == [tokenizer.bos, 5, *tokenizer.encode('Hi'), 7]
     status, _, body = ask(desk, '/v1/chat/completions', dict(model='a', messages=[dict(role='user', content='Hi')], max_tokens=4))
     assert status == 200 and json.loads(body)['choices'][0]['message']['role'] == 'assistant'
     told = events(ask(desk, '/api/generate', dict(model='a', messages=[dict(role='user', content='Hi')], max_tokens=4, seed=3))[2])
@@ -229,14 +231,14 @@ def test_a_server_for_others_wants_a_token(desk, finished, monkeypatch):
 
 
 def test_too_many_at_once_are_told_so(desk, monkeypatch):
-    monkeypatch.setattr(sample, 'WAITING', 2)
+    monkeypatch.setattr(sample_serve, 'WAITING', 2)
     with ThreadPoolExecutor(12) as pool:
         found = [*pool.map(lambda _: ask(desk, '/api/generate', dict(model='a', prompt='', max_tokens=200, temperature=2))[0], range(12))]
     assert 503 in found and found.count(200) >= 2 and ask(desk, '/api/models')[0] == 200
 
 
 def test_who_sends_slowly_does_not_hold_the_server(desk, monkeypatch):
-    monkeypatch.setattr(sample, 'PATIENCE', 0.5)
+    monkeypatch.setattr(sample_serve, 'PATIENCE', 0.5)
     slow = [socket.create_connection(('127.0.0.1', desk.port)) for _ in range(5)]
     for i in range(10):
         for s in slow:
@@ -301,7 +303,7 @@ def test_no_stranger_brings_it_down(desk):
 @pytest.mark.long
 def test_compiled_steps_answer_as_plain_ones_alone_and_beside_others(desk, finished):
     own = started(('a', finished[0]))
-    sample.compile_for(own.lanes[0].run, 1, sample.ROWS)
+    sample.compile_for(own.lanes[0].run, 1, sample_serve.ROWS)
     assert own.lanes[0].model.quick_step
     wanted = [dict(prompt='Mia lost ' * n, max_tokens=90, temperature=0, seed=n) for n in range(6)] + [dict(max_tokens=60, seed=3)]
     alone = [text_of(generate(own, **w)) for w in wanted]
