@@ -651,7 +651,7 @@ class Run:
             self.start_from(before)
         self.stream = self.ideas.seam(Stream)(self.data, s)
         self.accum = s.tokens_per_step // (self.micro * s.block_size * self.world)
-        self.at_once = 65536 if self.device == 'cuda' else 8192  # tokens that an evaluation reads
+        self.at_once = sample.tokens_at_once(self.device)
         self.clock, self.origin = Clock(s), s.init_from
         if self.resuming:
             self.load(self.checkpoint)
@@ -957,7 +957,7 @@ class Run:
             self.slices = 2 ** max(0, int(math.log2(most / self.slice_seconds)))
         self.counts, self.curve, self.judge_seconds = {}, {}, 0.0
         if measure.sets:
-            few = measure.affordable(1000, len(measure.sets) * (65536 if self.device == 'cuda' else 2048))
+            few = measure.affordable(1000, len(measure.sets) * (self.at_once if self.device == 'cuda' else 2048))
             seconds = seconds_of(lambda: self.judge(few), 2)
             token_cost = self.dearer() * self.agreed(seconds) / measure.tokens_of(few)
             self.counts = measure.affordable(math.inf, tenth / 2 / token_cost)

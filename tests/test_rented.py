@@ -158,6 +158,25 @@ def test_what_cannot_be_recorded_is_refused(main, monkeypatch):
         main(GRAPHS)
 
 
+def test_a_card_that_is_full_is_no_card_that_is_not_there(finished, monkeypatch):
+    def full(self, device):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(torch.nn.Module, 'to', full)
+    with pytest.raises(UserError, match='it has no room for .*run: free it, or try cpu'):
+        sample.load(finished[0], 'cpu')
+
+
+def test_a_card_reads_and_writes_more_at_once(monkeypatch):
+    assert sample.tokens_at_once('cpu') == 8192 and sample.tokens_at_once('cuda') == 65536
+    measure, asked = object.__new__(sample.Measure), []
+    measure.sets, weight = dict(a={}), SimpleNamespace(device=torch.device('cuda', 0), is_cuda=True)
+    model = SimpleNamespace(wte=SimpleNamespace(weight=weight))
+    monkeypatch.setattr(measure, 'judge', lambda *args: asked.append(args) or {}, raising=False)
+    monkeypatch.setattr(measure, 'bpb', lambda *args: asked.append(args) or dict(bpb=1), raising=False)
+    list(measure.ask(model, dict(a=3, bpb=0)))
+    assert asked == [(model, 'a', 3, 65536, None), (model, sample.SLICES, 65536, None)] and measure.rows(model) == 256
+
+
 def test_a_card_s_queue_is_waited_for_before_the_clock_starts(monkeypatch):
     """seconds_of on a device that works later than it is told: 5 s of other work wait as the clock starts."""
     now, queue = [0.0], [5.0]
