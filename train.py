@@ -496,11 +496,13 @@ class Run:
 
     def open(self):
         """Takes the machine and opens all that the run reads; refuses what it could not end with."""
-        self.checkpoint = self.find_checkpoint()
         if self.world > 1:
             if self.device == 'cuda':
                 torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
             self.meet()
+        if self.all_reduce(np.array([float(self.restarted())]))[0]:
+            self.s.init_from = 'resume'
+        self.checkpoint = self.find_checkpoint()
         listen(signal.default_int_handler)
         share = 1 / int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         self.energy = sample.Energy(self.device, STARTED, share=share)
@@ -520,6 +522,8 @@ class Run:
         teller.start()
         try:
             store, *_ = next(dist.rendezvous('env://', timeout=datetime.timedelta(seconds=PATIENCE)))
+            if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':     # addresses of lost ranks lie in it
+                store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
             dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo', store=store, rank=self.rank,
                                     world_size=self.world, timeout=datetime.timedelta(hours=1))
         except (RuntimeError, ValueError) as e:
@@ -568,6 +572,15 @@ class Run:
     def resuming(self):
         return self.s.init_from == 'resume'
 
+    def saved(self):
+        """The checkpoints that lie in the run's folder."""
+        return [path for path in (self.out_dir / name for name in sample.CHECKPOINTS) if path.exists()]
+
+    def restarted(self):
+        """Whether this very torchrun, which has lost a rank and started all again, saw a checkpoint saved."""
+        began = time.time() - process_age(os.getppid())
+        return 'TORCHELASTIC_RUN_ID' in os.environ and any(path.stat().st_mtime > began for path in self.saved())
+
     def find_checkpoint(self):
         """The checkpoint to go on from, or None; refuses to write over an earlier run."""
         s, out = self.s, self.out_dir
@@ -578,7 +591,7 @@ class Run:
                f'another --out_dir')
         refuse(not os.access(place, os.W_OK), f'{place} cannot be written to: choose another --out_dir')
         finished = (out / 'result.json').exists()
-        saved = any((out / name).exists() for name in sample.CHECKPOINTS)
+        saved = self.saved()
         if self.resuming:
             refuse(finished and not s.overwrite,
                    f'{out} holds a finished run, there is nothing to resume: choose another --out_dir')

@@ -629,20 +629,6 @@ def test_a_signal_between_timed_saves_loses_at_most_a_step(corpus, tmp_path, num
     losses(tmp_path / 'run')                                # no step is missing, none is there twice
 
 
-def test_two_ranks_are_one_with_twice_the_accumulation(corpus, tmp_path, monkeypatch):
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')        # as torchrun sets it: sums in the same order on both sides
-    code, alone, err = script('train.py', *corpus.args, *STEPS, '--out_dir=one', cwd=tmp_path)
-    assert code == 0, err
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    code, out, err = script('train.py', *corpus.args, *STEPS, '--out_dir=run', cwd=tmp_path, launcher=launcher)
-    assert code == 0, err
-    assert '= 1 micro-steps of 32 x 64 on 2 rank' in out and '= 2 micro-steps of 32 x 64 on 1 rank' in alone
-    assert losses(tmp_path / 'run') == pytest.approx(losses(tmp_path / 'one'), rel=1e-5)
-    one, two = (json.loads((d / 'result.json').read_text()) for d in (tmp_path / 'one', tmp_path / 'run'))
-    assert two['val_bpb'] == pytest.approx(one['val_bpb'], rel=1e-3)
-    assert two['tokens'] == one['tokens'] and two['val_share'] == 1
-
-
 def test_one_process_has_no_group(main, monkeypatch):
     monkeypatch.setattr(dist, 'init_process_group', lambda *a, **k: pytest.fail('a process group for one process'))
     main()
