@@ -792,17 +792,21 @@ class Measure:
         """document_nats of validation documents by their number; with `further` arrays, the first counts."""
         return document_nats(model, texts, max_tokens)
 
-    def judge(self, model, name, n=None, max_tokens=8192, stop=None):
+    def judge(self, model, name, n=None, max_tokens=8192, stop=None, rank=0, world=1, reduce=lambda x: x):
         """The verdict on the first n items of an evaluation set, or on all; with stop() at least on the first
-        sixteenth of them, or what is read at once if that is more."""
+        sixteenth of them, or what is read at once if that is more. Ranks as in bits_per_byte."""
         items, costs = self.sets[name], []
         total = len(items['seam'])
         n = min(n or total, total)
-        part = max(-(-n // 16), -(-max_tokens * total // len(items['ids']))) if stop else n
+        part = max(-(-n // 16), -(-max_tokens * world * total // len(items['ids']))) if stop else n
         for first in range(0, n, part):
             if first and stop():
                 break
-            costs.append(self.option_costs(model, items, first, min(first + part, n), max_tokens))
+            ends = np.linspace(first, min(first + part, n), world + 1).astype(int)      # of the ranks' shares
+            places = np.searchsorted(items['item'], ends)
+            cost = np.zeros(places[-1] - places[0])
+            cost[slice(*places[rank:rank + 2] - places[0])] = self.option_costs(model, items, *ends[rank:rank + 2], max_tokens)
+            costs.append(reduce(cost))
         result = self.verdict(np.concatenate(costs), items)
         return result | (dict(share=result['items'] / n) if result['items'] < n else {})
 

@@ -442,6 +442,7 @@ UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', '
              'warnings', 'energy', 'ideas')      # told in another form, or too long
 HANGUP = getattr(signal, 'SIGHUP', None)        # not on Windows
 PATIENCE = 600      # seconds that ranks wait for each other to begin
+FIRST_WORD = 120    # seconds in which a first number gets to all that have met
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 COLUMNS = '    step  progress      loss        lr   grad_norm     tok/s       mfu  wait_ms  mem_gb  elapsed_s'
 
@@ -497,8 +498,7 @@ class Run:
     def open(self):
         """Takes the machine and opens all that the run reads; refuses what it could not end with."""
         if self.world > 1:
-            if self.device == 'cuda':
-                torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+            self.take_card()
             self.meet()
         if self.all_reduce(np.array([float(self.restarted())]))[0]:
             self.s.init_from = 'resume'
@@ -511,33 +511,70 @@ class Run:
         listen(self.heed)
         self.check_data()
         self.open_evaluations()
+        self.compare()
+
+    def take_card(self):
+        local = int(os.environ.get('LOCAL_RANK', 0))
+        if self.device == 'cuda':
+            refuse(local >= (n := torch.cuda.device_count()), f'rank {self.rank} is number {local + 1} on a machine of '
+                   f'{n} card{"s" * (n > 1)}: start it with --nproc_per_node={n}')
+            torch.cuda.set_device(local)
 
     def meet(self):
-        """Joins the other ranks; says whom it waits for when that takes long."""
+        """Joins the other ranks and adds up a first number with them; says whom it waits for when that takes
+        long."""
         listen(signal.SIG_DFL)                   # ends at once: Python hears nothing while torch waits
         where = f'{self.world} ranks at {os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
         line = f'rank {self.rank} waits for {where}, {PATIENCE} s at most; Ctrl-C ends it'
         teller = threading.Timer(min(10, PATIENCE / 2), print, [line], dict(flush=True))
-        teller.daemon = True
+        watch = threading.Timer(FIRST_WORD, self.give_up, [where])
+        teller.daemon = watch.daemon = True
         teller.start()
         try:
             store, *_ = next(dist.rendezvous('env://', timeout=datetime.timedelta(seconds=PATIENCE)))
             if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':     # addresses of lost ranks lie in it
                 store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
-            dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo', store=store, rank=self.rank,
+            watch.start()
+            card = torch.device('cuda', torch.cuda.current_device()) if self.device == 'cuda' else None
+            dist.init_process_group('nccl' if card else 'gloo', store=store, rank=self.rank, device_id=card,
                                     world_size=self.world, timeout=datetime.timedelta(hours=1))
+            self.all_reduce(np.ones(1))
         except (RuntimeError, ValueError) as e:
             raise UserError(f'rank {self.rank} did not meet {where} ({type(e).__name__}): start all of them, '
                             f'with torchrun, or unset RANK and WORLD_SIZE to run alone') from e
         finally:
             teller.cancel()
+            watch.cancel()
+
+    def give_up(self, where):
+        """Ends a rank that would wait for ever: NCCL hangs where cards cannot read each other's memory."""
+        way = ('set NCCL_P2P_DISABLE=1, which consumer cards may need, then NCCL_SHM_DISABLE=1; NCCL_DEBUG=INFO says '
+               'more' if self.device == 'cuda' else 'GLOO_SOCKET_IFNAME names the network to take, eth0 for one')
+        os._exit(tell(self, UserError(f'{where} have met, and no number got across in {FIRST_WORD} s: {way}')))
 
     def in_turn(self, work):
-        """What work returns: rank 0 builds or fetches what is missing, then the others find it there."""
-        made = work() if self.master else None
+        """What work returns: rank 0 builds or fetches what is missing; then the first of each further host,
+        which may have another disk; then the others find it there."""
+        turn = 0 if self.master else 1 if os.environ.get('LOCAL_RANK', '0') == '0' else 2
+        for now in range(3 if self.world > 1 else 1):
+            if now == turn:
+                made = work()
+            if self.world > 1:
+                dist.barrier()
+        return made
+
+    def compare(self):
+        """Refuses a rank, on a host of its own, that does not see what rank 0 sees."""
+        mine = {'settings': {k: v for k, v in vars(self.s).items() if k not in self.free()},
+                'files of config/': self.ideas.sources(), 'data': self.data.meta['fingerprint'],
+                'checkpoint': self.checkpoint and self.checkpoint['steps'],
+                'evaluation sets': {name: len(items['ids']) for name, items in self.measure.sets.items()}}
+        told = [mine]
         if self.world > 1:
-            dist.barrier()
-        return made if self.master else work()
+            dist.broadcast_object_list(told)
+        differ = [name for name in mine if mine[name] != told[0][name]]
+        refuse(differ, f'this rank, on {platform.node()}, has another {" and another ".join(differ)} than rank 0: give '
+               f'all hosts the same command and the same files')
 
     def heed(self, number, frame):
         """Told once, a run ends with its step; three times (by Ctrl-C and torchrun is two), at once. A
@@ -979,7 +1016,7 @@ class Run:
         start = torch.full((1, 1), self.config.bos, device=self.device)
         with self.evaluating():
             seconds = seconds_of(lambda: list(self.model.generate(start, 12)), 2)
-        self.token_seconds = self.dearer() * seconds / 12
+        self.token_seconds = self.dearer() * self.agreed(seconds) / 12
         self.others = measure.plan(tenth / 8, self.token_seconds)
 
     def closing_seconds(self):
@@ -1179,7 +1216,7 @@ class Run:
         """Not finite, again and again: back, once, to the last checkpoint that cannot be the cause itself."""
         if self.bad_steps < BAD_STEPS:
             return
-        if self.rolled_back or self.steps == self.bad_steps or not (self.out_dir / 'ckpt.pt').exists():
+        if self.rolled_back or self.steps == self.bad_steps or not self.agreed((self.out_dir / 'ckpt.pt').exists()):
             again = ', again after going back' if self.rolled_back else ''
             raise self.diverged(f'{self.bad_steps} steps in a row were not finite{again}')
         if self.world > 1:
@@ -1260,10 +1297,11 @@ class Run:
         return result
 
     def judge(self, counts, stop=None, at_once=None):
-        """What the model does on so many items of every evaluation set: on rank 0."""
+        """What the model does on so many items of every evaluation set, dealt out to ranks."""
         with self.evaluating():
-            return {name: self.measure.judge(self.model, name, n, at_once or self.at_once, stop)
-                    for name, n in counts.items() if self.master and not self.signals}
+            return {name: self.measure.judge(self.model, name, n, at_once or self.at_once, stop, self.rank,
+                                             self.world, self.all_reduce)
+                    for name, n in counts.items() if not self.told_to_stop()}
 
     def continuation(self, length, deadline=math.inf):
         """What follows sample_prompt, by the same dice every time, as far as it gets in time; on rank 0."""
@@ -1321,7 +1359,7 @@ class Run:
             raise unsaved or Stopped(f'stopped by a signal after step {self.steps}; {saved}')
         self.energy.turn('idle')
         found = self.closing_evaluation()
-        if self.all_reduce(np.array([float(bool(self.signals))]))[0]:
+        if self.told_to_stop():
             raise unsaved or Stopped(f'stopped by a signal during the closing evaluation; {saved}')
         report, unwritten = self.results(*found), unsaved
         if self.master and not unsaved:
@@ -1339,28 +1377,27 @@ class Run:
         grace = min(0.01 * self.clock.budget, 5.0)
         return self.clock.budget + grace - kept if self.clock.counts_all else math.inf
 
-    def until(self, deadline):
+    def told_to_stop(self, late=False):
+        """Whether any rank has heard a signal, or it is too late by rank 0's clock: asked of all alike."""
+        return bool(self.all_reduce(np.array([late and self.master, bool(self.signals)], float)).any())
+
+    def until(self, deadline, ask=None):
         """A stop(), to be asked before the next part of what must end by then: a part takes what the last one
         took."""
         asked = [self.clock.elapsed()]
 
         def stop():
             asked.append(self.clock.elapsed())
-            return 2 * asked[-1] - asked[-2] > deadline or bool(self.signals)
+            return (ask or self.told_to_stop)(2 * asked[-1] - asked[-2] > deadline)
         return stop
 
     def closing_evaluation(self):
         """Bits per byte, evaluation sets, what else is measured, and a sample: each within what is left."""
         kept, evals = self.afterwards(), {}
-        late = self.until(self.deadline(kept))
-
-        def out_of_time():                       # asked of all ranks alike
-            return bool(self.all_reduce(np.array([late() * self.master, bool(self.signals)], float)).any())
-
-        result = self.bits(self.slices, stop=out_of_time)
+        result = self.bits(self.slices, stop=self.until(self.deadline(kept)))
         if not math.isfinite(result['bpb']):
             raise self.diverged(f'bits per byte are {result["bpb"]}')
-        slow = min(4.0, max(1.0, result['seconds_per_slice'] / self.slice_seconds))     # as the machine is now
+        slow = self.agreed(min(4.0, max(1.0, result['seconds_per_slice'] / self.slice_seconds)))    # the machine now
         spoken = self.token_seconds * self.s.sample_tokens
         kept += (slow - 1) * spoken
         for name, n in self.counts.items():
@@ -1371,7 +1408,7 @@ class Run:
             evals |= self.judge({} if stop() else {name: n}, stop, at_once)
         for name, (n, seconds) in self.others.items():
             kept -= seconds
-            stop = self.until(self.deadline(kept))
+            stop = self.until(self.deadline(kept), lambda late: late or bool(self.signals))     # of rank 0 alone
             with self.evaluating():
                 ask = self.measure.ask(self.model, {name: n}, stop) if self.master else ()
                 evals |= dict(ask)
@@ -1518,6 +1555,10 @@ if __name__ == '__main__':
     except (UserError, OSError, Diverged, FloatingPointError, Stopped, KeyboardInterrupt,
             torch.OutOfMemoryError) as e:
         code = tell(run, e)
+    except RuntimeError as e:
+        if not (run and run.world > 1 and re.search('gloo|nccl', str(e), re.I)):
+            raise
+        code = print(f'train.py, rank {run.rank}: another rank is gone', file=sys.stderr) or 1
     if run:
         run.close(code)
     sys.stdout.flush()

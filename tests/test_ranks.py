@@ -8,6 +8,7 @@ import pytest
 
 import train
 from conftest import STEPS, script
+from test_sample import Costs, items_of, of_sets, pairs, table
 from test_train import losses, run_of
 
 TWO = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
@@ -18,9 +19,14 @@ def two(corpus, tmp_path_factory):
     """The folder of a run of two ranks that nothing disturbed, and what it printed."""
     cwd = tmp_path_factory.mktemp('two')
     os.environ['OMP_NUM_THREADS'] = '1'         # as torchrun sets it: sums in the same order everywhere
-    code, out, err = script('train.py', *corpus.args, *STEPS, '--out_dir=run', cwd=cwd, launcher=TWO)
+    code, out, err = script('train.py', *corpus.args, *STEPS, asked(cwd), '--out_dir=run', cwd=cwd, launcher=TWO)
     assert code == 0, err
     return cwd / 'run', out
+
+
+def asked(folder):
+    (folder / 'pairs.jsonl').write_text(''.join(json.dumps(pair) + '\n' for pair in pairs()))
+    return '--evals=pairs.jsonl'
 
 
 def result(out_dir):
@@ -28,12 +34,13 @@ def result(out_dir):
 
 
 def test_two_ranks_are_one_with_twice_the_accumulation(corpus, two, tmp_path):
-    code, alone, err = script('train.py', *corpus.args, *STEPS, '--out_dir=one', cwd=tmp_path)
+    code, alone, err = script('train.py', *corpus.args, *STEPS, asked(tmp_path), '--out_dir=one', cwd=tmp_path)
     assert code == 0, err
     assert '= 1 micro-steps of 32 x 64 on 2 rank' in two[1] and '= 2 micro-steps of 32 x 64 on 1 rank' in alone
     assert losses(two[0]) == pytest.approx(losses(tmp_path / 'one'), rel=1e-5)
     both, one = result(two[0]), result(tmp_path / 'one')
     assert both['val_bpb'] == pytest.approx(one['val_bpb'], rel=1e-3)
+    assert both['evals']['pairs'] == one['evals']['pairs'] and one['evals']['pairs']['items'] == 40
     assert both['tokens'] == one['tokens'] and both['val_share'] == 1
 
 
@@ -57,6 +64,7 @@ def test_a_killed_rank_comes_back_from_the_last_checkpoint(corpus, two, tmp_path
     code, out, err = script('train.py', *corpus.args, *STEPS, 'lost.py', '--out_dir=run', cwd=tmp_path, launcher=[*TWO, '--max_restarts=1'])
     assert code == 0, err
     assert len(re.findall('^halfhour:', out, re.M)) == 2 and 'unfinished run' not in err
+    assert 'rank 0: another rank is gone' in err and 'train.py", line' not in err
     assert losses(tmp_path / 'run') == losses(two[0])
     assert result(tmp_path / 'run')['val_bpb'] == result(two[0])['val_bpb']
 
@@ -84,3 +92,63 @@ def test_a_checkpoint_from_before_this_torchrun_is_not_its_own(main, tmp_path, m
     assert not run_of('--out_dir=run').restarted()
     monkeypatch.setattr(train, 'process_age', lambda pid: 3600)
     assert 'steps: 3' in main()
+
+
+# ---- ranks that do not hear, or do not see, each other
+
+def idea(folder, text):
+    (folder / 'mine.py').write_text(f'import time\nimport train\n\n{text}')
+    return 'mine.py'
+
+
+def test_a_number_that_gets_nowhere_ends_with_a_sentence(corpus, tmp_path):
+    mine = idea(tmp_path, 'train.FIRST_WORD = 4\n\n\nclass Run(train.Run):\n    def all_reduce(self, array):\n'
+                             '        time.sleep(60 * self.rank)\n        return super().all_reduce(array)\n')
+    code, out, err = script('train.py', *corpus.args, mine, cwd=tmp_path, launcher=TWO)
+    assert code == 1 and 'have met, and no number got across in 4 s: GLOO_SOCKET_IFNAME names' in err.rpartition('Root Cause')[2]
+    assert re.search('^train.py: 2 ranks at', err, re.M) and 'train.py", line' not in err
+
+
+def test_a_rank_that_refuses_is_heard_and_ends_all(corpus, tmp_path):
+    mine = idea(tmp_path, 'class Run(train.Run):\n    def compare(self):\n        self.data.meta["fingerprint"] += "1" * self.rank\n'
+                             '        super().compare()\n')
+    code, out, err = script('train.py', *corpus.args, mine, cwd=tmp_path, launcher=TWO)
+    assert code == 1 and re.search('^train.py, rank 1: this rank, on .*, has another data than rank 0: give all', err, re.M), err
+    assert 'train.py", line' not in err and '---' not in out
+
+
+def test_what_a_card_is_asked_for(monkeypatch):
+    run, taken = run_of(), []
+    run.device = 'cuda'
+    monkeypatch.setattr(train.torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(train.torch.cuda, 'set_device', taken.append)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    run.take_card()
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    with pytest.raises(train.UserError, match='number 3 on a machine of 2 cards: start it with --nproc_per_node=2'):
+        run.take_card()
+    assert taken == [1]
+
+
+def test_builders_take_turns(monkeypatch):
+    """Rank 0, then the first of another host, then all others."""
+    waits = []
+    monkeypatch.setattr(train.dist, 'barrier', lambda: waits.append(0))
+    for rank, local, turn in ((0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)):
+        run = run_of()
+        run.rank, run.world, run.master = rank, 4, rank == 0
+        monkeypatch.setenv('LOCAL_RANK', str(local))
+        waits.clear()
+        assert run.in_turn(lambda: len(waits)) == turn and len(waits) == 3
+
+
+def test_a_verdict_is_the_same_however_many_ranks_share_the_items():
+    items = items_of([p | dict(kind=f'{i % 3}') for i, p in enumerate(pairs(41))])
+    model, shares = Costs(table(a=0.5)), []
+    for n in (41, 40, 2):                       # 2: there are more ranks than items
+        shares.clear()
+        for rank in range(3):
+            of_sets(x=items).judge(model, 'x', n, 64, None, rank, 3, lambda cost: shares.append(cost) or cost + 1)
+        whole = of_sets(x=items).judge(model, 'x', n, 64, None, 0, 3, lambda cost: sum(shares))
+        assert whole == of_sets(x=items).judge(model, 'x', n) and whole['items'] == n
+        assert sum((share != 0).any() for share in shares) == min(n, 3)
