@@ -499,7 +499,7 @@ def kernel_rows(name, flops, size, rivals, tensors, rounds, rates):
 
 # ---- building every kernel without a GPU -------------------------------------------------------------------
 
-SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 120: 101376}    # bytes for a program, by architecture
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}    # bytes a program, by architecture
 SPILLED = 64                                                         # bytes of stack that are let pass
 FAMILY = (      # what kernels branch on, and the widths of models of 11M, 34M and 97M parameters
     dict(n_embd=320, n_head=5, dtype='float32'),

@@ -1253,7 +1253,7 @@ def attention_tiles(D, itemsize, limit):
         return (32, 16, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)
     if D <= 64:
         return (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)
-    return (64, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2)
+    return (64, 32, 4, 2), (64, 32, 8, 2), (64, 32 if limit > 200000 else 64, 8, 2)     # Hopper's and later spill
 
 
 def tile(sizes):
