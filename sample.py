@@ -1217,7 +1217,7 @@ def within(args, **limits):
 
 def read_options(argv):
     """What the command line says; what of it is for ideas: paths of configs, --name=value of settings; and the
-    module of the verb that is asked for, or None."""
+    module of the verb that is asked for, or None. Others may be asked for that are in its WITH."""
     typed, known = {arg.partition('=')[0] for arg in argv}, verbs('sample')
     asked = {name: verb('sample', name) for name in known if {f'--{name}', '-h', '--help'} & typed}
     parser = the_options(asked.values())
@@ -1232,7 +1232,8 @@ def read_options(argv):
         if value := getattr(args, name):
             setattr(args, name, at_home(value))
     within(args, samples=(1, 4096), max_new_tokens=(1, 10 ** 9), **DRAWN, seed=(0, 10 ** 18), eval_items=(0, 10 ** 9))
-    refuse(len(asked) > 1, f'{" and ".join(f"--{name}" for name in asked)} are asked for: one at a time')
+    first = [module for name, module in asked.items() if asked.keys() - {name} <= {*getattr(module, 'WITH', ())}]
+    refuse(asked and not first, f'{" and ".join(f"--{name}" for name in asked)} are asked for: one at a time')
     if args.eval and args.stats:
         raise UserError('--stats says what a prompt takes, and --eval reads none: leave one away')
     if args.export is not None and args.export not in verbs('export'):
@@ -1242,7 +1243,7 @@ def read_options(argv):
     if grid(args.country) is None:
         raise UserError(f'--country is {args.country!r}, it must be one of {", ".join(GRID)}, or the '
                         f'grams of CO2e a kWh')
-    return args, [arg for arg in argv if of_ideas(arg)], next(iter(asked.values()), None)
+    return args, [arg for arg in argv if of_ideas(arg)], next(iter(first), None)
 
 
 def main(argv):

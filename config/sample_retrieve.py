@@ -274,16 +274,24 @@ class Passages:
             except (OSError, UserError) as e:
                 self.say(f'left out: {prepare_data.clipped(name)}: {getattr(e, "strerror", e)}')
 
-    def before(self, prompt, k, block_size, length):
-        """Ids to put between BOS and a prompt: at most k passages, best one last, a blank line behind each;
-        `length` tokens that follow, up to a quarter of block_size, find room beside them. Says which."""
-        ids, room = [], block_size - 1 - len(self.tokenizer.encode(prompt)) - min(length, block_size // 4)
-        for score, name, number, text in self.best(prompt, k):
-            more = self.tokenizer.encode(text) + self.tokenizer.encode('\n\n')
+    def fitting(self, query, k, block_size, taken, length):
+        """Ids to put between BOS and a prompt: at most k passages that fit a query, best one last, a blank line
+        behind each; and those, as best() has them. The `taken` tokens of the prompt and `length` that follow,
+        up to a quarter of block_size, find room beside them."""
+        ids, given, room = [], [], block_size - 1 - taken - min(length, block_size // 4)
+        for passage in self.best(query, k):
+            more = self.tokenizer.encode(passage[-1]) + self.tokenizer.encode('\n\n')
             if len(ids) + len(more) <= room:
                 ids = more + ids
-                self.say(f'{score:7.2f}  {prepare_data.clipped(name)}, passage {number + 1}: '
-                         f'{prepare_data.clipped(text, 60)}')
+                given.append(passage)
+        return ids, given
+
+    def before(self, prompt, k, block_size, length):
+        """The ids that fit a prompt, of fitting(). Says which passages they are."""
+        ids, given = self.fitting(prompt, k, block_size, len(self.tokenizer.encode(prompt)), length)
+        for score, name, number, text in given:
+            self.say(f'{score:7.2f}  {prepare_data.clipped(name)}, passage {number + 1}: '
+                     f'{prepare_data.clipped(text, 60)}')
         if not ids:
             self.say('no passage has a word of the prompt, or fits before it')
         return ids

@@ -1,8 +1,10 @@
 """--serve: a page and a JSON API, as OpenAI's, for one run or two.
 
     python sample.py --serve out/quickstart out/babylm                 until Ctrl-C; --compile makes it quicker
+    python sample.py --serve out/babylm --retrieve notes               and passages of notes/ before each prompt
 
 It listens to this machine alone; others need --host and a --token. What is asked of it stands in Handler.
+Who asks is told which passages stand before a prompt, at most --passages.
 """
 import codecs
 import collections
@@ -25,11 +27,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from config import UserError, name_of, refuse
+from config import UserError, at_home, name_of, refuse
 from config.sample_chat import chat_ids
+from config.sample_retrieve import open_passages
 from model import GPT, KVCache, sample_token
 from sample import DRAWN, Energy, as_json, compile_for, drawn_by, grid, open_run, page_with_hashes, windows, within
 
+WITH = 'retrieve',
 ROWS, WAITING, CONNECTIONS = 4, 32, 64      # answers made at once by a model, answers that may wait, sockets
 BODY, TOKENS, PATIENCE = 65536, 2048, 20    # bytes of a request, tokens of an answer, seconds to send or take it
 USUAL = dict(temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=1, max_tokens=256)
@@ -106,11 +110,12 @@ class Lane:
     (GPT.compile_step), so an answer is the same whoever else is served.
     """
 
-    def __init__(self, name, run):
+    def __init__(self, name, run, passages=None, most=0):
         owner = next(c for c in type(run.model).__mro__ if 'generate' in vars(c))
         refuse(owner is not GPT, f'{name_of(owner)} generates in a way of its own, which the server does not know: '
                f'serve another run than {run.folder}')
         self.name, self.run, self.model, self.tokenizer = name, run, run.model, run.tokenizer
+        self.passages, self.most = passages, most            # of --retrieve, before a prompt
         self.device, self.waiting = run.model.wte.weight.device, collections.deque()
         alone = type(run.model).hints is not GPT.hints       # what it is told is of a prompt, not of a row
         self.rows, self.hints = [None] * (1 if alone else ROWS), {}
@@ -245,7 +250,7 @@ def about(lane, run, country):
                 minutes=known['total_seconds'] / 60 if known else None, val_bpb=known.get('val_bpb'),
                 co2_g_per_1000=lane.joules / lane.tokens / 3.6e3 * grid(country) if lane.tokens else None,
                 tok_per_sec=tokens / lane.seconds if tokens else None, block_size=run.model.config.block_size,
-                chat=bool(run.tokenizer.roles), ideas=[name for name, _, named in run.state['ideas'] if named])
+                chat=bool(run.tokenizer.roles), passages=lane.most, ideas=[name for name, _, named in run.state['ideas'] if named])
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -297,11 +302,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """What is asked of a server, all in JSON but the page; what cannot be is {"error": sentence} with a 4xx.
 
     GET  /api/models    {models: [{id, about, params, minutes, val_bpb, co2_g_per_1000, tok_per_sec, block_size,
-                        chat, ideas}], max_tokens}; null is not known
-    POST /api/generate  {model, prompt or messages: [{role, content}], ids: chosen tokens to go on from, and what
-                        USUAL names} -> server-sent events: `start` {prompt: tokens}; {id, text, bits, p,
-                        alternatives: [{id, text, p}]} a token; `done` {why: end|length|stopped, tokens,
-                        tok_per_sec, rest: what is left of a character} or `error` {error}. Who closes stops it.
+                        chat, passages: at most, ideas}], max_tokens}; null is not known
+    POST /api/generate  {model, prompt or messages: [{role, content}], ids: chosen tokens to go on from, passages:
+                        how many at most, query: the text that they fit, if not the prompt, and what USUAL names}
+                        -> server-sent events: `start` {prompt: tokens, passages: [{file, number, score, text}]};
+                        {id, text, bits, p, alternatives: [{id, text, p}]} a token; `done` {why: end|length|
+                        stopped, tokens, tok_per_sec, rest: what is left of a character} or `error` {error}. Who
+                        closes stops it.
     POST /api/score     {model, texts: [one or two]} -> {texts: [{bits, bytes, bpb, tokens}], prefers: 0|1|null}
     GET  /v1/models, POST /v1/completions, /v1/chat/completions: as OpenAI's clients expect, `stream` too
 
@@ -438,16 +445,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Declined(400, f'messages must be a list of {{role, content}}, role one of {", ".join(roles)}')
         return chat_ids(lane.tokenizer, [m | dict(content=field_of(m, 'content')) for m in messages])
 
+    def passages(self, lane, ids, chosen, length):
+        """ids with passages behind BOS, and those, best first: of --retrieve, before a prompt, not in a chat."""
+        most = lane.most if self.body.get('passages') is None else self.body['passages']
+        if type(most) is not int or not 0 <= most <= lane.most:
+            raise Declined(400, f'passages must be a whole number from 0 to {lane.most}')
+        if not most or 'messages' in self.body:
+            return ids, []
+        query = field_of(self.body, 'query' if self.body.get('query') is not None else 'prompt')
+        taken, size = len(ids) - 1 + len(chosen), lane.model.config.block_size
+        before, given = lane.passages.fitting(query, most, size, taken, length)
+        return [ids[0], *before, *ids[1:]], given
+
     def generate(self):
         lane, chosen = self.lane(), self.body.get('ids') or []
         options, ids = numbers_of(self.body, USUAL), self.prompt(lane, 'messages' in self.body)
         if not isinstance(chosen, list) or len(chosen) > TOKENS or not all(
                 type(i) is int and 0 <= i < lane.model.config.vocab_size for i in chosen):
             raise Declined(400, f'ids must be a list of at most {TOKENS} token ids')
-        answer = self.server.desk.begin(Answer(lane, ids, chosen, options))
+        whole, given = self.passages(lane, ids, chosen, options.max_tokens)
+        given = [dict(score=score, file=file, number=number + 1, text=text) for score, file, number, text in given]
+        answer = self.server.desk.begin(Answer(lane, whole, chosen, options))
         self.say(200, 'text/event-stream', b'', **{'Content-Length': None})
         try:
-            self.event(dict(prompt=[dict(id=i, text=lane.tokenizer.decode([i]), bits=None) for i in ids]), 'start')
+            self.event(dict(prompt=[dict(id=i, text=lane.tokenizer.decode([i]), bits=None) for i in ids],
+                            passages=given), 'start')
             for told in self.events_of(answer):
                 if 'why' not in told:
                     self.event(told)
@@ -514,7 +536,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Declined(400, 'n must be 1')
         b['max_tokens'] = b.get('max_completion_tokens') or b.get('max_tokens')
         options = numbers_of(b, USUAL | dict(temperature=1.0, max_tokens=16 if not chat else 256))
-        ids = self.prompt(lane, chat)
+        ids, _ = self.passages(lane, self.prompt(lane, chat), [], options.max_tokens)
         answer = self.server.desk.begin(Answer(lane, ids, [], options))
         try:
             self.told_as_openai(answer, lane, chat, stops, b.get('stream') is True)
@@ -566,7 +588,7 @@ def options(add):
 
 def main(args, of_ideas):
     """Answers requests until it is interrupted."""
-    within(args, port=(0, 65535))
+    within(args, port=(0, 65535), **dict(passages=(1, 1000)) if 'retrieve' in args else {})
     loopback = args.host in ('127.0.0.1', 'localhost', '::1')
     refuse(not loopback and not args.token, f'--host {args.host} lets others in: give a --token that they must know, '
            f'or leave --host away')
@@ -574,7 +596,9 @@ def main(args, of_ideas):
     for folder in filter(None, (args.run, args.prompt)):
         run = open_run(folder, args.device, of_ideas)
         name = run.folder.absolute().name
-        lanes.append(Lane(name if name not in [lane.name for lane in lanes] else f'{name} (2)', run))
+        name = name if name not in [lane.name for lane in lanes] else f'{name} (2)'
+        found = [open_passages(run, at_home(args.retrieve)), args.passages] if 'retrieve' in args else []
+        lanes.append(Lane(name, run, *found))
         if args.compile:
             compile_for(run, 1, len(lanes[-1].rows))
     server = Server(args.host, args.port, lanes, Energy(args.device, time.monotonic()), args.token, args.country)

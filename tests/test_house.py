@@ -466,6 +466,11 @@ def test_a_verb_of_sample_has_options_of_its_own(folder, capsys):
     assert '--shout says it.\n\n--whisper does not.\n' in out and '--loudness LOUDNESS' in out and 'how loud' in out
     with pytest.raises(UserError, match='--shout and --whisper are asked for: one at a time'):
         sample.main(['run', '--shout=once', '--whisper'])
+    with open(folder / 'sample_shout.py', 'a') as f:
+        f.write('\n\nWITH = "whisper",\n')
+    del sys.modules['config.sample_shout']
+    sample.main(['run', '--shout=once', '--whisper', '--top_k=5'])
+    assert capsys.readouterr().out == "run once 3 5 []\n"
 
 
 # ---- what a run is made of

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import sample
-from config import sample_serve
+from config import sample_retrieve, sample_serve
 from config.sample_chat import chat_ids
 from prepare_data import UserError
 
 JSON = {'Content-Type': 'application/json'}
 
 
-def started(*folders, token=''):
-    lanes = [sample_serve.Lane(name, sample.open_run(folder)) for name, folder in folders]
+def started(*folders, token='', passages=()):
+    lanes = [sample_serve.Lane(name, sample.open_run(folder), *passages) for name, folder in folders]
     server = sample_serve.Server('127.0.0.1', 0, lanes, sample.Energy('cpu', time.monotonic()), token, 'world')
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     return SimpleNamespace(server=server, port=server.server_address[1], lanes=lanes)
@@ -120,6 +120,39 @@ def test_who_goes_away_stops_his_answer(desk):
     while any(desk.lanes[0].rows) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(desk.lanes[0].rows)
+
+
+def test_passages_of_a_folder_stand_before_a_prompt(finished, tmp_path):
+    """As --retrieve has them on the command line; who asks is told which."""
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'zoe.txt').write_text('Zoe has a red kite.')
+    (tmp_path / 'notes' / 'tom.txt').write_text('Tom lost it.')
+    run = sample.open_run(finished[0])
+    passages = sample_retrieve.Passages(tmp_path / 'notes', run.tokenizer, 24, tmp_path / 'kept', print)
+    made = started(('a', finished[0]), passages=(passages, 2))
+    options, prompt = dict(model='a', max_tokens=6, temperature=0), 'A kite'
+
+    def told(**more):
+        (_, start), *tokens, _ = generate(made, **dict(prompt=prompt) | options | more)
+        return [(p['file'], p['number'], p['text']) for p in start['passages']], [t['id'] for _, t in tokens], ''.join(t['text'] for t in start['prompt'])
+    given, ids, shown = told()
+    before = passages.before(prompt, 2, 64, 6)
+    text = ''.join(sample.stream(run.model, run.tokenizer, prompt, 6, temperature=0, before=before))
+    assert given == [('zoe.txt', 1, 'Zoe has a red kite.')] and shown == prompt and run.tokenizer.decode(ids) == text.rstrip('\ufffd')
+    plain = told(passages=0)
+    assert plain[0] == [] and plain[1] != ids                            # it reads them
+    again = told(prompt='', ids=[*run.tokenizer.encode(prompt), *ids[:2]], query=prompt)        # as the page goes on from a token
+    assert again[0] == given and again[1][:4] == ids[2:]
+    assert told(query='who lost it')[0][0][0] == 'tom.txt' and told(prompt='')[0] == []
+    status, _, body = ask(made, '/v1/completions', options | dict(prompt=prompt))
+    usage = json.loads(body)['usage']
+    assert status == 200 and usage['prompt_tokens'] == 1 + len(before) + len(run.tokenizer.encode(prompt))
+    assert json.loads(ask(made, '/api/models')[2])['models'][0]['passages'] == 2
+    for wrong in (3, -1, 'two', True, 1.0):
+        status, _, body = ask(made, '/api/generate', options | dict(prompt=prompt, passages=wrong))
+        assert status == 400 and json.loads(body)['error'] == 'passages must be a whole number from 0 to 2'
+    made.server.shutdown()
+    made.server.server_close()
 
 
 def test_texts_are_scored(desk, finished):
