@@ -439,6 +439,35 @@ def test_a_token_is_asked_for_and_stands_in_no_address(tmp_path, bpe, visit):
         process.kill()
 
 
+def test_the_page_says_which_passages_stood_before_a_prompt(tmp_path, bpe, visit):
+    run_of(tmp_path / 'red', net(bpe), bpe)
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / '<i>zoe.txt').write_text('A kite.')
+    process, url = serve(tmp_path, '--serve', 'red', '--retrieve', 'notes')
+    try:
+        page = visit(url)
+        ask(page, 'the kite', tokens=20)
+        through(page)
+        given = panes(page).locator('details')
+        assert given.locator('summary').inner_text() == 'A passage was put before the prompt' and not given.locator('p').is_visible()
+        given.locator('summary').click()
+        assert given.locator('p').inner_text() == '<i>zoe.txt, passage 1: A kite.' and page.locator('i').count() == 0
+        panes(page).locator('.token').last.click()                   # what goes on from another token has it too
+        page.locator('.choices li button').nth(1).click()
+        through(page)
+        assert given.is_visible()
+        page.locator('form summary').first.click()
+        field = page.get_by_label('Passages before it')
+        assert field.input_value() == '3' == field.get_attribute('max')
+        field.fill('0')
+        ask(page, 'the kite', tokens=20)
+        through(page)
+        assert not given.is_visible()
+        looks(page)
+    finally:
+        process.kill()
+
+
 def test_what_a_model_writes_is_text(tmp_path, visit):
     """Its name too, and what else it might have written."""
     evil, name = [b'<img src=x onerror=alert(1)>', b'<b>bold</b>'], '<i>red'
