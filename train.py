@@ -92,6 +92,7 @@ class Settings:
     momentum: float = 0.95            # 0..0.9999: Muon's
     beta1: float = 0.8                # 0..0.9999: AdamW's
     beta2: float = 0.95               # 0..0.999999: AdamW's
+    reduce_dtype: str = 'float32'     # float32|bfloat16: what gradients are in on their way between ranks
     grad_clip: float = 1.0            # largest gradient norm; 0 is off
     warmup_frac: float = 0.02         # 0..1: of progress, learning rates rise from a tenth
     cooldown_frac: float = 0.6        # 0..1: of progress, learning rates fall linearly to final_lr_frac
@@ -328,6 +329,56 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_sub_(params, updates)
 
 
+class GradientSum:
+    """Adds gradients up over ranks while the backward pass still makes others (Li 2020, 2006.15704).
+
+    They go in buckets, the last layer's first: each is sent when its last gradient is there, in the same order
+    on every rank. A gradient that a rank does not have counts as 0.
+    """
+    NUMBERS = 2 ** 20                            # in a bucket, at most, unless one parameter has more
+
+    def __init__(self, params, dtype):
+        self.dtype, self.buckets, self.place, self.hearing, room = dtype, [], {}, False, 0
+        for p in reversed([p for p in params if p.requires_grad]):
+            if room < p.numel():
+                self.buckets.append([])
+                room = self.NUMBERS
+            room -= p.numel()
+            self.place[p] = len(self.buckets) - 1
+            self.buckets[-1].append(p)
+            p.register_post_accumulate_grad_hook(self.heard)
+
+    def begin(self):
+        """The next backward pass is the step's last."""
+        self.hearing, self.missing, self.sent = True, [len(bucket) for bucket in self.buckets], []
+
+    def heard(self, p):
+        if self.hearing:
+            self.missing[self.place[p]] -= 1
+            if self.missing[self.place[p]] < 0:
+                raise RuntimeError('gradients came twice where one backward pass was to end the step')
+            while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+                self.send()
+
+    def send(self):
+        bucket = self.buckets[len(self.sent)]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        message = torch.cat([g.flatten() for g in grads]).to(self.dtype)
+        self.sent.append((grads, message, dist.all_reduce(message, async_op=True)))
+
+    def finish(self, told, world):
+        """Sends what is left, and what else is told; then every gradient is the mean over ranks."""
+        self.hearing = False
+        while len(self.sent) < len(self.buckets):
+            self.send()
+        last = dist.all_reduce(told, async_op=True)
+        for bucket, (grads, message, sending) in zip(self.buckets, self.sent):
+            sending.wait()
+            for p, g, part in zip(bucket, grads, message.split([g.numel() for g in grads])):
+                p.grad = g.copy_(part.view_as(g)).div_(world)
+        last.wait()
+
+
 # ---- clock -------------------------------------------------------------------------------------------------
 
 class Clock:
@@ -536,9 +587,11 @@ class Run:
                 store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
             watch.start()
             card = torch.device('cuda', torch.cuda.current_device()) if self.device == 'cuda' else None
-            dist.init_process_group('nccl' if card else 'gloo', store=store, rank=self.rank, device_id=card,
+            dist.init_process_group('cpu:gloo,cuda:nccl' if card else 'gloo', store=store, rank=self.rank, device_id=card,
                                     world_size=self.world, timeout=datetime.timedelta(hours=1))
-            self.all_reduce(np.ones(1))
+            first = torch.ones(1, device=self.device)
+            dist.all_reduce(first)               # as gradients go, then as decisions do
+            self.all_reduce(first.cpu().numpy())
         except (RuntimeError, ValueError) as e:
             raise UserError(f'rank {self.rank} did not meet {where} ({type(e).__name__}): start all of them, '
                             f'with torchrun, or unset RANK and WORLD_SIZE to run alone') from e
@@ -596,9 +649,9 @@ class Run:
         """Sum of a numpy array over the ranks."""
         if self.world == 1:
             return array
-        tensor = torch.as_tensor(array, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(array, dtype=torch.float64)     # by gloo: no card has to be waited for
         dist.all_reduce(tensor)
-        return tensor.cpu().numpy()
+        return tensor.numpy()
 
     def agreed(self, *values):
         """Rank 0's numbers, on every rank."""
@@ -762,6 +815,7 @@ class Run:
     def take_model(self, model):
         self.model, self.config = model, model.config
         self.optimizers = self.make_optimizers(model)
+        self.together = GradientSum(model.parameters(), getattr(torch, self.s.reduce_dtype)) if self.world > 1 else None
 
     def start_from(self, before):
         """Takes the weights of another run's model, as far as it has them."""
@@ -972,8 +1026,9 @@ class Run:
 
     def compiled(self, model):
         """The model as it is trained: on a GPU one program; on a CPU one for a block, which all blocks share:
-        a third of the wait, and as fast (RESULTS.md)."""
-        return torch.compile(model, dynamic=False) if self.device == 'cuda' else self.by_block(model)
+        a third of the wait, and as fast (RESULTS.md); also where ranks send a block's gradients while the next
+        block's are made, which one program would hand out at its end."""
+        return torch.compile(model, dynamic=False) if self.device == 'cuda' and self.world == 1 else self.by_block(model)
 
     def by_block(self, model):
         """The model with its blocks compiled, one program for all that are alike."""
@@ -1136,12 +1191,14 @@ class Run:
         """Gradients of the mean loss of so many micro-batches: that loss, and seconds waited for data; None
         for the loss if a lone rank must stop before the last of them."""
         total, waited = torch.zeros((), device=self.device), 0.0
-        for _ in range(n_micro):
+        for left in reversed(range(n_micro)):
             batch, wait = self.batches.next()
             if self.world == 1 and self.signals:     # a step can outlast the grace before a machine goes
                 self.model.zero_grad()
                 return None, waited
             batch = {k: t.to(self.device, non_blocking=True) for k, t in batch.items()}
+            if self.together and not left:
+                self.together.begin()
             total += self.add_gradients(batch, n_micro)
             waited += wait
         return total, waited
@@ -1155,10 +1212,11 @@ class Run:
     def descend(self, loss):
         """Makes the step that the gradients say: the loss, gradient norm before clipping, multiplier of the
         rates. Not finite: the weights stay as they are."""
-        self.stopping = self.average_over_ranks(loss, bool(self.signals))
+        told = self.average_over_ranks(loss)
         most = self.s.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most, foreach=True)
-        loss, norm = torch.stack([loss, norm]).tolist()  # a lone card's one wait in a step: skip or not?
+        norm, loss, *stop = torch.stack([norm, *told]).tolist()  # the one wait for the card in a step: skip or not?
+        self.stopping = any(stop or self.signals)
         rate, factor = self.rate(self.progress), self.decay(self.progress)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -1168,19 +1226,14 @@ class Run:
         self.model.zero_grad()
         return loss, norm, rate
 
-    def average_over_ranks(self, loss, flag):
-        """Averages gradients and loss over ranks, in place, in one message; True if any rank raised its
-        flag."""
-        if self.world == 1:
-            return flag
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        message = torch.cat([g.flatten() for g in grads] + [loss[None], loss.new_tensor([float(flag)])])
-        dist.all_reduce(message)
-        *parts, tail = message.split([g.numel() for g in grads] + [2])
-        for g, part in zip(grads, parts):
-            g.copy_(part.view_as(g)).div_(self.world)
-        loss.copy_(tail[0]).div_(self.world)
-        return bool(tail[1] > 0)
+    def average_over_ranks(self, loss):
+        """Averages gradients over ranks, in place. Returns the mean loss and, where there are several, how many
+        were told to stop."""
+        if not self.together:
+            return [loss]
+        told = torch.stack([loss, loss.new_full((), len(self.signals))])
+        self.together.finish(told, self.world)
+        return [told[0] / self.world, told[1]]
 
     def count(self, n_micro, seconds, wait):
         """Accounts for a step's text, time and arithmetic."""

@@ -37,6 +37,8 @@ class Recorded:
     def __init__(self, run, batch):
         self.model, self.batch = run.step_model, {name: t.clone() for name, t in batch.items()}
         self.parts = torch.ones((), device=run.device)
+        if run.together:
+            run.together.hearing = False         # no other rank is told of the gradients of a recording
 
         def work():
             loss = run.batch_loss(**self.batch) / self.parts
