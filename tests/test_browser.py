@@ -440,7 +440,7 @@ def test_a_token_is_asked_for_and_stands_in_no_address(tmp_path, bpe, visit):
 
 
 def test_the_page_says_which_passages_stood_before_a_prompt(tmp_path, bpe, visit):
-    run_of(tmp_path / 'red', net(bpe), bpe)
+    run_of(tmp_path / 'red', net(bpe, block_size=128), bpe)
     (tmp_path / 'notes').mkdir()
     (tmp_path / 'notes' / '<i>zoe.txt').write_text('A kite.')
     process, url = serve(tmp_path, '--serve', 'red', '--retrieve', 'notes')
