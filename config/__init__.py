@@ -204,7 +204,7 @@ def imported(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name[7:] for alias in node.names if alias.name.startswith('config.'))
         elif isinstance(node, ast.ImportFrom) and node.module == 'config':
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name for alias in node.names if (CONFIG / f'{alias.name}.py').is_file())
         elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('config.'):
             yield node.module[7:]
 
