@@ -302,12 +302,13 @@ class Part:
         self.source = re.sub('[,:+]', '-', self.source)          # settings part names by these
 
 
-SUFFIX = r'(?:\.(?:txt|md|jsonl|ndjson|json|csv|tsv|parquet|tokens|raw))?(?:\.(?:gz|xz|zst))?'
+PACKED = r'(?:\.(?:gz|xz|zst))?'
+SUFFIX = r'(?:\.(?:txt|md|jsonl|ndjson|json|csv|tsv|parquet|tokens|raw))?' + PACKED
 SPLIT_NAME = re.compile(r'(?:.*/)?(?:([^/]+?)([._-]))?(train|dev|val|valid|validation|test)'
                         r'([.-]\d+(?:-of-\d+(?:-[\da-f]{16})?)?)?' + SUFFIX, re.I)
-ROWS = re.compile(r'\.(jsonl|ndjson|json|csv|tsv|parquet)(?:\.(?:gz|xz|zst))?$', re.I)
+ROWS = re.compile(r'\.(jsonl|ndjson|json|csv|tsv|parquet)' + PACKED + '$', re.I)
 NO_TEXT = re.compile(r'\.(html?|xml|svg|pdf|docx?|odt|rtf|epub|pptx?|xlsx?|ods|ipynb|zip|tar|tgz|bz2|7z'
-                     r'|rar|arrow|feather|db|sqlite3?|pkl|np[yz]|pt|bin|png|jpe?g)(?:\.(?:gz|xz|zst))?$', re.I)
+                     r'|rar|arrow|feather|db|sqlite3?|pkl|np[yz]|pt|bin|png|jpe?g)' + PACKED + '$', re.I)
 BESIDE = re.compile(r'(?i:README|LICEN[CS]E|COPYING)(?:[.-][\w.-]*)?|_SUCCESS|_(?:common_)?metadata|.*\.crc'
                     r'|_(?:started|committed)_\d+|dataset_(?:infos?|dict)\.json')   # beside a text, and none
 OURS = {'meta.json', 'train.bin'}, {'metrics.jsonl', 'ckpt.pt'}          # in folders that these scripts write
@@ -418,7 +419,7 @@ def check_text(parts):
         except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile):
             continue
         except OSError as e:
-            wrong.append(f'{part.path} cannot be read ({e.strerror})')
+            wrong += [f'{part.path} cannot be read ({e.strerror})'] * bool(e.errno)      # pyarrow's has none
             continue
         heads = [what for what, start in HEADS.items() if re.match(start, head, re.I)]
         if odd:

@@ -82,13 +82,12 @@ class Corpus(prepare_data.Corpus):
         refuse(i > n, f'share is {self.s.share}: {i} is more than {n}')
         dropped = Counter()
         parts, ignored = prepare_data.gather(self, self.shards, dropped)
-        self.encode_all(parts[i - 1::n])
+        made = [shard.name for shard in self.encode_all(parts[i - 1::n])]
         (self.shards / self.given.filename).write_bytes(self.given.blob)
-        listed = [[part.name, part.split, part.source, part.shard] for part in parts]
         write_json(self.shards / 'share.json', dict(
-            recipe=self.recipe, dataset=self.s.dataset, root=str(self.root.resolve()), parts=listed,
-            ignored=ignored))
-        print(f'{len(parts[i - 1::n]):,} of {len(parts):,} files are in {self.shards}: when all shares are '
+            recipe=self.recipe, dataset=self.s.dataset, made=made, ignored=ignored,
+            parts=[[part.name, part.split, part.source, part.shard] for part in parts]))
+        print(f'{len(made):,} of {len(parts):,} files are in {self.shards}: when all shares are '
               f'made, join them with --merge={self.shards},...')
 
     def build(self, quiet=False):
@@ -171,19 +170,20 @@ class Corpus(prepare_data.Corpus):
                 if part.split == '':
                     splits[keys < np.uint64(found.below)] = 'val'
                 copies = [key in known.get(part.split, ()) for key in keys.tolist()]
-                gone = np.where(copies, 0, np.where(splits == 'train', docs.rows['reason'], 1))
+                train = splits == 'train'
+                gone = np.where(copies, len(shard.reasons), np.where(train, docs.rows['reason'], 0))
                 for i, split in enumerate(splits.tolist()):
                     doc = docs.text(i)
-                    if gone[i] != 1:
-                        self.note(report, [COPY, *shard.reasons][gone[i]], doc.decode())
+                    if gone[i]:
+                        self.note(report, [*shard.reasons, COPY][gone[i]], doc.decode())
                         continue
                     digest.update(f'{split} {source} {len(doc)} '.encode() + doc)
                     if split == 'train' and found.lines:
                         found.shared.update(x for x, _ in lines_of(doc.decode()) if x in found.lines)
-                for split in dict.fromkeys(splits[gone == 1].tolist()):
+                for split in dict.fromkeys(splits[gone == 0].tolist()):
                     if split not in writers:
                         writers[split] = SplitWriter(temp, split, self.given, len(names), self.ids)
-                    docs.append_to(writers[split], source, (splits == split) & (gone == 1))
+                    docs.append_to(writers[split], source, (splits == split) & (gone == 0))
         return prepare_data.finished(writers), reports, digest.hexdigest()
 
 
@@ -227,7 +227,7 @@ class Shard:
         try:
             shard = cls(path, json.loads(path.with_suffix('.json').read_text('utf-8')), table)
             sizes = [path.with_suffix(suffix).stat().st_size for suffix in FILES]
-            return shard if sizes == shard.sizes else None
+            return shard if sizes == [size for size, _ in shard.files] else None
         except (FileNotFoundError, ValueError):
             return None
 
@@ -244,13 +244,13 @@ class Shard:
         """Reads a file once, beginning to end, and makes its shard, whole or not at all."""
         path, of, began = cls.path_of(corpus.shards, part.name), part.path.stat(), os.getppid()
         beside = path.with_name(f'.{path.name}.{os.getpid()}')
-        corpus.pieces, report, reasons = {}, Counter(), {'': 1}
+        corpus.pieces, report, reasons = {}, Counter(), {'': 0}
         orphaned = SimpleNamespace(update=lambda n: os.getppid() == began or os._exit(1))
         try:
             digest = sha256_of(part.path)        # what it brings into memory is read again
             writer = ShardWriter(corpus.shards, beside.name, corpus)
             for doc, text in corpus.documents(part, report, orphaned):
-                reason = reasons.setdefault(corpus.unwanted(text, part), len(reasons) + 1)
+                reason = reasons.setdefault(corpus.unwanted(text, part), len(reasons))
                 writer.add(key_of(doc)[0], reason, len(doc), text)
             writer.close()
             now = part.path.stat()
@@ -260,7 +260,8 @@ class Shard:
             told = dict(name=part.name, source=part.source, kind=part.kind, way=part.way, sha256=digest,
                         of=[of.st_size, of.st_mtime_ns], documents=sum(map(len, writer.rows)),
                         tokens=writer.tokens, report=report, pieces=corpus.pieces, reasons=[*reasons],
-                        sizes=[file.stat().st_size for file in files], recipe=corpus.recipe)
+                        recipe=corpus.recipe,
+                        files=[[file.stat().st_size, sha256_of(file)] for file in files])
             for file, suffix in zip(files, FILES):
                 with open(file, 'rb+') as f:
                     os.fsync(f.fileno())
