@@ -302,13 +302,15 @@ class Part:
         self.source = re.sub('[,:+]', '-', self.source)          # settings part names by these
 
 
-SUFFIX = r'(?:\.(?:txt|md|jsonl|ndjson|json|csv|tsv|parquet|tokens|raw))?(?:\.(?:gz|xz))?'
+PACKED = r'(?:\.(?:gz|xz|zst))?'
+SUFFIX = r'(?:\.(?:txt|md|jsonl|ndjson|json|csv|tsv|parquet|tokens|raw))?' + PACKED
 SPLIT_NAME = re.compile(r'(?:.*/)?(?:([^/]+?)([._-]))?(train|dev|val|valid|validation|test)'
-                        r'([.-]\d+(?:-of-\d+)?)?' + SUFFIX, re.I)
-ROWS = re.compile(r'\.(jsonl|ndjson|json|csv|tsv|parquet)(?:\.gz|\.xz)?$', re.I)
-NO_TEXT = re.compile(r'\.(html?|xml|svg|pdf|docx?|odt|rtf|epub|pptx?|xlsx?|ods|ipynb|zip|tar|tgz|bz2|zst|7z'
-                     r'|rar|arrow|feather|db|sqlite3?|pkl|np[yz]|pt|bin|png|jpe?g)(?:\.gz|\.xz)?$', re.I)
-BESIDE = re.compile(r'(?i:README|LICEN[CS]E|COPYING)(?:[.-][\w.-]*)?')   # names of what stands beside a text
+                        r'([.-]\d+(?:-of-\d+(?:-[\da-f]{16})?)?)?' + SUFFIX, re.I)
+ROWS = re.compile(r'\.(jsonl|ndjson|json|csv|tsv|parquet)' + PACKED + '$', re.I)
+NO_TEXT = re.compile(r'\.(html?|xml|svg|pdf|docx?|odt|rtf|epub|pptx?|xlsx?|ods|ipynb|zip|tar|tgz|bz2|7z'
+                     r'|rar|arrow|feather|db|sqlite3?|pkl|np[yz]|pt|bin|png|jpe?g)' + PACKED + '$', re.I)
+BESIDE = re.compile(r'(?i:README|LICEN[CS]E|COPYING)(?:[.-][\w.-]*)?|_SUCCESS|_(?:common_)?metadata|.*\.crc'
+                    r'|_(?:started|committed)_\d+|dataset_(?:infos?|dict)\.json')   # beside a text, and none
 OURS = {'meta.json', 'train.bin'}, {'metrics.jsonl', 'ckpt.pt'}          # in folders that these scripts write
 
 
@@ -349,7 +351,7 @@ def files_below(root):
             below.clear()
             continue
         seen.add(os.path.realpath(folder))
-        below[:] = sorted(name for name in below if name[0] != '.')
+        below[:] = sorted(name for name in below if name[0] != '.' and name != '_temporary')    # Spark's
         found += [Path(folder, name) for name in names if name[0] != '.']
     for path in found:
         what = 'no file, it can be read only once' if path.exists() else 'a link to nothing'
@@ -361,8 +363,11 @@ def find_parts(root):
     """The files below `root`, held-out ones first, and the names of those left out. Where all are called like
     `<source>.train`, names decide the splits; else the hash of each document does."""
     files = files_below(root)
-    if not root.is_dir():
-        return [Part(root, root.name, '', stem(root.name))], []
+    return parts_of(root, files) if root.is_dir() else ([Part(root, root.name, '', stem(root.name))], [])
+
+
+def parts_of(root, files):
+    """As find_parts, of {name: path}, by the names alone."""
     left = [name for name, path in files.items() if BESIDE.fullmatch(path.name)]
     found = {name: SPLIT_NAME.fullmatch(name) for name in files if name not in {*left}}
     if not named_by_split(root, found):
@@ -414,7 +419,7 @@ def check_text(parts):
         except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile):
             continue
         except OSError as e:
-            wrong.append(f'{part.path} cannot be read ({e.strerror})')
+            wrong += [f'{part.path} cannot be read ({e.strerror})'] * bool(e.errno)      # pyarrow's has none
             continue
         heads = [what for what, start in HEADS.items() if re.match(start, head, re.I)]
         if odd:
@@ -622,8 +627,17 @@ def split_documents(blocks, boundary, limit, report):
 
 
 def open_source(raw, name):
-    name = name.lower()
-    return gzip.open(raw) if name.endswith('.gz') else lzma.open(raw) if name.endswith('.xz') else raw
+    openers = dict(gz=gzip.open, xz=lzma.open, zst=open_zst)
+    return openers.get(name.lower().rpartition('.')[2], lambda raw: raw)(raw)
+
+
+def open_zst(raw):
+    try:
+        import pyarrow
+    except ImportError:
+        raise UserError(f'{raw.name} is compressed by Zstandard, which takes pyarrow to read: pip install '
+                        f'pyarrow') from None
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, 'zstd'))
 
 
 def bad_utf8(part):
@@ -829,18 +843,16 @@ class Corpus:
         if self.folder.exists() and not self.s.overwrite:
             self.opened()
             raise UserError(f'{self.folder} exists already: use it, or prepare it anew with --overwrite')
-        if self.s.tokenizer_from:
-            given = load_tokenizer(self.s.tokenizer_from)
-            if self.folder_for(given.kind, given.vocab_size) != self.folder:
-                raise UserError(f'{self.s.tokenizer_from} has a {given.kind} tokenizer of '
-                                f'{given.vocab_size:,} ids, {self.folder} is to have another: give the same '
-                                f'--tokenizer and --vocab_size')
         with whole_or_nothing(self.folder) as temp:
             self.check()
-            fill(self, temp)
+            self.fill(temp)
         if not quiet:
             print(*self.summary(open_data(self.folder)), sep='\n')
         return self.folder
+
+    def fill(self, temp):
+        """Writes all files of the data set into the folder `temp`."""
+        fill(self, temp)
 
     # The source text
 
@@ -848,6 +860,12 @@ class Corpus:
         """Refuses what can be refused before the work starts."""
         if self.s.base_url and not re.match('(https?|file)://', self.s.base_url):
             raise UserError(f'base_url is {self.s.base_url!r}: begin it with https://')
+        if self.s.tokenizer_from:
+            given = load_tokenizer(self.s.tokenizer_from)
+            if self.folder_for(given.kind, given.vocab_size) != self.folder:
+                raise UserError(f'{self.s.tokenizer_from} has a {given.kind} tokenizer of '
+                                f'{given.vocab_size:,} ids, {self.folder} is to have another: give the same '
+                                f'--tokenizer and --vocab_size')
 
     def text(self, temp, report):
         """Makes or fetches the text, into `temp` or data/raw. Returns the folder or file it lies in."""
@@ -1036,6 +1054,13 @@ class Found:
                 self.hashed.add(key)
                 self.hold(text)
 
+    def hold_one(self):
+        """Of a small corpus, where no hash is low enough: the lowest alone is validation."""
+        if self.below <= self.lowest < 2**64:
+            self.below = self.lowest + 1
+            self.hashed.add(self.lowest)
+            self.sample.pop(self.lowest, None)
+
     def offer(self, key, rank, text, size):
         """The lowest ranks of training documents: an even sample in one pass, whatever the length."""
         if key in self.held or key in self.hashed or key in self.sample:
@@ -1065,12 +1090,9 @@ def scan(corpus, parts, bar):
                 corpus.meet(text, held)
                 found.assign(part.split, key, text)
                 found.offer(key, rank, text, len(doc))
-        if part.split and found.documents == before:
+        if part.split and found.documents == before and not part.shard:
             raise UserError(f'{part.path} holds no text: fill it or take it away')
-    if found.below <= found.lowest < 2**64:      # a small corpus: the lowest hash alone is validation
-        found.below = found.lowest + 1
-        found.hashed.add(found.lowest)
-        found.sample.pop(found.lowest, None)
+    found.hold_one()
     found.drop = np.frombuffer(found.drop, np.uint8)
     corpus.decide(found, np.flatnonzero(found.drop == 0))
     if not found.sample:
@@ -1096,16 +1118,19 @@ class SplitWriter:
     def write(self):
         sources, n_bytes, texts = map(list, zip(*self.batch))
         ids = [np.append(self.tokenizer.bos, row) for row in self.ids(self.tokenizer, texts)]
-        lengths = np.array([len(row) for row in ids])
-        rows = np.zeros(len(ids), DOC)
+        words = [len(text.split()) for text in texts]
+        self.append(sources, n_bytes, words, np.array([len(row) for row in ids]), np.concatenate(ids))
+        self.batch, self.pending = [], 0
+
+    def append(self, sources, n_bytes, words, lengths, ids):
+        """Documents that are encoded: a number of each, and the ids of all, back to back."""
+        rows = np.zeros(len(lengths), DOC)
         rows['start'] = self.tokens + lengths.cumsum() - lengths
         rows['bytes'], rows['source'] = n_bytes, sources
         self.rows.append(rows)                   # 18 bytes a document, the one thing that grows
-        words = [len(text.split()) for text in texts]
         np.add.at(self.counts, sources, np.stack([np.ones_like(lengths), words, n_bytes, lengths], 1))
         self.tokens += int(lengths.sum())
-        self.file.write(np.concatenate(ids).astype(self.dtype).tobytes())
-        self.batch, self.pending = [], 0
+        self.file.write(ids.astype(self.dtype).tobytes())
 
     def close(self):
         if self.batch:
@@ -1142,13 +1167,18 @@ def encode(corpus, parts, found, tokenizer, folder, names, bar):
             if split not in writers:
                 writers[split] = SplitWriter(folder, split, tokenizer, len(names), corpus.ids)
             writers[split].add(source, len(doc), text)
+    return finished(writers), reports, digest.hexdigest()
+
+
+def finished(writers):
+    """Closes the splits' files; refuses what cannot be trained on."""
     for writer in writers.values():
         writer.close()
     tokens = writers['train'].tokens if 'train' in writers else 0
     if tokens < MIN_TRAIN_TOKENS or 'val' not in writers:
         raise UserError(f'the training split has {tokens:,} tokens, {MIN_TRAIN_TOKENS} are needed, and '
                         f'validation {"some" if "val" in writers else "none"}: give more text or a .dev file')
-    return {s: writers[s] for s in ('train', 'val', 'test') if s in writers}, reports, digest.hexdigest()
+    return {s: writers[s] for s in ('train', 'val', 'test') if s in writers}
 
 
 def sha256_of(path, size=-1):
@@ -1200,28 +1230,39 @@ def gather(corpus, temp, report):
     return parts, ignored
 
 
+def room(corpus, temp, need):
+    """Refuses to begin what the disk cannot hold."""
+    if (free := shutil.disk_usage(temp).free) < need:
+        raise UserError(f'{corpus.s.data_dir} has {free / 1e6:,.0f} MB free, about {need / 1e6:,.0f} MB are '
+                        f'needed: make room or choose another --data_dir')
+
+
 def fill(corpus, temp):
     """Writes all files of a data set into the folder `temp`."""
     from tqdm import tqdm
-    t0, dropped, s = time.time(), Counter(), corpus.s
+    t0, dropped = time.time(), Counter()
     parts, ignored = gather(corpus, temp, dropped)
     made_from = trace(corpus.root)
-    names = sorted({part.source for part in parts})
     progress = functools.partial(tqdm, total=sum(part.path.stat().st_size for part in parts), unit='B',
                                  unit_scale=True, disable=None)
     with progress(desc='checking') as bar:
         found = scan(corpus, parts, bar)
-    need = found.bytes * (2 if s.tokenizer == 'bytes' else 0.7) + 50 * found.documents
-    if (free := shutil.disk_usage(temp).free) < need:
-        raise UserError(f'{s.data_dir} has {free / 1e6:,.0f} MB free, about {need / 1e6:,.0f} MB are needed: '
-                        f'make room or choose another --data_dir')
+    room(corpus, temp, found.bytes * (2 if corpus.s.tokenizer == 'bytes' else 0.7) + 50 * found.documents)
     tokenizer = corpus.tokenizer(text for _, text in found.sample.values())
     found.sample.clear()
-    (temp / tokenizer.filename).write_bytes(tokenizer.blob)
+    names = sorted({part.source for part in parts})
     with progress(desc='encoding') as bar:
-        writers, reports, digest = encode(corpus, parts, found, tokenizer, temp, names, bar)
+        encoded = encode(corpus, parts, found, tokenizer, temp, names, bar)
     if made_from != trace(corpus.root):
         raise unsteady(corpus.root)
+    describe(corpus, temp, t0, parts, ignored, dropped, found, encoded, trace(corpus.root, digest=True))
+
+
+def describe(corpus, temp, t0, parts, ignored, dropped, found, encoded, made_from):
+    """Writes meta.json and the tokenizer beside the bins in `temp`, and what ideas add."""
+    (writers, reports, digest), s, names = encoded, corpus.s, sorted({part.source for part in parts})
+    tokenizer = writers['train'].tokenizer
+    (temp / tokenizer.filename).write_bytes(tokenizer.blob)
     meta = dict(
         version=VERSION, dataset=s.dataset, tokenizer=s.tokenizer, vocab_size=tokenizer.vocab_size,
         bos=tokenizer.bos, dtype=writers['train'].dtype, sources=names,
@@ -1236,7 +1277,7 @@ def fill(corpus, temp):
     content = meta | dict(dataset=corpus.name)   # a path says nothing about the content
     meta['fingerprint'] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     meta['configs'] = corpus.configs()
-    meta['made_from'] = trace(corpus.root, digest=True) | dict(changes=corpus.changes())
+    meta['made_from'] = made_from | dict(changes=corpus.changes())
     meta['in_training'] = dict(held_out_bytes=sum(found.lines.values()),
                                shared=sum(found.lines[line] for line in found.shared))
     meta['created'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
@@ -1469,6 +1510,8 @@ def main(argv):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # an exception, so the temporary folder goes
     argv = [f'--dataset={arg}' if arg.startswith('files:') else arg for arg in argv]
     try:
+        asked = {arg.partition('=')[0] for arg in argv}          # --<verb>: config/prepare_<verb>.py
+        argv += [str(p) for p in sorted(CONFIG.glob('prepare_*.py')) if f'--{p.stem[8:]}' in asked]
         ideas = Ideas([arg for arg in argv if arg not in ('-h', '--help')], [Options], strict=False)
         corpus = ideas.seam(Corpus)
         if {'-h', '--help'} & {*argv}:
@@ -1478,8 +1521,8 @@ def main(argv):
     except (UserError, OSError) as e:
         print(f'prepare_data.py: {in_words(e)}', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print('prepare_data.py: interrupted; nothing was left behind', file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f'prepare_data.py: interrupted; {e or "nothing was left behind"}', file=sys.stderr)
         return 130
 
 

@@ -2,6 +2,9 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 import train
-from conftest import STEPS, script
+from conftest import ROOT, STEPS, finish, script
 from test_sample import Costs, items_of, of_sets, pairs, table
 from test_train import losses, run_of
 
@@ -210,3 +213,62 @@ def test_gradients_in_half_the_bytes(corpus, two, tmp_path):
     code, out, err = script('train.py', *corpus.args, *STEPS, '--reduce_dtype=bfloat16', '--out_dir=run', cwd=tmp_path, launcher=TWO)
     assert code == 0, err
     assert losses(tmp_path / 'run') == pytest.approx(losses(two[0]), rel=2e-2) and losses(tmp_path / 'run') != losses(two[0])
+
+
+# ---- two hosts
+
+HOST_LOST = """
+import os, signal
+import train
+
+class Run(train.Run):
+    def save_if_due(self):
+        super().save_if_due()
+        if self.steps == 8 and 'LOSE' in os.environ:
+            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with a cable between them: [(name, address, interface)]."""
+    made = [(f'halfhour{os.getpid()}{i}', f'10.177.{os.getpid() % 250}.{i}', f'hh{os.getpid() % 10 ** 8}{i}') for i in (1, 2)]
+
+    def ip(*args):
+        return subprocess.run(['ip', *args], capture_output=True).returncode == 0
+    if not shutil.which('ip') or not all(ip('netns', 'add', name) for name, *_ in made):
+        pytest.skip('network namespaces cannot be made here')
+    try:
+        assert ip('link', 'add', made[0][2], 'netns', made[0][0], 'type', 'veth', 'peer', 'name', made[1][2], 'netns', made[1][0])
+        for name, address, link in made:
+            assert ip('-n', name, 'addr', 'add', f'{address}/24', 'dev', link)
+            assert ip('-n', name, 'link', 'set', link, 'up') and ip('-n', name, 'link', 'set', 'lo', 'up')
+        yield made
+    finally:
+        for name, *_ in made:
+            ip('netns', 'del', name)
+
+
+@pytest.mark.slow
+def test_a_lost_host_comes_back(corpus, two, tmp_path, hosts):
+    """Each has its torchrun; one is killed with all that runs on it, and starts again."""
+    (tmp_path / 'lost.py').write_text(HOST_LOST)
+
+    def torchrun(host, **env):
+        name, address, link = host
+        command = ['ip', 'netns', 'exec', name, sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1',
+                   '--max_restarts=3', '--rdzv_backend=c10d', f'--rdzv_endpoint={hosts[0][1]}:29400', '--rdzv_id=it',
+                   f'--rdzv_conf=is_host={int(host is hosts[0])}', f'--local_addr={address}', str(ROOT / 'train.py'), *corpus.args, *STEPS, 'lost.py', '--out_dir=run']
+        env = os.environ | dict(GLOO_SOCKET_IFNAME=link, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1') | env
+        return subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    here, there = torchrun(hosts[0]), torchrun(hosts[1], LOSE='1')
+    try:
+        assert there.wait(180) == -9
+        back = torchrun(hosts[1])
+        code, out, err = finish(here, 240)
+        assert (code, finish(back)[0]) == (0, 0), err
+    finally:
+        here.kill(), there.kill()
+    assert losses(tmp_path / 'run') == losses(two[0])
+    assert result(tmp_path / 'run')['val_bpb'] == result(two[0])['val_bpb']
