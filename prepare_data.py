@@ -1186,6 +1186,11 @@ def sha256_of(path, size=-1):
         return (hashlib.sha256(f.read(size)) if size > 0 else hashlib.file_digest(f, 'sha256')).hexdigest()
 
 
+def crc32_of(path):
+    """The checksum of a file that is not empty, of its first 2 GiB: a second finds another bit anywhere there."""
+    return zlib.crc32(np.memmap(path, np.uint8, 'r')[:2 ** 31])
+
+
 def running(pid):
     if sys.platform == 'win32':                  # there os.kill ends it
         return True
@@ -1280,6 +1285,7 @@ def describe(corpus, temp, t0, parts, ignored, dropped, found, encoded, made_fro
     meta['made_from'] = made_from | dict(changes=corpus.changes())
     meta['in_training'] = dict(held_out_bytes=sum(found.lines.values()),
                                shared=sum(found.lines[line] for line in found.shared))
+    meta['crc32'] = {path.name: crc32_of(path) for end in ('bin', 'docs.npy') for path in sorted(temp.glob(f'*.{end}'))}
     meta['created'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     meta['seconds'] = round(time.time() - t0, 1)
     shutil.rmtree(temp / 'raw', ignore_errors=True)              # text that was generated
@@ -1401,9 +1407,9 @@ def check_source(folder, meta, dataset, again):
 
 def open_split(data, split, counts):
     """Maps one split. Returns what is wrong with it, or None."""
-    path, dtype = data.folder / f'{split}.bin', np.dtype(data.meta['dtype'])
+    path, rows, dtype = *(data.folder / f'{split}.{end}' for end in ('bin', 'docs.npy')), np.dtype(data.meta['dtype'])
     try:
-        tokens, docs = np.memmap(path, dtype, 'r'), np.load(data.folder / f'{split}.docs.npy')
+        tokens, docs = np.memmap(path, dtype, 'r'), np.load(rows)
     except (FileNotFoundError, ValueError, EOFError):
         return 'or its docs.npy is missing or damaged'
     if path.stat().st_size != counts['tokens'] * dtype.itemsize:
@@ -1418,6 +1424,9 @@ def open_split(data, split, counts):
         return 'has documents that do not begin with BOS'
     if max(tokens[:100_000].max(), tokens[-100_000:].max()) >= data.meta['vocab_size']:
         return f'holds ids beyond the vocabulary of {data.meta["vocab_size"]:,}'
+    known = data.meta.get('crc32', {})           # none where it was prepared before 2026-11-27
+    if any(known.get(each.name) not in (None, crc32_of(each)) for each in (path, rows)):
+        return 'or its docs.npy is damaged, by its checksum'
     data.tokens[split], data.docs[split] = tokens, docs
 
 

@@ -658,6 +658,7 @@ def spoil(path, change):
     ('train.bin', lambda b: b[:-2], 'tokens where meta.json says'),
     ('train.bin', lambda b: b[2:4] + b[:2] + b[4:], 'not the file that meta.json describes'),
     ('train.docs.npy', lambda b: b[:-18], 'damaged'),
+    ('train.docs.npy', lambda b: b[:-3] + bytes([b[-3] ^ 1]) + b[-2:], 'damaged, by its checksum'),
     ('val.docs.npy', lambda b: b[:-10] + b'\x07\0\0\0' + b[-6:], 'docs.npy'),
     ('val.bin', lambda b: b'', 'missing or damaged'),
     ('meta.json', lambda b: b[:50], 'damaged'),
@@ -672,6 +673,15 @@ def test_open_refuses(small, name, change, match):
     data, _ = small
     spoil(data.folder / name, change)
     assert '--overwrite' in refuses(match, pd.open_data, data.folder)
+
+
+def test_another_bit_beyond_the_first_mebibyte_is_found(small, monkeypatch):
+    data, _ = small
+    heads, whole = {split: counts['head_sha256'] for split, counts in data.meta['splits'].items()}, pd.sha256_of
+    monkeypatch.setattr(pd, 'sha256_of', lambda path, size=-1: heads[path.stem] if size > 0 else whole(path))
+    pd.open_data(data.folder)
+    spoil(data.folder / 'train.bin', lambda b: b[:-9] + bytes([b[-9] ^ 16]) + b[-8:])
+    refuses('damaged, by its checksum', pd.open_data, data.folder)
 
 
 def test_open_refuses_documents_without_bos(small):
