@@ -37,6 +37,7 @@ import signal
 import struct
 import sys
 import time
+import tokenize
 import unicodedata
 import urllib.request
 import zlib
@@ -1408,9 +1409,12 @@ def check_source(folder, meta, dataset, again):
 def open_split(data, split, counts):
     """Maps one split. Returns what is wrong with it, or None."""
     path, rows, dtype = *(data.folder / f'{split}.{end}' for end in ('bin', 'docs.npy')), np.dtype(data.meta['dtype'])
+    known = data.meta.get('crc32', {})           # none where it was prepared before 2026-11-27
     try:
+        if known.get(rows.name) not in (None, crc32_of(rows)):
+            return 'or its docs.npy is damaged, by its checksum'
         tokens, docs = np.memmap(path, dtype, 'r'), np.load(rows)
-    except (FileNotFoundError, ValueError, EOFError):
+    except (FileNotFoundError, ValueError, EOFError, SyntaxError, tokenize.TokenError):     # of a header of numpy's
         return 'or its docs.npy is missing or damaged'
     if path.stat().st_size != counts['tokens'] * dtype.itemsize:
         return f'holds {len(tokens):,} tokens where meta.json says {counts["tokens"]:,}'
@@ -1424,9 +1428,8 @@ def open_split(data, split, counts):
         return 'has documents that do not begin with BOS'
     if max(tokens[:100_000].max(), tokens[-100_000:].max()) >= data.meta['vocab_size']:
         return f'holds ids beyond the vocabulary of {data.meta["vocab_size"]:,}'
-    known = data.meta.get('crc32', {})           # none where it was prepared before 2026-11-27
-    if any(known.get(each.name) not in (None, crc32_of(each)) for each in (path, rows)):
-        return 'or its docs.npy is damaged, by its checksum'
+    if known.get(path.name) not in (None, crc32_of(path)):
+        return 'is damaged, by its checksum'
     data.tokens[split], data.docs[split] = tokens, docs
 
 

@@ -680,7 +680,7 @@ def test_another_bit_beyond_the_first_mebibyte_is_found(small, monkeypatch):
     heads, whole = {split: counts['head_sha256'] for split, counts in data.meta['splits'].items()}, pd.sha256_of
     monkeypatch.setattr(pd, 'sha256_of', lambda path, size=-1: heads[path.stem] if size > 0 else whole(path))
     pd.open_data(data.folder)
-    spoil(data.folder / 'train.bin', lambda b: b[:-9] + bytes([b[-9] ^ 16]) + b[-8:])
+    spoil(data.folder / 'train.bin', lambda b: b[:-10] + bytes([b[-10] ^ 1]) + b[-9:])
     refuses('damaged, by its checksum', pd.open_data, data.folder)
 
 
@@ -689,7 +689,12 @@ def test_open_refuses_documents_without_bos(small):
     docs = np.load(data.folder / 'train.docs.npy')
     docs['start'][5] += 1
     np.save(data.folder / 'train.docs.npy', docs)
+    refuses('damaged, by its checksum', pd.open_data, data.folder)
+    meta = json.loads((data.folder / 'meta.json').read_text())
+    (data.folder / 'meta.json').write_text(json.dumps({k: v for k, v in meta.items() if k != 'crc32'}))      # of before there were any
     refuses('do not begin with BOS', pd.open_data, data.folder)
+    spoil(data.folder / 'train.docs.npy', lambda b: b.replace(b"}", b"{", 1))
+    refuses('missing or damaged', pd.open_data, data.folder)
 
 
 def test_open_sees_changed_sources(small):
