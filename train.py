@@ -562,7 +562,8 @@ class Run:
         listen(self.heed)
         self.check_data()
         self.open_evaluations()
-        self.compare()
+        if self.world > 1:
+            self.compare()
 
     def take_card(self):
         local = int(os.environ.get('LOCAL_RANK', 0))
@@ -623,8 +624,7 @@ class Run:
                 'checkpoint': self.checkpoint and self.checkpoint['steps'],
                 'evaluation sets': {name: len(items['ids']) for name, items in self.measure.sets.items()}}
         told = [mine]
-        if self.world > 1:
-            dist.broadcast_object_list(told)
+        dist.broadcast_object_list(told)
         differ = [name for name in mine if mine[name] != told[0][name]]
         refuse(differ, f'this rank, on {platform.node()}, has another {" and another ".join(differ)} than rank 0: give '
                f'all hosts the same command and the same files')

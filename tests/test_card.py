@@ -2,6 +2,7 @@
 
     python -m pytest -s tests/test_card.py -k branch       says which branches that ask for a card were walked
 """
+import contextlib
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ import train
 from card import SCRIPTS, Ops, branches, standing_in, walked
 from config import UserError
 from conftest import ROOT, in_two_parts
+from test_stacks import folder, ideas, run_of         # noqa: F401: a fixture
 
 pytest.importorskip('triton')
 TABLE, COLUMNS = ROOT / 'tests' / 'kernel_builds.tsv', ('sm', 'kernel', 'case', 'registers', 'stack', 'shared')
@@ -209,3 +211,36 @@ def test_a_step_waits_once_and_is_bound_by_what_is_known(card, corpus, name):
     print(f'| {name} | {run.accum} x {run.micro} | {sum(ops.values()):,} | {sum(launches.values())} | {host:.1f} | {device:.1f} | '
           f'{"launches" if host > device else "arithmetic"} |')
     assert max(host, device) > 2 * min(host, device) and ('launches' if host > device else 'arithmetic') == BOUND[name]
+
+
+# ---- every idea's loss with the kernels, traced for a compiler
+
+BREAKS = dict(experts='which tokens an expert gets is read by the host, twice a layer')      # why a loss is more than one graph
+
+
+def traced(name, out):
+    """How often the tracer gave up, and why, as a compiled loss of an idea and its gradients were made with all kernels in the graph."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = run_of([name], out, '--dtype=float32')
+    run.open(), run.build()
+    run.step_model = torch.compile(run.model, dynamic=False, backend='aot_eager')
+    batch = run.stream.batch(0, run.micro, run.s.block_size)
+    with mock.patch.object(m, 'launch', lambda *a, **k: None), bench_mfu.using(m.KERNELS):
+        try:
+            run.batch_loss(**batch).backward()
+        except Exception as e:
+            return 0, {repr(e)[:300]: 1}
+    counters = torch._dynamo.utils.counters
+    return counters['stats']['unique_graphs'], dict(counters['graph_break'])
+
+
+@pytest.mark.slow
+def test_no_idea_breaks_the_graph_but_those_named(folder):
+    found = {}
+    with contextlib.chdir(folder):
+        for name in ideas():
+            if name != 'instruct':                           # the loss is the base's, and it goes on from a run
+                graphs, found[name] = traced(name, f'out/traced-{name}')
+                print(f'{name}: {graphs} graphs, {found[name]}', flush=True)
+    assert len(found) > 25 and {name for name, breaks in found.items() if breaks} == set(BREAKS), found

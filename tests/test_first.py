@@ -15,11 +15,11 @@ import torch
 import bench_mfu
 import model as m
 import train
-from config import UserError, bench_first
+from config import UserError, bench_first, first_parts
 from conftest import ROOT
 
 GOOD = dict(machine=dict(hardware='RTX 4090'), room=dict(sizes=[dict(rows=n, tok_per_sec=100.0 + n, peak_gib=1.0) for n in (1, 2, 4)]),
-            kernels=dict(checks=[dict(operation='MLP', kernels='mlp', used=['mlp'], why='')]),
+            kernels=dict(checks=[dict(operation='MLP', kernels=['mlp'], used=['mlp'], why='')]),
             step=dict(ways=[dict(way='compiled', compiled=True, start_s=30.0, tok_per_sec=1000.0, parameters=10 ** 6)]))
 
 
@@ -91,7 +91,7 @@ def rows(**ms):
     ((0.01, 0.02), dict(ours_without_kernels=2.0), [], 'inf ms with it, 2.000 without'),
     (None, dict(ours=1.0, ours_without_kernels=2.0), ['mlp'], 'a reason')])
 def test_a_kernel_is_used_when_it_is_right_and_faster(errors, ms, used, why):
-    check = bench_first.judged('MLP', ('mlp',), {'mlp'}, 'a reason', rows(**ms), errors)
+    check = first_parts.judged('MLP', ('mlp',), {'mlp'}, 'a reason', rows(**ms), errors)
     assert (check['used'], check['why'], check['winner_ms']) == (used, why, min(ms.values()))
     found, off = bench_first.recommended(settings(), dict(device='cuda', kernels=dict(checks=[check])))
     assert found['kernels'] == ('all' if used else '-mlp') and off == ({} if used else dict(mlp=why))
@@ -119,15 +119,15 @@ def test_kernels_are_tried_in_their_operations(corpus, monkeypatch, wrong, slow,
     right = m.launch
     monkeypatch.setattr(m, 'launch', launch)
     monkeypatch.setattr(m, 'choose_kernels', choose)
-    monkeypatch.setattr(bench_first, 'kernel_rows', timed)
+    monkeypatch.setattr(first_parts, 'kernel_rows', timed)
     s, ideas = train.read_settings([*corpus.args, '--block_size=32', '--n_embd=32', '--micro_batch_size=2'])
     found = dict(device='cuda')
-    for piece in bench_first.kernels(s, ideas, found):
+    for piece in first_parts.kernels(s, ideas, found):
         bench_first.add(found.setdefault('kernels', {}), piece)
     assert bench_first.recommended(s, found)[0]['kernels'] == expected
-    checks = {check['kernels']: check for check in found['kernels']['checks']}
-    assert found['kernels']['tried'] == [*bench_first.JUDGED] and checks['rms_norm']['gradient_error'] < 1e-4
-    assert checks['attention, qk_norm']['winner'] == ('ours' if not slow or 'residual' in slow else bench_first.WITHOUT) or slow
+    checks = {', '.join(check['kernels']): check for check in found['kernels']['checks']}
+    assert found['kernels']['tried'] == [*first_parts.JUDGED] and checks['rms_norm']['gradient_error'] < 1e-4
+    assert checks['attention, qk_norm']['winner'] == ('ours' if not slow or 'residual' in slow else first_parts.WITHOUT) or slow
     m.IN_USE.clear()
 
 
@@ -155,12 +155,12 @@ def test_the_largest_micro_batch_that_fits(monkeypatch, fits, asked, sizes, full
         to = lambda self, device: self
     run = SimpleNamespace(device='cuda', config=SimpleNamespace(block_size=512), batch_loss=loss, model=SimpleNamespace(zero_grad=lambda: None),
                           stream=SimpleNamespace(batch=lambda first, n, T: dict(x=Rows(n))))
-    monkeypatch.setattr(bench_first, 'opened', lambda s, ideas, **changes: run)
+    monkeypatch.setattr(first_parts, 'opened', lambda s, ideas, **changes: run)
     monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', lambda: None)
     monkeypatch.setattr(bench_first.sample, 'peak_memory_gb', lambda device: 1.0)
     monkeypatch.setattr(train, 'seconds_of', lambda work, times: work() or 1e-3)
     found = {}
-    for piece in bench_first.room(settings(f'--micro_batch_size={asked}'), None, {}):
+    for piece in first_parts.room(settings(f'--micro_batch_size={asked}'), None, {}):
         bench_first.add(found, piece)
     assert [row['rows'] for row in found.get('sizes', [])] == sizes and found['full_at'] == full
     speeds = bench_first.recommended(settings(f'--micro_batch_size={asked}'), dict(device='cuda', room=found))[0]
@@ -198,7 +198,7 @@ def accepted(folder):
 def test_what_is_recommended_is_a_config(first, tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'choose_device', lambda s: 'cuda')
     monkeypatch.setattr(bench_first.sample, 'hardware', lambda device: 'NVIDIA GeForce RTX 4090')
-    wrong = dict(operation='attention', kernels='attention, qk_norm', used=[], why='its result differs by 9%')
+    wrong = dict(operation='attention', kernels=['attention', 'qk_norm'], used=[], why='its result differs by 9%')
     out = first(GOOD | dict(kernels=dict(checks=GOOD['kernels']['checks'] + [wrong])), '--dollars_per_hour=0.5', '--micro_batch_size=4')
     s = accepted(tmp_path)
     assert (s.kernels, s.micro_batch_size, s.compile) == ('-attention,-qk_norm', 4, 'on')
@@ -225,14 +225,15 @@ def test_a_mistake_and_a_card_that_cannot_be_used_are_said_at_once(first, monkey
 def test_text_that_is_not_prepared_is_stood_in_for(tmp_path):
     s, ideas = train.read_settings([str(ROOT / 'config' / 'babylm.py'), f'--data_dir={tmp_path}/none', '--n_layer=1', '--n_embd=32', '--n_head=1',
                                     '--vocab_size=300', '--compile=off', '--device=cpu', '--dtype=float32', '--block_size=64'])
-    run = bench_first.opened(s, ideas)
+    run = first_parts.opened(s, ideas)
     assert run.step() == 512 and run.config.vocab_size == 300 and not (tmp_path / 'none').exists()
-    assert 150 < bench_first.STANDS_IN[1] / 2 and 20 < run.model.attended(run.early) < 33
+    assert 150 < first_parts.STANDS_IN[1] / 2 and 20 < run.model.attended(run.early) < 33
     run.batches.close()
 
 
 @pytest.mark.long
-def test_it_runs_on_a_cpu_and_says_nothing_personal(first, corpus, tmp_path):
+def test_it_runs_on_a_cpu_and_says_nothing_personal(first, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_first, 'PARTS', {name: (3 * seconds, part) for name, (seconds, part) in bench_first.PARTS.items()})
     out = first({}, *corpus.args)
     text = (tmp_path / 'out/first/first.json').read_text()
     found, page = json.loads(text), (tmp_path / 'out/first/first.html').read_text()

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import bench_mfu
 import train
 from conftest import ROOT, STEPS, finish, script
+from config import bench_ranks
 from test_sample import Costs, items_of, of_sets, pairs, table
 from test_train import losses, run_of
 
@@ -53,6 +55,7 @@ def test_two_ranks_are_one_with_twice_the_accumulation(corpus, two, tmp_path):
 
 LOST = """
 import os, signal
+import bench_mfu
 import train
 
 class Run(train.Run):
@@ -219,6 +222,7 @@ def test_gradients_in_half_the_bytes(corpus, two, tmp_path):
 
 HOST_LOST = """
 import os, signal
+import bench_mfu
 import train
 
 class Run(train.Run):
@@ -272,3 +276,28 @@ def test_a_lost_host_comes_back(corpus, two, tmp_path, hosts):
         here.kill(), there.kill()
     assert losses(tmp_path / 'run') == losses(two[0])
     assert result(tmp_path / 'run')['val_bpb'] == result(two[0])['val_bpb']
+
+
+# ---- what a step takes on many
+
+def test_the_model_of_a_step():
+    link = bench_ranks.Link('', 10.0, 1.0, 0.0)
+    load = bench_ranks.Load(compute=90.0, rows=64, micro=16, size=60.0, last=6.0, buckets=3, optimizer=1.0, launch=0.5)
+    assert bench_ranks.step(load, 1, link) == (91, 1, 4)
+    assert bench_ranks.step(load, 2, link) == (pytest.approx(46 + 0.6), pytest.approx(0.9), 2)         # 6 s behind 15
+    assert bench_ranks.step(load, 8, link)[0] == pytest.approx(90 / 8 + 1 + (10.5 - 7.5))               # 10.5 s behind 7.5
+    assert bench_ranks.step(load, 16, link, 0.5)[0] == pytest.approx(90 / 16 + 1 + 56.25 - 90 / 24)     # the slower link
+    slow = bench_ranks.Link('', 10.0, 1.0, 0.25)
+    assert bench_ranks.step(load, 8, slow)[0] == pytest.approx(90 / 8 + 1 + 15 - 7.5)                   # 3 buckets x 6 delays
+    load.launch = 20.0
+    assert bench_ranks.step(load, 64, link)[2:] == (1,) and bench_ranks.step(load, 64, link)[0] > 20
+
+
+def test_the_tables_of_ranks(corpus, capsys):
+    bench_mfu.main(['--ranks', str(ROOT / 'config' / 'wide.py'), *corpus.args])
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith('|')][2:]
+    assert [row.split('|')[1].strip() for row in rows].count('H100') == 4          # 8 rows of text in a step of 512
+    assert 'measured, optimizer included' in out and 'all stated' in out
+    with pytest.raises(train.UserError, match='names no config'):
+        bench_mfu.main(['--ranks'])

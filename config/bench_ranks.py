@@ -1,0 +1,105 @@
+"""--ranks: what a step would take on 1 to 64 cards, from what is measured here and what is stated of links.
+
+    python bench_mfu.py --ranks config/babylm.py                     --card_mfu=0.5 where a card is known to do that
+
+Counted or measured here: parameters, FLOPs, and the seconds of a step of this machine. Stated, and measured by
+nobody here: LINKS, a card's peak and --card_mfu. A step is its micro-steps, what is not hidden of sending the
+gradients, and the optimizer, which every rank does whole. They are sent as train.GradientSum does it, behind
+the backward pass of the last micro-step, two thirds of that, but for the last bucket; n ranks send 2 (n - 1) / n
+times the gradients' bytes over the slowest link (a ring: Patarasuk 2009), each bucket after 2 log2 n delays.
+"""
+import math
+from dataclasses import dataclass
+
+import bench_mfu
+import sample
+import train
+from bench_mfu import measured, text_table
+from config import refuse
+from config.bench_doll import card_peak
+
+ranks: bool = False         # say what a step takes on 1 to 64 ranks
+
+HOST = 8                    # cards of a machine
+LAUNCH = 5e-3               # seconds that a host takes to start a micro-step: an estimate
+OPTIMIZER = 2e-3            # and to start an optimizer's kernels, which take less: an estimate
+NUMBERS = 1, 2, 4, 8, 16, 32, 64
+COLUMNS = dict(what=None, ranks=0, micro_steps=0, fp32_ms=2, fp32_hidden='.0%', fp32_times=2, bf16_ms=2, bf16_hidden='.0%',
+               bf16_times=2)
+
+
+@dataclass
+class Link:
+    """What a card sends: bytes a second to its neighbour, and over its host's network, seconds of delay."""
+    about: str
+    inside: float
+    outside: float
+    delay: float
+
+
+LINKS = {'RTX 4090': Link('PCIe without peer-to-peer 6 GB/s, 25 Gbit/s between hosts', 6e9, 3.1e9, 30e-6),
+         'H100': Link('NVLink 360 GB/s, 8 x 400 Gbit/s between hosts', 360e9, 360e9, 10e-6)}
+
+
+@dataclass
+class Load:
+    """A step: seconds of its gradients on one rank, rows, the most of a micro-step, bytes of all gradients and
+    of the last bucket, buckets, seconds of the optimizer, the least seconds of a micro-step."""
+    compute: float
+    rows: int
+    micro: int
+    size: float
+    last: float
+    buckets: int
+    optimizer: float = OPTIMIZER
+    launch: float = LAUNCH
+
+
+def step(load, n, link, width=1.0):
+    """(seconds of a step on n ranks, share of the sending that is hidden, micro-steps); width: of what is sent."""
+    parts = -(-load.rows // (n * load.micro))
+    each = max(load.launch, load.compute / n / parts)
+    way = link.inside if n <= HOST else min(link.inside, link.outside)
+    sending = width * load.size * 2 * (n - 1) / n / way + load.buckets * 2 * math.ceil(math.log2(n)) * link.delay
+    seen = max(sending * load.last / load.size, sending - each * 2 / 3)
+    return parts * each + seen + load.optimizer, 1 - seen / sending if sending else 1.0, parts
+
+
+def table(what, load, link):
+    """A row for each number of ranks, in fp32 and bf16."""
+    alone, rows = step(load, 1, link)[0], []
+    for n in (n for n in NUMBERS if n <= load.rows):
+        (wide, hidden, parts), (half, behind, _) = (step(load, n, link, width) for width in (1.0, 0.5))
+        rows.append(dict(what=what, ranks=n, micro_steps=parts, fp32_ms=1e3 * wide, fp32_hidden=hidden, fp32_times=alone / wide,
+                         bf16_ms=1e3 * half, bf16_hidden=behind, bf16_times=alone / half))
+    return rows
+
+
+def load_of(run, compute, **more):
+    """The Load of a run whose gradients take one rank so many seconds."""
+    sums = train.GradientSum(run.model.parameters(), run.dtype)
+    sizes = [4 * sum(p.numel() for p in bucket) for bucket in sums.buckets]
+    return Load(compute, run.s.tokens_per_step // run.s.block_size, run.micro, sum(sizes), sizes[-1], len(sizes), **more)
+
+
+def main(own, rest, argv):
+    """Prints the tables: cards as stated, and this machine as measured."""
+    refuse(not [a for a in rest if not a.startswith('--')], '--ranks names no config: it takes what is to be trained')
+    s, ideas = train.read_settings(rest)
+    run = measured(ideas)(s)
+    run.step()
+    whole = min(bench_mfu.seconds_each({'step': run.step}, run.device, 3)[0]['step'])
+    flops, rows, said = run.flops_per_token * s.tokens_per_step, [], []
+    for card, link in LINKS.items():
+        own.card = card
+        rows += table(card, load_of(run, flops / card_peak(own) / own.card_mfu), link)
+        said.append(f'{card}: {link.about}, {card_peak(own) / 1e12:.0f} TFLOP/s at {own.card_mfu:.0%}, all stated.')
+    gpu = run.device == 'cuda'
+    link = next((link for card, link in LINKS.items() if gpu and card in sample.hardware('cuda')), LINKS['RTX 4090'])
+    here = load_of(run, whole, optimizer=0.0, launch=0.0)
+    rows += table('this machine', here, link)
+    print(*text_table(COLUMNS, rows), '', *said,
+          f'this machine: {sample.hardware(run.device)}, {1e3 * whole:.1f} ms a step measured, optimizer included; link stated: '
+          f'{link.about}.', f'Counted: {flops:.3g} FLOPs a step, {here.size / 2**20:.1f} MiB of gradients in fp32, '
+          f'{here.buckets} buckets, the last {here.last / 2**20:.1f}.', f'Estimated, of a card: {1e3 * LAUNCH:g} ms at least '
+          f'for a micro-step, {1e3 * OPTIMIZER:g} for the optimizer.', sep='\n')
