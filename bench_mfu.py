@@ -265,7 +265,7 @@ def compare(runs, rounds, peak):
         run, median = runs[name], statistics.median(seconds)
         memory, tokens = memory_of(run.step, run.device)
         speed, exact = tokens / median, run.flops_per_token
-        palm, (waited, trained) = run.model.flops_per_token(run.config.block_size), np.sum(run.history[2:], axis=0)
+        palm, (waited, trained) = run.model.flops_per_token(run.config.block_size), np.sum([*run.history][2:], axis=0)
         rows.append(dict(
             name=name, step_ms=1e3 * median, min_ms=1e3 * min(seconds), max_ms=1e3 * max(seconds),
             tok_per_sec=speed, flops_per_sec=speed * exact, mfu=speed * exact / peak if peak else None,

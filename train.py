@@ -35,6 +35,7 @@ FIRST_OF_TORCHRUN = os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0'
 STARTED = time.monotonic() - process_age(os.getppid() if FIRST_OF_TORCHRUN else 'self')
 
 import bisect
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -494,6 +495,7 @@ UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', '
 HANGUP = getattr(signal, 'SIGHUP', None)        # not on Windows
 PATIENCE = 600      # seconds that ranks wait for each other to begin
 FIRST_WORD = 120    # seconds in which a first number gets to all that have met
+LOGGED = 100_000    # steps that all stand in metrics.jsonl; of the next so many every second, then every third
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 COLUMNS = '    step  progress      loss        lr   grad_norm     tok/s       mfu  wait_ms  mem_gb  elapsed_s'
 
@@ -543,7 +545,8 @@ class Run:
         self.next_eval = None                    # at which progress there is an evaluation on the way
         self.progress = 0.0                      # what a step goes by: rank 0's clock's
         self.times = dict.fromkeys(('startup', 'compile', 'train', 'eval', 'save'), 0.0)
-        self.history = []                        # (seconds waited for data, seconds) of every step
+        self.history = collections.deque(maxlen=1000)    # (seconds waited for data, seconds) of the last steps
+        self.waited = np.zeros(2)                # the sum of all of these but the first
         self.log_path = self.out_dir / 'metrics.jsonl'
 
     def open(self):
@@ -643,7 +646,7 @@ class Run:
     def say(self, line):
         if self.master:
             print(line, flush=True)
-            self.told.extend([line] * line.startswith(('warning:', 'adapted:', 'overruled:')))
+            self.told.extend([line] * (line.startswith(('warning:', 'adapted:', 'overruled:')) and line not in self.told))
 
     def all_reduce(self, array):
         """Sum of a numpy array over the ranks."""
@@ -1243,14 +1246,16 @@ class Run:
         self.flops += rows * self.s.block_size * self.flops_per_token
         self.times['train'] += seconds
         self.speed = rows * self.s.block_size / seconds
+        self.waited += np.array((wait, seconds)) * bool(self.history)
         self.history.append((wait, seconds))
 
     def log(self, loss, norm, rate, finite):
         peak, (wait, _), elapsed = self.peak(), self.history[-1], self.clock.elapsed()
         mfu, memory = self.speed * self.flops_per_token / peak if peak else None, peak_memory_gb(self.device)
-        self.record(step=self.steps, progress=self.progress, train_loss=loss, lr=rate, grad_norm=norm,
-                    tok_per_sec=self.speed, mfu=mfu, data_wait_s=wait, peak_mem_gb=memory, elapsed_s=elapsed,
-                    skipped=self.skipped)
+        if self.steps % (1 + self.steps // LOGGED) == 0 or not finite:
+            self.record(step=self.steps, progress=self.progress, train_loss=loss, lr=rate, grad_norm=norm,
+                        tok_per_sec=self.speed, mfu=mfu, data_wait_s=wait, peak_mem_gb=memory, elapsed_s=elapsed,
+                        skipped=self.skipped)
         if self.steps % self.s.log_interval == 0 or self.steps == self.first_step + 1 or not finite:
             share = f'{mfu:9.3f}' if mfu else '        -'
             self.say(f'{self.steps:8d} {self.progress:9.4f} {loss:9.4f} {rate:9.4f} {norm:11.4f} '
@@ -1477,7 +1482,7 @@ class Run:
         s, clock, data = self.s, self.clock, self.data
         trained, total, sizes = max(self.times['train'], 1e-9), clock.elapsed() + LEAVING, self.model.params()
         speed, peak = self.flops / trained, self.peak()
-        waited, stepped = np.sum(self.history[1:] or [(0, 1)], axis=0)
+        waited, stepped = self.waited if self.waited.any() else (0, 1)
         return dict(
             val_bpb=result['bpb'], val_bpb_error=result['error'], val_share=result['share'],
             val_bpb_text_error=result['text_error'], val_loss=result['loss'],
