@@ -4,8 +4,8 @@
 
 Counted or measured here: parameters, FLOPs, and the seconds of a step of this machine. Stated, and measured by
 nobody here: LINKS, a card's peak and --card_mfu. A step is its micro-steps, what is not hidden of sending the
-gradients, and the optimizer, which every rank does whole. They are sent as train.GradientSum does it, behind
-the backward pass of the last micro-step, two thirds of that, but for the last bucket; n ranks send 2 (n - 1) / n
+gradients, and the optimizer, which every rank does whole. They are sent as train.GradientSum does it, behind the
+backward pass of the last micro-step, two thirds of that, but for the token table's; n ranks send 2 (n - 1) / n
 times the gradients' bytes over the slowest link (a ring: Patarasuk 2009), each bucket after 2 log2 n delays.
 """
 import math
@@ -44,7 +44,7 @@ LINKS = {'RTX 4090': Link('PCIe without peer-to-peer 6 GB/s, 25 Gbit/s between h
 @dataclass
 class Load:
     """A step: seconds of its gradients on one rank, rows, the most of a micro-step, bytes of all gradients and
-    of the last bucket, buckets, seconds of the optimizer, the least seconds of a micro-step."""
+    of the last ones, buckets, seconds of the optimizer, the least seconds of a micro-step."""
     compute: float
     rows: int
     micro: int
@@ -75,11 +75,12 @@ def table(what, load, link):
     return rows
 
 
-def load_of(run, compute, **more):
-    """The Load of a run whose gradients take one rank so many seconds."""
+def load_of(run, compute, micro, **more):
+    """The Load of a run whose gradients take one rank so many seconds, in micro-steps of so many rows at most."""
     sums = train.GradientSum(run.model.parameters(), run.dtype)
     sizes = [4 * sum(p.numel() for p in bucket) for bucket in sums.buckets]
-    return Load(compute, run.s.tokens_per_step // run.s.block_size, run.micro, sum(sizes), sizes[-1], len(sizes), **more)
+    last = sum(sizes[sums.place[run.model.wte.weight]:])         # the table's gradient is whole when all others are
+    return Load(compute, run.s.tokens_per_step // run.s.block_size, micro, sum(sizes), last, len(sizes), **more)
 
 
 def main(own, rest, argv):
@@ -87,19 +88,25 @@ def main(own, rest, argv):
     refuse(not [a for a in rest if not a.startswith('--')], '--ranks names no config: it takes what is to be trained')
     s, ideas = train.read_settings(rest)
     run = measured(ideas)(s)
+    parts, run.accum = run.accum, 1              # a micro-step is measured: a step of a card takes a CPU minutes
     run.step()
-    whole = min(bench_mfu.seconds_each({'step': run.step}, run.device, 3)[0]['step'])
+
+    def gradients():
+        run.model.zero_grad()
+        return run.gradients(1)[0]
+    times = bench_mfu.seconds_each(dict(gradients=gradients, both=lambda: run.descend(gradients())), run.device, 1)[0]
+    one, both = (min(times[name]) for name in ('gradients', 'both'))
     flops, rows, said = run.flops_per_token * s.tokens_per_step, [], []
     for card, link in LINKS.items():
         own.card = card
-        rows += table(card, load_of(run, flops / card_peak(own) / own.card_mfu), link)
+        rows += table(card, load_of(run, flops / card_peak(own) / own.card_mfu, s.micro_batch_size), link)
         said.append(f'{card}: {link.about}, {card_peak(own) / 1e12:.0f} TFLOP/s at {own.card_mfu:.0%}, all stated.')
     gpu = run.device == 'cuda'
     link = next((link for card, link in LINKS.items() if gpu and card in sample.hardware('cuda')), LINKS['RTX 4090'])
-    here = load_of(run, whole, optimizer=0.0, launch=0.0)
+    here = load_of(run, one * parts, run.micro, optimizer=max(0.0, both - one), launch=0.0)
     rows += table('this machine', here, link)
     print(*text_table(COLUMNS, rows), '', *said,
-          f'this machine: {sample.hardware(run.device)}, {1e3 * whole:.1f} ms a step measured, optimizer included; link stated: '
-          f'{link.about}.', f'Counted: {flops:.3g} FLOPs a step, {here.size / 2**20:.1f} MiB of gradients in fp32, '
-          f'{here.buckets} buckets, the last {here.last / 2**20:.1f}.', f'Estimated, of a card: {1e3 * LAUNCH:g} ms at least '
+          f'this machine: {sample.hardware(run.device)}, {1e3 * one:.1f} ms for the gradients of a micro-step of {run.micro} '
+          f'rows and {1e3 * here.optimizer:.1f} for the optimizer measured; link stated: {link.about}.', f'Counted: {flops:.3g} FLOPs a step, {here.size / 2**20:.1f} MiB of gradients in fp32, '
+          f'{here.buckets} buckets, the last {here.last / 2**20:.1f} MiB unhidden.', f'Estimated, of a card: {1e3 * LAUNCH:g} ms at least '
           f'for a micro-step, {1e3 * OPTIMIZER:g} for the optimizer.', sep='\n')
