@@ -49,7 +49,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from config import (CONFIG, SEAMS, Ideas, Setting, UserError, ideas_of, in_words, print_without_fail, refuse,
-                    shown)
+                    shown, verbs)
 
 VERSION = 1                  # of the bin format; the trainer refuses any other
 SAMPLE_BYTES = 24_000_000    # the tokenizer learns from at most this; 8 MB gives 0.2 % fewer bytes per token
@@ -312,6 +312,7 @@ NO_TEXT = re.compile(r'\.(html?|xml|svg|pdf|docx?|odt|rtf|epub|pptx?|xlsx?|ods|i
                      r'|rar|arrow|feather|db|sqlite3?|pkl|np[yz]|pt|bin|png|jpe?g)' + PACKED + '$', re.I)
 BESIDE = re.compile(r'(?i:README|LICEN[CS]E|COPYING)(?:[.-][\w.-]*)?|_SUCCESS|_(?:common_)?metadata|.*\.crc'
                     r'|_(?:started|committed)_\d+|dataset_(?:infos?|dict)\.json')   # beside a text, and none
+UNREAD = re.compile(r'\..*|_temporary|.*\.shards')       # folders: hidden, of Spark's unfinished work, ours
 OURS = {'meta.json', 'train.bin'}, {'metrics.jsonl', 'ckpt.pt'}          # in folders that these scripts write
 
 
@@ -352,7 +353,7 @@ def files_below(root):
             below.clear()
             continue
         seen.add(os.path.realpath(folder))
-        below[:] = sorted(name for name in below if name[0] != '.' and name != '_temporary')    # Spark's
+        below[:] = sorted(name for name in below if not UNREAD.fullmatch(name))
         found += [Path(folder, name) for name in names if name[0] != '.']
     for path in found:
         what = 'no file, it can be read only once' if path.exists() else 'a link to nothing'
@@ -1522,8 +1523,8 @@ def main(argv):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # an exception, so the temporary folder goes
     argv = [f'--dataset={arg}' if arg.startswith('files:') else arg for arg in argv]
     try:
-        asked = {arg.partition('=')[0] for arg in argv}          # --<verb>: config/prepare_<verb>.py
-        argv += [str(p) for p in sorted(CONFIG.glob('prepare_*.py')) if f'--{p.stem[8:]}' in asked]
+        asked = {arg.partition('=')[0] for arg in argv}
+        argv += [str(path) for name, path in verbs('prepare').items() if f'--{name}' in asked]
         ideas = Ideas([arg for arg in argv if arg not in ('-h', '--help')], [Options], strict=False)
         corpus = ideas.seam(Corpus)
         if {'-h', '--help'} & {*argv}:

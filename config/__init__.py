@@ -262,6 +262,7 @@ def verbs(script):
     were typed; rest: configs and settings that are train.py's; argv: all that was typed.
     sample: --<verb> calls main(args, of_ideas) of config/sample_<verb>.py, whose options(add) adds its arguments as
     argparse has them, --<verb> the first; WITH are other verbs that it heeds. args: all that was typed, of_ideas: what ideas and their settings are.
+    prepare: --<verb>=value takes config/prepare_<verb>.py in, an idea that declares the setting <verb>.
     export: sample.py --export <verb> calls write(run); one that writes a checkpoint, of a version that is the verb,
     has load(model, state, device) to read it."""
     return {path.stem.removeprefix(f'{script}_'): path for path in sorted(CONFIG.glob(f'{script}_*.py'))}

@@ -1,6 +1,6 @@
 """--merge=a,b: joins what several machines prepared with --share into one data set.
 
-    python prepare_data.py --merge=data/files-crawl-bpe8192.1of2,there/files-crawl-bpe8192.2of2
+    python prepare_data.py --merge=data/files-crawl-bpe8192.1of2.shards,there/files-crawl-bpe8192.2of2.shards
 
 The settings and the tokenizer are the shares'. What is written is the same to the byte as one machine makes
 of all files in one folder: documents are in the order of their files' names, and what one share holds out is
@@ -48,8 +48,8 @@ class Corpus(prepare_workers.Corpus):
         parts, ignored = self.listed()
         shards = [self.shard(part) for part in parts]
         if missing := [part.name for part, shard in zip(parts, shards) if shard is None]:
-            raise UserError(f'{len(missing):,} of {len(parts):,} files are in none of these shares, the first '
-                            f'is {missing[0]}: name all shares, or prepare that one again')
+            raise UserError(f'{len(missing):,} of {len(parts):,} files are in none of these shares, the '
+                            f'first is {missing[0]}: name all shares, or prepare that one again')
         files = sorted([shard.name, *shard.of, shard.sha256] for shard in shards)
         made_from = dict(root=str(self.root.resolve()), files=files)
         self.assemble(temp, t0, parts, shards, ignored, Counter(), made_from)
@@ -65,19 +65,20 @@ class Corpus(prepare_workers.Corpus):
 
     def shard(self, part):
         """That of a file, from the share which has it."""
-        paths = [Shard.path_of(path, part.name) for path, told in self.shares.items() if part.name in told['made']]
-        found = [shard for path in paths if (shard := Shard.open(path, self.given.table))]
+        holders = [folder for folder, told in self.shares.items() if part.name in told['made']]
+        found = [shard for folder in holders
+                 if (shard := Shard.open(Shard.path_of(folder, part.name), self.given.table))]
         refuse(len(found) > 1, f'{part.name} is in {" and ".join(str(s.path.parent) for s in found)}: rename '
                f'one of the two before it is prepared')
         for shard in found:
             for suffix, (_, digest) in zip(FILES, shard.files):
-                refuse(sha256_of(shard.path.with_suffix(suffix)) != digest, f'{shard.path}{suffix} is damaged: '
-                       f'copy it again')
+                refuse(sha256_of(shard.path.with_suffix(suffix)) != digest, f'{shard.path}{suffix} is '
+                       f'damaged: copy it again')
             if shard.source != part.source and ROWS.search(part.name):
                 shard.kind = self.kind_of(part, [])              # all that a name decides of rows
             else:
-                refuse(shard.source != part.source, f'{part.name} was read as {shard.source}, beside the other '
-                       f'files it is {part.source}: prepare shares of one folder that has all of them')
+                refuse(shard.source != part.source, f'{part.name} was read as {shard.source}, beside the '
+                       f'other files it is {part.source}: prepare shares of one folder that has them all')
             return shard
 
 

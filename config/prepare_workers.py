@@ -49,7 +49,8 @@ class Corpus(prepare_data.Corpus):
     @property
     def shards(self):
         """The folder of the shards."""
-        return self.folder.with_name(f'{self.folder.name}.{self.s.share.replace("/", "of") or "shards"}')
+        share = self.s.share and f'.{self.s.share.replace("/", "of")}'
+        return self.folder.with_name(f'{self.folder.name}{share}.shards')
 
     @functools.cached_property
     def recipe(self):
@@ -71,8 +72,10 @@ class Corpus(prepare_data.Corpus):
             refuse(owner is not prepare_data.Corpus, f'{name_of(owner)} takes all of the text '
                    f'together ({name}), so its files cannot be prepared apart: leave it out, or --workers '
                    f'and --share')
-        refuse(not re.fullmatch(r'|0*([1-9]\d*)/0*([1-9]\d*)', self.s.share), f'share is {self.s.share!r}: '
-               f'write the second of three as 2/3')
+        refuse(not re.fullmatch(r'|[1-9]\d*/[1-9]\d*', self.s.share), f'share is {self.s.share!r}: write '
+               f'the second of three as 2/3')
+        refuse('fork' not in multiprocessing.get_all_start_methods(), 'this system cannot divide a process '
+               'in two (fork): prepare without --workers')
 
     def run(self):
         if self.s.inspect or not self.s.share:

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import prepare_data as pd
@@ -17,11 +16,12 @@ from conftest import ROOT, script, stack
 from prepare_data import UserError
 
 WORDS = 'the a dog cat house tree saw ran gave took lost found red small happy and then but she blåbär 🙂'.split()
+CHORUS = 'a line that is long enough to be told from others by its hash'
 
 
 def docs(n, seed):
     rng = random.Random(seed)
-    return [' '.join(rng.choices(WORDS, k=rng.randrange(5, 60))) + f'\n\n{seed} {i}.' for i in range(n)]
+    return [' '.join(rng.choices(WORDS, k=rng.randrange(5, 60))) + f'\n{CHORUS * (i % 7 == 0)}\n{seed} {i}.' for i in range(n)]
 
 
 def put(path, texts, rows=dict):
@@ -85,7 +85,7 @@ def crawl(tmp_path):
 def test_workers_give_the_bytes_of_one_pass(crawl, tmp_path):
     put(crawl / 'lang=en' / 'part-00002-c000.json', [])                  # an empty shard
     meta = same(prepare(crawl, tmp_path / 'one'), prepare(crawl, tmp_path / 'two', 'prepare_workers', workers=2))
-    assert len(meta['files']) == 7 and meta['splits']['train']['documents'] + meta['splits']['val']['documents'] == 280
+    assert len(meta['files']) == 7 and meta['splits']['train']['documents'] + meta['splits']['val']['documents'] == 274 and meta['in_training']['shared'] == len(CHORUS)
     assert meta['ignored'] == ['_SUCCESS', '_metadata', 'dataset_info.json', 'lang=en/x.crc']
     assert [path.name for path in (tmp_path / 'two').iterdir()] == ['files-crawl-bytes']
 
@@ -142,6 +142,24 @@ def test_shares_merge_to_the_bytes_of_one_pass(crawl, tmp_path):
     assert meta['sources'] == json.loads((made / 'meta.json').read_text())['sources']
 
 
+def test_shards_are_no_text(crawl, tmp_path, monkeypatch):
+    """Where data/ lies in the folder that is prepared, a start that is taken up reads what the first one read."""
+    one = prepare(crawl, tmp_path / 'one')
+    shares = [share(crawl, crawl / 'data', f'{i}/2') for i in (1, 2)]
+    assert all(name.endswith(f'crawl/data/files-crawl-bytes.{i}of2.shards') for i, name in enumerate(shares, 1))
+    same(one, merge(crawl / 'data', *shares))
+    same(one, prepare(crawl, crawl / 'data', 'prepare_workers', overwrite=True))
+
+
+def test_splits_named_as_on_the_hub(tmp_path):
+    names = [f'data/{split}-0000{i}-of-00002-0123456789abcdef.jsonl' for split in ('train', 'validation') for i in range(2)]
+    for i, name in enumerate(names):
+        put(tmp_path / 'in' / name, docs(20, i) if i < 3 else [])        # one is empty, as partitions may be
+    one = prepare(tmp_path / 'in', tmp_path / 'one')
+    meta = same(one, prepare(tmp_path / 'in', tmp_path / 'two', 'prepare_workers'))
+    assert meta['sources'] == ['text'] and {name: split['documents'] for name, split in meta['splits'].items()} == dict(train=40, val=20)
+
+
 def test_an_idea_that_judges_each_document_alone_goes_along(crawl, tmp_path):
     put(crawl / 'web.jsonl', ['<b>Mia</b> Ã¤r hÃ¤r, in the house &amp; the tree ' + str(i) for i in range(9)] + ['no no no no no no ' * 50] * 4)
     options = dict(clean='unicode,boilerplate,repetition')
@@ -160,6 +178,8 @@ def test_what_takes_the_whole_text_is_refused(crawl, tmp_path, capsys):
     assert 'config/clean.py takes all of the text together (learn)' in said(*more, f'{ROOT}/config/clean.py', '--share=1/2')
     assert "share is '2': write the second of three as 2/3" in said(*more, '--share=2') and '3 is more than 2' in said(*more, '--share=3/2')
     assert 'is no share that is finished' in said('--merge=nowhere')
+    pd.main(['--help'])
+    assert 'config/prepare_workers.py      --workers=N: prepares many files' in capsys.readouterr().out
     assert not any((tmp_path / 'data').glob('*'))
 
 
@@ -204,20 +224,21 @@ def killed(argv, tmp_path, how, least=2):
     return process.returncode, err
 
 
-@pytest.mark.parametrize('how, code, said', [(signal.SIGKILL, -9, ''), (signal.SIGTERM, 143, ''),
-                                             (signal.SIGINT, 130, 'of 24 files are done, the same command goes on')])
+@pytest.mark.parametrize('how, code, said', [
+    (signal.SIGKILL, -9, ''), pytest.param(signal.SIGTERM, 143, '', marks=pytest.mark.long),
+    pytest.param(signal.SIGINT, 130, 'of 24 files are done, the same command goes on', marks=pytest.mark.long)])
 def test_a_killed_start_is_taken_up(tmp_path, how, code, said):
     root = tmp_path / 'in'
     for i in range(24):
         put(root / f'{i % 4}' / f'{i}.jsonl', docs(300, i))
     argv = [f'files:{root}', '--workers=2', '--tokenizer=bytes', '--min_doc_bytes=0', '--data_dir=data']
     ended, err = killed(argv, tmp_path, how)
-    done = {path: path.stat().st_mtime_ns for path in shards_of(tmp_path)}
+    done = shards_of(tmp_path)
     assert ended == code and said in err and 'Traceback' not in err and 2 <= len(done) < 24
     assert not [*tmp_path.glob('data/*.shards/.*')] or how == signal.SIGKILL
-    put(root / '0/0.jsonl', docs(300, 99))               # a file that is another now is read again
+    put(root / json.loads(max(done).read_text())['name'], docs(300, 99))         # a file that is another now is read again
     code, out, err = script('prepare_data.py', *argv, cwd=tmp_path)
-    assert code == 0 and int(out.split('holds the shards of ')[1].split()[0]) in (len(done) - 1, len(done))
+    assert code == 0 and f'holds the shards of {len(done) - 1} of 24 files' in out
     same(prepare(root, tmp_path / 'one'), tmp_path / 'data/files-in-bytes')
 
 
@@ -298,7 +319,7 @@ def test_files_that_only_beside_the_others_are_what_they_are(tmp_path):
             put(tmp_path / kind / name / 'in' / f'{name}.{kind}', texts[which])
         shares = [share(tmp_path / kind / name / 'in', tmp_path / kind / name, '1/1') for name in ('x.dev', 'x.train')]
         if kind == 'txt':
-            with pytest.raises(UserError, match='x.dev.txt was read as x.dev, beside the other files it is x: prepare shares of one'):
+            with pytest.raises(UserError, match='x.dev.txt was read as x.dev, beside the other files it is x: prepare shares of one folder'):
                 merge(tmp_path / 'out' / kind, *shares)
         else:
             meta = same(prepare(tmp_path / kind / 'in', tmp_path / 'one'), merge(tmp_path / 'out' / kind, *shares), but={'made_from', 'dataset'})
