@@ -85,7 +85,7 @@ def read_checkpoint(run, versions=(3,)):
         if damaged:
             print(f'warning: {damaged}; {path} is whole and takes its place', file=sys.stderr)
         return state
-    raise damaged
+    raise UserError(f'{damaged}, and no other is whole: make the run again, --overwrite begins it anew') from damaged
 
 
 def read_whole(path, versions):

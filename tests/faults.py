@@ -311,7 +311,7 @@ def trial(number, seed, folder, only, reference, bug, keep=False):
             elif code in (75, 130) or act:
                 done.append(f'{act}')
             elif damaged:
-                if resume and 'no ckpt.pt' not in said and damaged.startswith('ckpt'):
+                if damaged.startswith('ckpt') and 'no other is whole' not in said:
                     raise Failed(f'another bit in {damaged} was not passed over:\n{said[-600:]}')
                 return dict(done=done, lost=lost, refused=damaged, seconds=time.monotonic() - began)
             elif '--init_from=resume' in said and not resume:
