@@ -378,9 +378,13 @@ def deal(docs, slices=SLICES):
 
 
 @torch.no_grad()
+def device_of(model):
+    return next(model.parameters()).device.type
+
+
 def tokens_at_once(device):
     """How many tokens an evaluation reads at once: a GPU is quick on many."""
-    return 65536 if torch.device(device).type == 'cuda' else 8192
+    return 65536 if device == 'cuda' else 8192
 
 
 def document_nats(model, documents, max_tokens=8192):
@@ -716,8 +720,7 @@ class Measure:
 
     def known(self):
         """{name: measure} of what is no set of items."""
-        return dict(bpb=lambda model, n, stop: self.bpb(model, SLICES, tokens_at_once(model.wte.weight.device),
-                                                        stop))
+        return dict(bpb=lambda model, n, stop: self.bpb(model, SLICES, tokens_at_once(device_of(model)), stop))
 
     def files(self):
         """{name: path} of the evaluation sets that there are."""
@@ -768,7 +771,7 @@ class Measure:
                 return
             try:
                 if name in self.sets:
-                    yield name, self.judge(model, name, n, tokens_at_once(model.wte.weight.device), stop)
+                    yield name, self.judge(model, name, n, tokens_at_once(device_of(model)), stop)
                 elif result := self.other(name, model, n, stop):
                     yield name, result
             except (UserError, FloatingPointError) as e:
@@ -846,7 +849,7 @@ class Measure:
 
     def rows(self, model):
         """How many texts are written at once: on a GPU many take as long as one."""
-        return 256 if model.wte.weight.is_cuda else 32
+        return 256 if device_of(model) == 'cuda' else 32
 
     # saying
 

@@ -532,6 +532,7 @@ class Run:
     An idea overrides a method, does its part and calls super(). What a step computes: loss, groups,
     optimizers, rate, decay, micro_steps. What goes with it into a checkpoint and comes back: state, load.
     """
+    together = None                              # what adds gradients up over ranks, where there are several
 
     # -- open: the machine, the checkpoint, the data
 
@@ -665,14 +666,14 @@ class Run:
     def resuming(self):
         return self.s.init_from == 'resume'
 
-    def saved(self):
+    def checkpoints(self):
         """The checkpoints that lie in the run's folder."""
         return [path for path in (self.out_dir / name for name in sample.CHECKPOINTS) if path.exists()]
 
     def restarted(self):
         """Whether this very torchrun, which has lost a rank and started all again, saw a checkpoint saved."""
-        began = time.time() - process_age(os.getppid())
-        return 'TORCHELASTIC_RUN_ID' in os.environ and any(path.stat().st_mtime > began for path in self.saved())
+        return 'TORCHELASTIC_RUN_ID' in os.environ and any(
+            path.stat().st_mtime > time.time() - process_age(os.getppid()) for path in self.checkpoints())
 
     def find_checkpoint(self):
         """The checkpoint to go on from, or None; refuses to write over an earlier run."""
@@ -684,7 +685,7 @@ class Run:
                f'another --out_dir')
         refuse(not os.access(place, os.W_OK), f'{place} cannot be written to: choose another --out_dir')
         finished = (out / 'result.json').exists()
-        saved = self.saved()
+        saved = self.checkpoints()
         if self.resuming:
             refuse(finished and not s.overwrite,
                    f'{out} holds a finished run, there is nothing to resume: choose another --out_dir')
@@ -818,7 +819,8 @@ class Run:
     def take_model(self, model):
         self.model, self.config = model, model.config
         self.optimizers = self.make_optimizers(model)
-        self.together = GradientSum(model.parameters(), getattr(torch, self.s.reduce_dtype)) if self.world > 1 else None
+        if self.world > 1:
+            self.together = GradientSum(model.parameters(), getattr(torch, self.s.reduce_dtype))
 
     def start_from(self, before):
         """Takes the weights of another run's model, as far as it has them."""

@@ -169,8 +169,8 @@ def test_a_card_that_is_full_is_no_card_that_is_not_there(finished, monkeypatch)
 def test_a_card_reads_and_writes_more_at_once(monkeypatch):
     assert sample.tokens_at_once('cpu') == 8192 and sample.tokens_at_once('cuda') == 65536
     measure, asked = object.__new__(sample.Measure), []
-    measure.sets, weight = dict(a={}), SimpleNamespace(device=torch.device('cuda', 0), is_cuda=True)
-    model = SimpleNamespace(wte=SimpleNamespace(weight=weight))
+    measure.sets, weight = dict(a={}), SimpleNamespace(device=torch.device('cuda', 0))
+    model = SimpleNamespace(parameters=lambda: iter([weight]))
     monkeypatch.setattr(measure, 'judge', lambda *args: asked.append(args) or {}, raising=False)
     monkeypatch.setattr(measure, 'bpb', lambda *args: asked.append(args) or dict(bpb=1), raising=False)
     list(measure.ask(model, dict(a=3, bpb=0)))

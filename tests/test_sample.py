@@ -43,7 +43,6 @@ class Costs(torch.nn.Module):
     def __init__(self, table, block_size=64):
         super().__init__()
         self.table, self.config = torch.nn.Parameter(table), SimpleNamespace(block_size=block_size)
-        self.wte = torch.nn.Embedding(1, 1)
         self.compute_dtype = torch.float32
 
     def forward(self, idx, targets, reduction):
