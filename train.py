@@ -544,6 +544,7 @@ class Run:
         self.steps, self.rows_read, self.skipped, self.tokens, self.flops = 0, 0, 0, 0, 0.0
         self.bad_steps, self.rolled_back, self.stopping, self.metrics = 0, False, False, None
         self.next_eval = None                    # at which progress there is an evaluation on the way
+        self.went_by = 0.0                       # progress of the last step made
         self.progress = 0.0                      # what a step goes by: rank 0's clock's
         self.times = dict.fromkeys(('startup', 'compile', 'train', 'eval', 'save'), 0.0)
         self.history = collections.deque(maxlen=1000)    # (seconds waited for data, seconds) of the last steps
@@ -866,7 +867,7 @@ class Run:
             version=3, steps=self.steps, rows_read=self.rows_read, progress=self.clock.progress,
             elapsed=self.clock.elapsed(), trained=self.clock.trained, skipped=self.skipped, tokens=self.tokens,
             flops=self.flops, times=dict(self.times), warnings=self.told, origin=self.origin,
-            stream=self.stream.state(), next_eval=self.next_eval, went_by=self.progress,
+            stream=self.stream.state(), next_eval=self.next_eval, went_by=self.went_by,
             joules=(self.earlier + self.world * self.energy.joules).tolist(),            # ranks are alike
             model=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers],
             config=dataclasses.asdict(self.config), settings=vars(self.s), ideas=self.ideas.sources(),
@@ -887,7 +888,8 @@ class Run:
         self.told += state['warnings']
         self.stream.load(state['stream'])
         # neither was in checkpoints before 2026-11-27
-        self.next_eval, self.progress = state.get('next_eval'), state.get('went_by', state['progress'])
+        self.next_eval, self.went_by = state.get('next_eval'), state.get('went_by', state['progress'])
+        self.progress = self.went_by
         # what a killed run did after its last checkpoint was paid for too
         spent = max([state['elapsed']] + [row['elapsed_s'] for row in read_rows(self.log_path)])
         self.clock = Clock(self.s, spent, state['trained'], state['progress'])
@@ -1185,7 +1187,7 @@ class Run:
         loss, norm, rate = self.descend(loss)    # on a GPU the end of it is part of the next step's seconds
         seconds = time.monotonic() - began
         finite = math.isfinite(loss) and math.isfinite(norm)
-        self.steps, self.skipped = self.steps + 1, self.skipped + (not finite)
+        self.steps, self.skipped, self.went_by = self.steps + 1, self.skipped + (not finite), self.progress
         self.bad_steps = 0 if finite else self.bad_steps + 1
         self.step_seconds = 0.8 * self.step_seconds + 0.2 * seconds * self.accum / n_micro
         clock.add_step(seconds, self.left, self.steps)
@@ -1392,10 +1394,10 @@ class Run:
 
     def evaluate_if_due(self):
         """On the way: an eighth of the closing validation, some items of every set, a short sample."""
-        s, progress = self.s, self.progress
+        s, progress = self.s, self.went_by
         if not (self.next_eval and self.next_eval <= progress < 0.95):
             return
-        self.next_eval = s.eval_interval * (progress // s.eval_interval + 1)
+        due, self.next_eval = self.next_eval, s.eval_interval * (progress // s.eval_interval + 1)
         result = self.bits(max(1, self.slices // 8))
         if not math.isfinite(result['bpb']):
             return self.say('         validation: not finite')
@@ -1408,6 +1410,8 @@ class Run:
                                              for name, e in abilities.items()))
         if text := self.continuation(min(60, s.sample_tokens)):
             self.record(step=self.steps, progress=progress, sample=text, elapsed_s=self.clock.elapsed())
+        if self.signals:                         # they cut it short: the run that goes on makes it again
+            self.next_eval = due
 
     # -- report
 
