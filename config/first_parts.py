@@ -147,6 +147,7 @@ def peers(s, ideas, found):
             seconds = train.seconds_of(lambda: there.copy_(sent), 3)
         yield dict(pairs=[dict(pair=pair, direct=torch.cuda.can_device_access_peer(i, j), right=right,
                                gb_s=sent.nbytes / 1e9 / seconds)])
+        refuse(not right, 'what arrives is not what was sent: NCCL_P2P_DISABLE=1 does without')
 
 
 def room(s, ideas, found):
@@ -222,7 +223,8 @@ def kernels(s, ideas, found):
             name, *case, rivals, inputs = getattr(Operations(config, idx, attended, dtype, compile), method)()
         with using(()):
             without = getattr(Operations(config, idx, attended, dtype, compile), method)()[3]['ours']
-        beside = rivals | ({WITHOUT: without} if kept else {})
+        beside = {k: rival for k, rival in rivals.items() if compile or not k.startswith('compiled')}
+        beside |= {WITHOUT: without} if kept else {}
         rows = kernel_rows(name, *case, beside, inputs, rounds, rates)
         yield dict(rows=rows)
         ours, reference, *_ = rivals.values()
