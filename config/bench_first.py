@@ -40,7 +40,7 @@ part: str = ''              # a file for what one part finds, in the process tha
 
 # name: (seconds that it may take, with what those before it left; what makes it)
 PARTS = dict(machine=(25, machine), disk=(20, disk), peers=(15, peers), room=(20, room), kernels=(35, kernels),
-             step=(35, step), buys=(15, buys))
+             step=(30, step), buys=(15, buys))
 STOPPED = 'it was stopped, its time was over'
 LEAST_AGAIN = 10            # seconds that a part which broke must have left to be made once more
 FASTER = 1.03               # by how much another micro-batch must be, or the config's stays
@@ -202,7 +202,7 @@ def main(own, rest, argv):
         return make(own, rest)
     rest = rest if any(not a.startswith('--') for a in rest) else [str(CONFIG / 'babylm.py'), *rest]
     s, ideas = train.read_settings(rest)        # its mistakes, and a card that torch cannot use, end this at once
-    until, faults = max(train.STARTED, time.monotonic() - 20), []
+    until, faults = time.monotonic(), []
     found = dict(made=f'{datetime.date.today()}', configs=[Path(a).stem for a in rest if not a.startswith('--')],
                  device=train.choose_device(s), shape={k: vars(s)[k] for k in train.SHAPE})
     name = sample.hardware(found['device'])
