@@ -158,8 +158,8 @@ def words(v):
 
 
 TABLES = dict(      # (part, list in it): title, note, columns
-    pairs=('peers', 'Copies between cards', 'direct: peer to peer; right: what was sent arrived. Where it was not, or never '
-           'came: NCCL_P2P_DISABLE=1.', dict(pair=None, direct=None, right=None, gb_s=1)),
+    pairs=('peers', 'Copies between cards', 'direct: peer to peer; right: what was sent arrived; where it did not: '
+           'NCCL_P2P_DISABLE=1.', dict(pair=None, direct=None, right=None, gb_s=1)),
     sizes=('room', 'Micro-batches', 'Without kernels and compiler.', dict(rows=0, tok_per_sec=0, peak_gib=2)),
     checks=('kernels', 'Kernels', 'ms: forward and backward of one layer, with the kernels and without; errors: shares '
             'of what PyTorch makes.', dict(
@@ -193,7 +193,8 @@ def told(found, settings, off, faults):
     for key, (name, title, note, columns) in TABLES.items():
         if rows := found.get(name, {}).get(key):
             rows = [row | {k: ', '.join(v) for k, v in row.items() if isinstance(v, list)} for row in rows]
-            digits = {k: n if isinstance(n, int) else None for k, n in columns.items()}      # a page writes numbers itself
+            # a page has no formats
+            digits = {k: n if isinstance(n, int) else None for k, n in columns.items()}
             yield table_block(title, note, digits, rows) | dict(printed=columns)
 
 
@@ -205,8 +206,7 @@ def main(own, rest, argv):
     until, faults = time.monotonic(), []
     found = dict(made=f'{datetime.date.today()}', configs=[Path(a).stem for a in rest if not a.startswith('--')],
                  device=train.choose_device(s), shape={k: vars(s)[k] for k in train.SHAPE})
-    name = sample.hardware(found['device'])
-    print(f'{name}: {sum(seconds for seconds, _ in PARTS.values())} seconds at most', flush=True)
+    print(f'{found["device"]}, {sum(seconds for seconds, _ in PARTS.values())} seconds at most', flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for part, (seconds, _) in PARTS.items():
             until += seconds
@@ -219,6 +219,7 @@ def main(own, rest, argv):
             print('\n'.join(lines), flush=True)
             faults += failed
     settings, off = recommended(s, found)
+    name = found['machine'].get('hardware', found['device'])             # asked here, a card would lend its memory
     dollars = s.dollars_per_hour * s.budget_minutes / 60
     found['buys'] = found.get('buys', {}) | (dict(dollars=dollars) if dollars else {})
     out, blocks = Path('out/first'), [*told(found, settings, off, faults)]

@@ -90,8 +90,9 @@ def machine(s, ideas, found):
     gib = {k: int(v) / 2 ** 20 for k, v in re.findall(r'(MemTotal|MemAvailable):\s+(\d+)', memory)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     yield dict(device=device, hardware=sample.hardware(device), processor=sample.hardware('cpu'), cores=cores,
-               memory_gib=gib.get('MemTotal'), free_memory_gib=gib.get('MemAvailable'), python=platform.python_version(),
-               torch=torch.__version__, cuda=torch.version.cuda, triton=getattr(m.triton, '__version__', None),
+               memory_gib=gib.get('MemTotal'), free_memory_gib=gib.get('MemAvailable'),
+               python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+               triton=getattr(m.triton, '__version__', None),
                commit=sample.git_commit(), lacks=m.missing_compiler())
     host = torch.ones(2 ** 26, dtype=torch.uint8)
     there = torch.empty_like(host)
@@ -263,6 +264,8 @@ def step(s, ideas, found):
         if name in found.get('step', {}).get('tried', ()) or 'kernels' in changes and not m.IN_USE:
             continue
         yield dict(tried=[name])
+        if on_card:
+            torch.cuda.reset_peak_memory_stats()
         began, run = time.monotonic(), opened(s, ideas, **changes)
         if run.kernels is None:
             run.choose_kernels()
