@@ -39,8 +39,9 @@ first: bool = False         # look at this machine, and say what to set
 part: str = ''              # a file for what one part finds, in the process that --first made for it
 
 # name: (seconds that it may take, with what those before it left; what makes it)
-PARTS = dict(machine=(30, machine), disk=(20, disk), peers=(15, peers), room=(20, room), kernels=(35, kernels),
-             step=(35, step), buys=(10, buys))
+PARTS = dict(machine=(25, machine), disk=(20, disk), peers=(15, peers), room=(20, room), kernels=(35, kernels),
+             step=(30, step), buys=(15, buys))
+STOPPED = 'it was stopped, its time was over'
 LEAST_AGAIN = 10            # seconds that a part which broke must have left to be made once more
 FASTER = 1.03               # by how much another micro-batch must be, or the config's stays
 FULL = 0.9                  # of a card's memory, what a micro-batch that was not asked for may take
@@ -67,7 +68,8 @@ def recommended(s, found):
         settings['kernels'] = 'none' if len(unused) == len(m.KERNELS) else ','.join(unused) or 'all'
     if found.get('step', {}).get('ways'):
         way, _ = best_way(s, found)
-        settings['compile'] = 'on' if way['compiled'] else 'off'
+        if len(found['step']['ways']) > 1 or found['step'].get('broken', {}).get('compiled', STOPPED) != STOPPED:
+            settings['compile'] = 'on' if way['compiled'] else 'off'         # else a compiler had no time
         if way['way'].endswith('without kernels'):
             settings['kernels'] = 'none'
     return settings, off
@@ -118,7 +120,7 @@ def bounded(name, until, folder, rest, found):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
         said = (log.read_text(errors='replace').strip() or f'exit code {code}').splitlines()[-1]
-        why = '' if code == 0 else ('it was stopped, its time was over' if code is None else
+        why = '' if code == 0 else (STOPPED if code is None else
                                     f'killed by {signal.Signals(-code).name}' if code < 0 else impersonal(said))
         try:
             mine = dict(json.loads(file.read_text()))
@@ -139,20 +141,25 @@ UNTOLD = 'tried', 'broken', 'fault', 'seconds', 'device'     # told elsewhere
 
 
 def facts(found):
-    """[[what, value]] of what a part found that has no table."""
-    return [[k.replace('_', ' '), v] for k, v in found.items() if v not in (None, '', []) and k not in UNTOLD]
+    """[[what, value in words]] of what a part found that has no table."""
+    units = {'_gb_s': ', GB/s', '_gib': ', GiB', '_gb': ', GB'}
+
+    def label(k):
+        unit = next((unit for unit in units if k.endswith(unit)), '')
+        return k.removesuffix(unit).replace('_', ' ') + units.get(unit, '')
+    return [[label(k), words(v)] for k, v in found.items() if v not in (None, '', []) and k not in UNTOLD]
 
 
 def words(v):
-    """A value as it is printed."""
+    """A value, short."""
     if isinstance(v, float):
         return f'{v:,.0f}' if v >= 1000 else f'{v:.4g}'
     return f'{v:,}' if type(v) is int else ', '.join(map(str, v)) if isinstance(v, list) else str(v)
 
 
 TABLES = dict(      # (part, list in it): title, note, columns
-    pairs=('peers', 'Copies between cards', 'direct: peer to peer; right: what was sent arrived. NCCL_P2P_DISABLE=1 does '
-           'without.', dict(pair=None, direct=None, right=None, gb_s=1)),
+    pairs=('peers', 'Copies between cards', 'direct: peer to peer; right: what was sent arrived; where it did not: '
+           'NCCL_P2P_DISABLE=1.', dict(pair=None, direct=None, right=None, gb_s=1)),
     sizes=('room', 'Micro-batches', 'Without kernels and compiler.', dict(rows=0, tok_per_sec=0, peak_gib=2)),
     checks=('kernels', 'Kernels', 'ms: forward and backward of one layer, with the kernels and without; errors: shares '
             'of what PyTorch makes.', dict(
@@ -161,10 +168,10 @@ TABLES = dict(      # (part, list in it): title, note, columns
     rows=('kernels', 'Rivals', 'both: forward and backward; floor: what products and copies measured here take.', dict(
         operation=None, rival=None, ms=3, floor_ms=3, both_ms=3, floor_both_ms=3, mem_mb=0, fault=None)),
     ways=('step', 'A step', 'start: seconds before the first; of gemm: of matrix products measured here.', dict(
-        way=None, tokens=0, micro_batch_size=0, start_s=1, step_ms=1, tok_per_sec=0, of_gemm='.0%', mfu='.1%',
+        way=None, tokens=0, micro_batch_size=0, start_s=1, step_ms=1, tok_per_sec=0, of_gemm=2, mfu=3,
         peak_gib=2)),
     parts=('step', 'A step by parts', 'floor: at the rates of products and copies measured here.', dict(
-        way=None, part=None, share='.0%', ms=1, floor_ms=1)))
+        way=None, part=None, share=2, ms=1, floor_ms=1)))
 
 
 def told(found, settings, off, faults):
@@ -186,7 +193,9 @@ def told(found, settings, off, faults):
     for key, (name, title, note, columns) in TABLES.items():
         if rows := found.get(name, {}).get(key):
             rows = [row | {k: ', '.join(v) for k, v in row.items() if isinstance(v, list)} for row in rows]
-            yield table_block(title, note, columns, rows) | dict(printed=columns)
+            # a page has no formats
+            digits = {k: n if isinstance(n, int) else None for k, n in columns.items()}
+            yield table_block(title, note, digits, rows) | dict(printed=columns)
 
 
 def main(own, rest, argv):
@@ -194,11 +203,10 @@ def main(own, rest, argv):
         return make(own, rest)
     rest = rest if any(not a.startswith('--') for a in rest) else [str(CONFIG / 'babylm.py'), *rest]
     s, ideas = train.read_settings(rest)        # its mistakes, and a card that torch cannot use, end this at once
-    until, faults = max(train.STARTED, time.monotonic() - 20), []
+    until, faults = time.monotonic(), []
     found = dict(made=f'{datetime.date.today()}', configs=[Path(a).stem for a in rest if not a.startswith('--')],
                  device=train.choose_device(s), shape={k: vars(s)[k] for k in train.SHAPE})
-    name = sample.hardware(found['device'])
-    print(f'{name}: {sum(seconds for seconds, _ in PARTS.values())} seconds at most', flush=True)
+    print(f'{found["device"]}, {sum(seconds for seconds, _ in PARTS.values())} seconds at most', flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for part, (seconds, _) in PARTS.items():
             until += seconds
@@ -211,13 +219,14 @@ def main(own, rest, argv):
             print('\n'.join(lines), flush=True)
             faults += failed
     settings, off = recommended(s, found)
+    name = found['machine'].get('hardware', found['device'])             # asked here, a card would lend its memory
     dollars = s.dollars_per_hour * s.budget_minutes / 60
     found['buys'] = found.get('buys', {}) | (dict(dollars=dollars) if dollars else {})
     out, blocks = Path('out/first'), [*told(found, settings, off, faults)]
     for block in blocks:
         columns = block.pop('printed', None)
         print('', block['title'], *(text_table(columns, block['rows']) if columns else [
-            f'  {what}: {words(value)}' for what, value in block['rows']]), block.get('note') or '', sep='\n')
+            f'  {what}: {value}' for what, value in block['rows']]), block.get('note') or '', sep='\n')
     out.mkdir(parents=True, exist_ok=True)
     found |= dict(recommended=settings, off=off)
     sample.write_beside(out / 'first.json', lambda f: f.write(sample.as_json(found, indent=1).encode()))

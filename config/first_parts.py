@@ -90,8 +90,9 @@ def machine(s, ideas, found):
     gib = {k: int(v) / 2 ** 20 for k, v in re.findall(r'(MemTotal|MemAvailable):\s+(\d+)', memory)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     yield dict(device=device, hardware=sample.hardware(device), processor=sample.hardware('cpu'), cores=cores,
-               memory_gib=gib.get('MemTotal'), free_memory_gib=gib.get('MemAvailable'), python=platform.python_version(),
-               torch=torch.__version__, cuda=torch.version.cuda, triton=getattr(m.triton, '__version__', None),
+               memory_gib=gib.get('MemTotal'), free_memory_gib=gib.get('MemAvailable'),
+               python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+               triton=getattr(m.triton, '__version__', None),
                commit=sample.git_commit(), lacks=m.missing_compiler())
     host = torch.ones(2 ** 26, dtype=torch.uint8)
     there = torch.empty_like(host)
@@ -147,6 +148,7 @@ def peers(s, ideas, found):
             seconds = train.seconds_of(lambda: there.copy_(sent), 3)
         yield dict(pairs=[dict(pair=pair, direct=torch.cuda.can_device_access_peer(i, j), right=right,
                                gb_s=sent.nbytes / 1e9 / seconds)])
+        refuse(not right, 'what arrives is not what was sent: NCCL_P2P_DISABLE=1 does without')
 
 
 def room(s, ideas, found):
@@ -222,7 +224,8 @@ def kernels(s, ideas, found):
             name, *case, rivals, inputs = getattr(Operations(config, idx, attended, dtype, compile), method)()
         with using(()):
             without = getattr(Operations(config, idx, attended, dtype, compile), method)()[3]['ours']
-        beside = rivals | ({WITHOUT: without} if kept else {})
+        beside = {k: rival for k, rival in rivals.items() if compile or not k.startswith('compiled')}
+        beside |= {WITHOUT: without} if kept else {}
         rows = kernel_rows(name, *case, beside, inputs, rounds, rates)
         yield dict(rows=rows)
         ours, reference, *_ = rivals.values()
@@ -261,6 +264,8 @@ def step(s, ideas, found):
         if name in found.get('step', {}).get('tried', ()) or 'kernels' in changes and not m.IN_USE:
             continue
         yield dict(tried=[name])
+        if on_card:
+            torch.cuda.reset_peak_memory_stats()
         began, run = time.monotonic(), opened(s, ideas, **changes)
         if run.kernels is None:
             run.choose_kernels()
