@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import bench_mfu
+import fake_card
 import model as m
 import sample
 import train
@@ -83,7 +84,8 @@ def test_a_run_on_a_card(card, main, tmp_path, monkeypatch):
     out = main(*ON, '--kernels=none', '--tokens_per_step=1024', '--micro_batch_size=4', '--country=FR')
     result = json.loads((tmp_path / 'run' / 'result.json').read_text())
     assert result['hardware'] == dict(device='cuda', name='NVIDIA GeForce RTX 4090', ranks=1, dtype='bfloat16')
-    assert result['peak_mem_gb'] == 1.0 and result['mfu'] == result['tflops'] / 165.2 and result['energy']['how']['gpu'].startswith('measured (NVML counter')
+    assert result['peak_mem_gb'] == 1.0 and result['mfu'] == pytest.approx(result['tflops'] / 165.2)
+    assert result['energy']['how']['gpu'].startswith('measured (NVML counter')
     assert card.pinned and card.compiled == [dict(dynamic=False)] and card.asked['mem_get_info'] == 1 and 'torch.compile on' in out
     assert in_two_parts(main, monkeypatch, 2, *ON, '--kernels=none')          # resumes
 
@@ -244,3 +246,24 @@ def test_no_idea_breaks_the_graph_but_those_named(folder):
                 graphs, found[name] = traced(name, f'out/traced-{name}')
                 print(f'{name}: {graphs} graphs, {found[name]}', flush=True)
     assert len(found) > 25 and {name for name, breaks in found.items() if breaks} == set(BREAKS), found
+
+
+# ---- every idea on fake tensors of a card
+
+REFUSED = {}        # {idea: what of it no fake tensor can do}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.version.cuda or torch.cuda.is_available(), reason="needs torch's CUDA build, and no card")
+def test_ideas_on_fake_tensors_of_a_card(folder, tmp_path):
+    """A step, a growth, an evaluation, generation: where what is on a CPU meets what is on a card, and what a kernel is given."""
+    libraries = {'driver.so': [], 'libcuda.so.1': ['-Wl,-soname,libcuda.so.1']}
+    (tmp_path / 'driver.c').write_text(fake_card.DRIVER)
+    for name, options in libraries.items():
+        subprocess.run(['cc', '-shared', '-fPIC', *options, '-o', tmp_path / name, tmp_path / 'driver.c'], check=True)
+    more = dict(LD_PRELOAD=str(tmp_path / 'driver.so'), LD_LIBRARY_PATH=str(tmp_path))
+    done = subprocess.run([sys.executable, ROOT / 'tests' / 'fake_card.py', folder, 'base', *ideas()], env=os.environ | more,
+                          capture_output=True, text=True, timeout=3000)
+    found = json.loads(done.stdout)
+    assert {name for name, said in found.items() if isinstance(said, str)} == set(REFUSED), found
+    assert found['base'] > 100 and found['growth'] > found['base']
