@@ -35,6 +35,7 @@ share: str = ''              # i/n: make shards of every n-th file, from the i-t
 NOT_WITH = dict(text_share='it counts documents one after the other')
 ROW = np.dtype([('tokens', '<i4'), ('bytes', '<i4'), ('words', '<i4'), ('reason', 'u1'), ('key', '<u8')])
 COPY = 'training documents dropped, identical to held-out ones'
+STOPS = {signal.SIGINT, signal.SIGTERM}
 FILES = '.bin', '.docs.npy'                      # of a shard, beside its .json
 
 
@@ -86,6 +87,8 @@ class Corpus(prepare_data.Corpus):
         dropped = Counter()
         parts, ignored = prepare_data.gather(self, self.shards, dropped)
         made = [shard.name for shard in self.encode_all(parts[i - 1::n])]
+        for left in self.shards.glob('.*'):                      # by processes that were killed
+            left.unlink()
         (self.shards / self.given.filename).write_bytes(self.given.blob)
         write_json(self.shards / 'share.json', dict(
             recipe=self.recipe, dataset=self.s.dataset, made=made, ignored=ignored,
@@ -326,7 +329,9 @@ def in_processes(work, items, n):
                 yield from settled(running)
             end, theirs = context.Pipe(duplex=False)
             running[end] = item, context.Process(target=tell, args=(theirs, work, item), daemon=True)
-            running[end][1].start()
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+            running[end][1].start()              # what arrives inside of a fork is lost
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
         while running:
             yield from settled(running)
@@ -353,6 +358,7 @@ def settled(running):
 def tell(end, work, item):
     """In the process: does the work, and says what went wrong, or nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)                 # whoever started it ends it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     prepare_data.THREADS = 1
     try:
         work(item)

@@ -129,7 +129,11 @@ def test_copies_of_held_out_documents_go_as_in_one_pass(tmp_path):
 def test_shares_merge_to_the_bytes_of_one_pass(crawl, tmp_path):
     """Of one folder, each machine's files among the others'; and of folders of their own."""
     one = prepare(crawl, tmp_path / 'one')
+    left = tmp_path / 'machine1/files-crawl-bytes.1of3.shards/.0123.99.bin'       # by a start that was killed
+    left.parent.mkdir(parents=True)
+    left.touch()
     shares = [share(crawl, tmp_path / f'machine{i}', f'{i}/3', workers=i) for i in (3, 1, 2)]
+    assert not left.exists()
     same(one, merge(tmp_path / 'merged', *shares))
     apart = [tmp_path / name / 'crawl' for name in 'ab']
     for i, name in enumerate(sorted(json.loads(Path(shares[0], 'share.json').read_text())['parts'])):
