@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
@@ -260,6 +259,7 @@ def step(s, ideas, found):
     on_card, rates = train.choose_device(s) == 'cuda', found.get('kernels', {}).get('rates')
     ways = {'eager': dict(compile='off')} | ({'compiled': {}} if s.compile != 'off' else {})
     ways |= {f'{[*ways][-1]}, without kernels': dict(kernels=()) | [*ways.values()][-1]} if on_card else {}
+    first, alone = None, 0.0                    # a CPU drifts: there the first takes its turns with the next
     for name, changes in ways.items():
         if name in found.get('step', {}).get('tried', ()) or 'kernels' in changes and not m.IN_USE:
             continue
@@ -271,13 +271,11 @@ def step(s, ideas, found):
             run.choose_kernels()
         model, tokens = run.model, run.step()
         wait_for(run.device)
-        started, seconds = time.monotonic() - began, []
-        while len(seconds) < 2 or len(seconds) < 8 and sum(seconds) < 3:
-            began = time.monotonic()
-            run.step()
-            wait_for(run.device)
-            seconds.append(time.monotonic() - began)
-        each, peak = statistics.median(seconds), run.peak()
+        started, seconds, peak = time.monotonic() - began, [], run.peak()
+        while len(seconds) < 2 or len(seconds) < 8 and np.sum(seconds) < 3:
+            seconds.append([seconds_of_step(one) for one in [run, first] if one])
+        each, *again = np.median(seconds, 0).tolist()
+        each *= alone / again[0] if again else 1
         rates = rates or bench_mfu.machine(run.config, min(tokens, CPU_TOKENS), run.device, run.dtype)
         # a CPU's was of fewer micro-batches than the run's, with all of the optimizer's work
         tok_per_sec = s.tokens_per_step / (each + (s.tokens_per_step / tokens - 1) * run.of_gradients)
@@ -295,8 +293,18 @@ def step(s, ideas, found):
         yield dict(parts=[dict(way=name, part=what, share=share, ms=1e3 * each * share,
                                floor_ms=1e3 * floors[what] if what in floors else None)
                           for what, share in (shares | {'idle': 1 - where['busy_share']}).items()])
+        if not on_card:
+            first, alone = first or run, alone or each
+            continue
         run.batches.close()
         run.optimizers = None                   # their memory is wanted
+
+
+def seconds_of_step(run):
+    began = time.monotonic()
+    run.step()
+    wait_for(run.device)
+    return time.monotonic() - began
 
 
 def best_way(s, found):

@@ -143,23 +143,30 @@ def test_copies_between_cards_are_checked(card, monkeypatch):
 
 
 @pytest.mark.parametrize('in_use, names', [({'mlp'}, ['eager', 'compiled', 'compiled, without kernels']), (set(), ['eager', 'compiled'])])
-def test_a_step_on_a_card_is_made_in_three_ways(card, monkeypatch, in_use, names):
+@pytest.mark.parametrize('device', ['cuda', 'cpu'])
+def test_a_step_is_made_in_three_ways_on_a_card_and_in_two_on_a_cpu(card, monkeypatch, in_use, names, device):
     def opened(s, ideas, kernels=None, compile='on'):
         made.append(SimpleNamespace(
-            device='cuda', kernels=kernels, compiling=compile == 'on', micro=128, flops_per_token=70.0, of_gradients=9.0, peak=lambda: 1e9,
+            device=device, kernels=kernels, compiling=compile == 'on', micro=128, flops_per_token=70.0, of_gradients=9.0, peak=lambda: 1e9,
             model=SimpleNamespace(params=lambda: dict(total=100), flops_per_token=lambda attended: 60.0), step=lambda: s.tokens_per_step,
             choose_kernels=lambda: m.IN_USE.update(in_use), batches=SimpleNamespace(close=lambda: closed.append(1))))
         return made[-1]
     made, closed = [], []
     monkeypatch.setattr(m, 'IN_USE', set())
     monkeypatch.setattr(first_parts, 'opened', opened)
-    monkeypatch.setattr(first_parts, 'wait_for', lambda device: time.sleep(0.002))
+    monkeypatch.setattr(first_parts, 'wait_for', lambda device: None)
+    # a CPU that is twice as slow later, and a compiler that makes three of two
+    monkeypatch.setattr(train, 'choose_device', lambda s: device)
+    monkeypatch.setattr(first_parts, 'seconds_of_step', lambda run: (
+        (len(made) if device == 'cpu' else 1) * (0.4 if run.compiling else 0.6)))
     monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', lambda: None)
     monkeypatch.setattr(first_parts.sample, 'peak_memory_gb', lambda device: 3.0)
     monkeypatch.setattr(bench_mfu, 'where_time_goes', lambda run, device, steps: dict(busy_share=0.8, shares=dict(attention=0.25, other=0.75)))
     s = settings()
     found = gathered(first_parts.step(s, None, dict(kernels=dict(rates=dict(gemm=1e9, copy=1e9)))))
-    assert [way['way'] for way in found['ways']] == names == found['tried'] and len(closed) == len(names)
+    names = names if device == 'cuda' else ['eager', 'compiled']
+    assert [way['way'] for way in found['ways']] == names == found['tried'] and len(closed) == len(names) * (device == 'cuda')
+    assert [way['step_ms'] for way in found['ways']] == pytest.approx([600, 400, 400][:len(names)])
     assert [way['kernels'] for way in found['ways']] == [sorted(in_use)] * 2 + [[]] * (len(names) - 2)
     way, parts = found['ways'][0], [part for part in found['parts'] if part['way'] == 'eager']
     assert way['tok_per_sec'] * way['step_ms'] == pytest.approx(1e3 * s.tokens_per_step) and not way['compiled']
