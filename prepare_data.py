@@ -1287,12 +1287,17 @@ def describe(corpus, temp, t0, parts, ignored, dropped, found, encoded, made_fro
     meta['made_from'] = made_from | dict(changes=corpus.changes())
     meta['in_training'] = dict(held_out_bytes=sum(found.lines.values()),
                                shared=sum(found.lines[line] for line in found.shared))
-    meta['crc32'] = {path.name: crc32_of(path) for end in ('bin', 'docs.npy') for path in sorted(temp.glob(f'*.{end}'))}
     meta['created'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     meta['seconds'] = round(time.time() - t0, 1)
     shutil.rmtree(temp / 'raw', ignore_errors=True)              # text that was generated
-    (temp / 'meta.json').write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding='utf-8')
+    write_meta(temp, meta)
     corpus.finish(open_data(temp))
+    files = [path for end in ('bin', 'docs.npy') for path in sorted(temp.glob(f'*.{end}'))]      # as ideas leave them
+    write_meta(temp, meta | dict(crc32={path.name: crc32_of(path) for path in files}))
+
+
+def write_meta(folder, meta):
+    (folder / 'meta.json').write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding='utf-8')
 
 
 def trace(root, digest=False):

@@ -29,6 +29,9 @@ class Says:
     """Stands for a model that says the same ids whatever it is asked."""
     wte = SimpleNamespace(weight=torch.zeros(1))
 
+    def parameters(self):
+        return iter([self.wte.weight])
+
     def __init__(self, *ids):
         self.ids = ids
 
