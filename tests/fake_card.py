@@ -61,12 +61,12 @@ def launch(kernel, grid, *args, **options):
     assert {x.device.type for x in args if isinstance(x, torch.Tensor)} == {'cuda'}, f'{kernel.fn.__name__} is given tensors of a CPU'
 
 
-def sdpa(q, k, v, mask=None, scale=None, enable_gqa=False):
+def sdpa(q, k, v, mask=None, scale=None, enable_gqa=False, dropout_p=0.0, is_causal=False):
     """Which of its kernels PyTorch takes it asks the card; what it would take of any is checked."""
     assert {t.device.type for t in (q, k, v, *[mask] * (mask is not None))} == {'cuda'} and q.dtype == k.dtype == v.dtype
-    assert k.shape == v.shape and q.shape[-1] == k.shape[-1] and (q.shape[1] == k.shape[1] or enable_gqa and q.shape[1] % k.shape[1] == 0)
+    assert k.shape[:3] == v.shape[:3] and q.shape[-1] == k.shape[-1] and (q.shape[1] == k.shape[1] or enable_gqa and q.shape[1] % k.shape[1] == 0)
     assert mask is None or torch.broadcast_shapes(mask.shape, (*q.shape[:3], k.shape[2])) == (*q.shape[:3], k.shape[2])
-    return q * k.mean() * v.mean()
+    return (q * k.mean())[..., :1] * v.mean(2, keepdim=True).repeat_interleave(q.shape[1] // v.shape[1], 1)
 
 
 class OnCard(TorchFunctionMode):
@@ -114,7 +114,7 @@ def main(folder, *names):
     found, take = {}, train.Prefetcher.next
     patches = [(torch.cuda, name, function) for name, function in Card().cuda().items()] + [
         (torch.cuda, '_lazy_init', lambda: None), (train, 'choose_kernels', lambda *asked: []), (torch.nn.Module, 'to', move), (torch.Tensor, 'pin_memory', lambda x: x), (m, 'launch', launch),
-        (F, 'scaled_dot_product_attention', sdpa), (m, 'sample_token', lambda logits, *more: logits.argmax(-1)),
+        (F, 'scaled_dot_product_attention', sdpa), (m, 'sample_token', lambda logits, *more, **named: logits.argmax(-1)),
         (FakeTensor, 'tolist', lambda x: [1.0] * x.numel()), (torch.Tensor, 'item', lambda x: 1.0),
         *[(torch.optim.Optimizer, f'_{kind}_graph_capture_health_check', lambda self: None) for kind in ('cuda', 'accelerator')],
         (train.Prefetcher, 'next', lambda self: (faked((taken := take(self))[0]), taken[1]))]

@@ -250,7 +250,8 @@ def test_no_idea_breaks_the_graph_but_those_named(folder):
 
 # ---- every idea on fake tensors of a card
 
-REFUSED = {}        # {idea: what of it no fake tensor can do}
+REFUSED = dict(experts='the host reads which tokens go where', dynamics='what it measures goes to a file on the way',
+               snapshots='how many were taken is a buffer, read at the end of a cycle')      # what no fake tensor can tell a host
 
 
 @pytest.mark.slow
