@@ -61,7 +61,8 @@ import model as m
 import prepare_data
 import sample
 import train
-from config import UserError, at_home, docs, in_words, literal, name_of, print_without_fail, refuse, verbs
+from config import (NO_LITERAL, UserError, at_home, docs, fits, in_words, literal, name_of, print_without_fail,
+                    refuse, verbs)
 
 sys.modules.setdefault('bench_mfu', sys.modules[__name__])
 
@@ -821,13 +822,18 @@ ON_PAGE = dict(val_loss=4, tok_per_sec=0, mfu=3, train_seconds=0,               
 COMPARISONS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
                ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.In: lambda a, b: a in b}
 
+RESULT = dict(val_bpb=float, total_params=float, val_share=float, tokens=float, epochs=float, settings=dict(dataset=str), config=dict,
+              hardware=dict(name=str), data=dict(fingerprint=str), evals={str: dict(accuracy=float)})     # the form of one
+
 
 def finished_runs(folder):
     """A row of names and values for every run under a folder that has ended, and why others are left out."""
     rows, left_out, names = [], [], {}
-    for path in sorted(Path(folder).rglob('result.json')):
+    for path in sorted(path for path in Path(folder).rglob('result.json') if path.is_file()):
         try:
             r = json.loads(path.read_text(encoding='utf-8'))
+            if not fits(r, RESULT):
+                raise ValueError('it lacks what they have')
             if not (0 < r['val_bpb'] < math.inf and 0 < r['total_params'] < math.inf):
                 raise ValueError(f'val_bpb {r["val_bpb"]}, total_params {r["total_params"]}')
             about = dict(dataset=Path(r['settings']['dataset'].removeprefix('files:')).name,
@@ -840,7 +846,7 @@ def finished_runs(folder):
             about['tokens_a_parameter'] = r['tokens'] / r['total_params']
             about['notes'] = f'BPB on {r["val_share"]:.1%}' * (r['val_share'] < 1)
             rows.append(r['settings'] | r['config'] | r | abilities | about | dict(abilities=[*abilities]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             left_out.append(f'{path} is left out, it holds no result of train.py: {first_line(e)}')
     for row in rows:
         row['run'] = row['folder'].relative_to(folder).as_posix().replace('|', '/')
@@ -883,7 +889,7 @@ def where(rows, text, known):
             if isinstance(node, ast.Name):
                 key_of(node.id, known, 'where')
         return [row for row in rows if holds(tree, row)]
-    except (SyntaxError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as e:
+    except (SyntaxError, KeyError, AttributeError, *NO_LITERAL) as e:
         raise UserError(f'--where is {text!r}, it must be comparisons of names in result.json, joined by '
                         f'and, or, not: "total_params < 12e6 and n_layer == 4"') from e
 
@@ -901,7 +907,7 @@ def front_blocks(texts):
     """Bits per byte beside what they cost; texts: {validation text: its runs}."""
     for text, rows in texts.items():
         for key, x in dict(total_params='parameters', total_seconds='seconds', joules='joules').items():
-            points = [[row[key], row['val_bpb'], row['run']] for row in rows if row.get(key)]
+            points = [[row[key], row['val_bpb'], row['run']] for row in rows if row.get(key) and fits(row[key], float)]
             if len(points) > 1:
                 yield dict(kind='dots', title=f'Bits per byte and {x}, {text}', x=x, y='bits per byte',
                            note='Dashed: the Pareto front, runs that none beats in both.', log_x=True,
@@ -981,9 +987,9 @@ def in_order(rows, sort):
         same.append(row | dict(rank=len(same) + 1))
     texts = dict(sorted(texts.items(), key=lambda item: -len(item[1])))
     for same in texts.values():
-        have = [row for row in same if row.get(key) is not None]
-        ordered += sorted(have, key=lambda row: row[key], reverse=key != sort)
-        ordered += [row for row in same if row.get(key) is None]
+        have = [row for row in same if fits(row.get(key), float | str)]
+        ordered += sorted(have, key=lambda row: (type(row[key]) is str, row[key]), reverse=key != sort)
+        ordered += [row for row in same if row not in have]
     return texts, ordered
 
 

@@ -48,8 +48,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from config import (CONFIG, SEAMS, Ideas, Setting, UserError, ideas_of, in_words, print_without_fail, refuse,
-                    shown, verbs)
+from config import (CONFIG, SEAMS, Ideas, Setting, UserError, fits, ideas_of, in_words, print_without_fail,
+                    refuse, shown, verbs)
 
 VERSION = 1                  # of the bin format; the trainer refuses any other
 SAMPLE_BYTES = 24_000_000    # the tokenizer learns from at most this; 8 MB gives 0.2 % fewer bytes per token
@@ -60,7 +60,15 @@ BATCH_BYTES = 4_000_000      # text encoded at once: enough to keep every thread
 PATIENCE = 1.0               # seconds before a server is asked a second time
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 COUNTS = ('documents', 'words', 'bytes', 'tokens')
-META = set('dataset tokenizer vocab_size bos dtype sources splits files tokenizer_sha256 fingerprint'.split())
+COUNT = range(1 << 60)
+SPLIT = dict.fromkeys(COUNTS, COUNT) | dict(head_sha256=str, sources={str: dict.fromkeys(COUNTS, COUNT[1:])})
+META = dict(                 # the form of meta.json, as config.fits has it
+    dataset=str, tokenizer={'bpe', 'bytes', 'gpt2'}, vocab_size=range(1 << 32), bos=COUNT, dtype={'<u2', '<u4'},
+    sources=[str], splits={'train': SPLIT, 'val': SPLIT, 'test?': SPLIT}, files=[(str, COUNT)], tokenizer_sha256=str,
+    fingerprint=str, report={str: COUNT}, ignored=[str], seconds=float, licence=str,
+    **{'configs?': [str], 'settings?': dict, 'in_training?': dict(held_out_bytes=COUNT, shared=COUNT),
+       'made_from?': dict(root=str, files=[(str, COUNT, int, str)], changes=dict),
+       'cleaning?': dict(by_source={str: {str: COUNT}})})
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DOC = np.dtype([('start', '<i8'), ('bytes', '<i4'), ('source', '<i2'), ('difficulty', '<f4')])
 HUGGING_FACE = 'https://huggingface.co/datasets'
@@ -159,6 +167,8 @@ class GPT2Tokenizer(Tokenizer):
         self.blob = blob                         # a line an id: its bytes in base64, the id
         self.table = [base64.b64decode(line.split()[0]) for line in ROLE.sub(b'', blob).splitlines()]
         ranks = {piece: i for i, piece in enumerate(self.table)}
+        if not ({*ByteTokenizer().table[:256]} <= ranks.keys() and len(ranks) == len(self.table)):
+            raise ValueError('a byte is missing, or a piece is there twice')     # tiktoken would panic
         self.table.append(b'')
         self.take_roles(ROLE.findall(blob))
         self.bpe = tiktoken.Encoding('gpt2', pat_str=self.pattern, mergeable_ranks=ranks,
@@ -674,8 +684,10 @@ def json_rows(part, f):
 
 def csv_rows(part, f):
     """(where, row) of a table whose first line names its columns, apart by commas, in .tsv by tabs."""
-    lines = (line.decode() for line in itertools.chain([f.readline().removeprefix(BOM)], f))
-    csv.field_size_limit(MAX_LINE)
+    most = MAX_LINE // 4                         # a character takes four bytes and more as it is parsed
+    lines = (line.decode() for line in itertools.chain([f.readline(1 << 20).removeprefix(BOM)],
+                                                       iter(lambda: f.readline(most), b'')))
+    csv.field_size_limit(most)
     rows = csv.DictReader(lines, delimiter='\t' if ROWS.search(part.name)[1].lower() == 'tsv' else ',')
     for row in rows:
         where = f'{part.path} line {rows.line_num:,}'
@@ -1359,12 +1371,12 @@ def open_data(folder, dataset=None):
     """Checks a prepared folder and maps it into memory; refuses what the trainer could not trust."""
     folder = Path(folder)
     try:
-        meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        broken = meta['version'] == VERSION and (
-            META - meta.keys() or meta['tokenizer'] not in TOKENIZERS
-            or any({*COUNTS, 'head_sha256'} - split.keys() for split in meta['splits'].values()))
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
-        meta, broken = {}, True
+        meta = json.loads((folder / 'meta.json').read_text('utf-8') if (folder / 'meta.json').is_file() else '')
+        broken = meta['version'] == VERSION and not (fits(meta, META) and all(
+            split['sources'].keys() <= {*meta['sources']} for split in meta['splits'].values()))
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+        broken = True
+    meta = {} if broken else meta
     again = f'run python prepare_data.py {build_options(folder, meta, dataset)} --overwrite'
     if broken:
         raise UserError(f'{folder} is not a prepared data set (meta.json is missing or damaged): {again}')
@@ -1420,7 +1432,7 @@ def open_split(data, split, counts):
         if known.get(rows.name) not in (None, crc32_of(rows)):
             return 'or its docs.npy is damaged, by its checksum'
         tokens, docs = np.memmap(path, dtype, 'r'), np.load(rows)
-    except (FileNotFoundError, ValueError, EOFError, SyntaxError, tokenize.TokenError):     # of a header of numpy's
+    except (FileNotFoundError, ValueError, EOFError, TypeError, MemoryError, SyntaxError, tokenize.TokenError):
         return 'or its docs.npy is missing or damaged'
     if path.stat().st_size != counts['tokens'] * dtype.itemsize:
         return f'holds {len(tokens):,} tokens where meta.json says {counts["tokens"]:,}'
@@ -1428,6 +1440,8 @@ def open_split(data, split, counts):
         return 'is not the file that meta.json describes'
     if docs.dtype != DOC or len(docs) != counts['documents'] or docs['bytes'].sum() != counts['bytes']:
         return 'does not fit its docs.npy'
+    if not (docs['source'] < len(data.meta['sources'])).all() or (docs['source'] < 0).any():
+        return 'has documents of no source'
     starts = docs['start']
     if (starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= len(tokens)
             or (tokens[starts] != data.meta['bos']).any()):

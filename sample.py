@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import io
 import json
 import lzma
 import math
@@ -54,7 +55,7 @@ except ImportError:                             # Windows
     fcntl = resource = None
 
 import prepare_data
-from config import UserError, at_home, docs, in_words, print_without_fail, refuse, verb, verbs
+from config import UserError, at_home, docs, fits, in_words, print_without_fail, refuse, verb, verbs
 from model import IN_USE, KVCache, configured
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
@@ -67,6 +68,13 @@ SLICES = 1024    # the parts that a validation split is dealt into
 CHECKPOINTS = ('ckpt.pt', 'ckpt.prev.pt', 'ckpt.new.pt')     # the last, the one before, one that a kill kept from its place
 
 
+CHECKPOINT = dict(ideas=[(str, str, bool)], settings={str: object}, config={str: object}, model={str: object}, tokenizer=str,
+                  fingerprint=str, data=str)      # the form of one, as config.fits has it
+
+ROW = {'step': range(1 << 60), 'elapsed_s': float, 'evals?': {str: {'accuracy?': float | None}}} | dict.fromkeys(
+    ('tokens?', 'train_loss?', 'val_bpb?', 'train_bpb?'), float | None)      # of metrics.jsonl
+
+
 class Damaged(UserError):
     """A file that is not what was written there."""
 
@@ -75,7 +83,7 @@ def read_checkpoint(run, versions=(3,)):
     """The newest whole checkpoint of a run's folder (or the file itself), on the CPU. One that is damaged is
     passed over with a line; UserError if no other is whole."""
     run, damaged = Path(run).expanduser(), None
-    paths = [run / name for name in CHECKPOINTS if (run / name).exists()] if run.is_dir() else [run]
+    paths = [run / name for name in CHECKPOINTS if (run / name).is_file()] if run.is_dir() else [run]
     for path in paths or [run / CHECKPOINTS[0]]:
         try:
             state = read_whole(path, versions)
@@ -91,6 +99,8 @@ def read_checkpoint(run, versions=(3,)):
 def read_whole(path, versions):
     """What a checkpoint holds, tensors and plain values alone, after its checksums."""
     try:
+        if not path.is_file():                  # a pipe would be waited for
+            raise FileNotFoundError
         with zipfile.ZipFile(path) as records:
             wrong = records.testzip()
         if wrong:
@@ -100,6 +110,8 @@ def read_whole(path, versions):
             older = ': commit fb45184 reads it, git checkout fb45184' * (state['version'] == 2)
             raise UserError(f'{path} is a checkpoint of version {state["version"]}, '
                             f'this program reads version 3{older}')
+        if not fits(state, CHECKPOINT):
+            raise Damaged(f'{path} is not as train.py writes a checkpoint')
         return state
     except FileNotFoundError as e:
         raise UserError(f'{path} does not exist: name a folder that train.py wrote, '
@@ -123,7 +135,8 @@ def write_beside(path, write):
     path = Path(path)
     beside = path.with_name(path.name + '.part')
     try:
-        with open(beside, 'wb') as f:
+        beside.unlink(missing_ok=True)          # it may be a link to elsewhere
+        with open(beside, 'xb') as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
@@ -157,6 +170,7 @@ def own(folder, make=True):
     folder = Path(folder).resolve()
     if fcntl is None or folder in OWNED or not make and not (folder / '.lock').exists():
         return
+    refuse((folder / '.lock').is_symlink(), f'{folder / ".lock"} is a link to elsewhere: take it away')
     lock = open(folder / '.lock', 'a+')
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -176,11 +190,13 @@ def own(folder, make=True):
 def read_rows(path):
     """The whole rows of a metrics.jsonl, if there is one; a last line that was cut off is left out."""
     rows = []
-    for line in (Path(path).read_text(errors='replace').splitlines() if Path(path).exists() else []):
+    for line in (Path(path).read_text(errors='replace').splitlines() if Path(path).is_file() else []):
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
+        if not fits(rows[-1], ROW):
+            return rows[:-1]
     return rows
 
 
@@ -201,6 +217,9 @@ def open_run(run, device='cpu', argv=()):
     given = {name: ideas.values[name] for name, where in ideas.set_at.items() if where.startswith('--')}
     Config = configured(ideas)
     own = given.keys() & {field.name for field in dataclasses.fields(Config)}
+    form = {f'{field.name}?': type(field.default) for field in dataclasses.fields(Config)}
+    refuse(not fits(state['config'], form) or state['config'].get('n_layer', 0) > len({**state['model'], **state.get('packed', {})}),
+           f'{run} has no weights for what its config says, or that is no config')
     try:
         config = Config(**state['config'] | {name: given[name] for name in own})
         model = config.GPT(config)
@@ -455,6 +474,7 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
 # ---- evaluation sets: items of a context and options, of which the first is right, tokenized once ----------
 
 BLIMP = 'https://github.com/alexwarstadt/blimp/archive/refs/heads/master.tar.gz'
+MOST_ITEMS = 1 << 27             # bytes of an evaluation, unpacked
 PHENOMENA = {'s-selection': 'argument_structure'}   # in BLiMP's paper; apart in its files: 12 fields, not 13
 FORMS = ('sentence_good and sentence_bad; context, good and bad; input_prefix and options; sentence1, '
          'sentence2 and label; sentence with a line an option, and label; prompt and answer')
@@ -499,26 +519,34 @@ def eval_files(folder, own=None):
 
 def read_items(path):
     """Items of a .jsonl file, a folder or a tar of them (.gz, .xz), and the places of lines that are none."""
-    path, files, items, bad = Path(path), [], [], []
+    path, files, items, bad, room = Path(path), [], [], [], MOST_ITEMS
+
+    def whole(f):
+        nonlocal room
+        text = f.read(room + 1)
+        room -= len(text)
+        refuse(room < 0, f'{path} has over {MOST_ITEMS >> 20} MiB of text: give files of fewer items')
+        return text
     try:
         if '.tar' in path.suffixes:
             with tarfile.open(path) as tar:
-                files = [(m.name, tar.extractfile(m).read()) for m in tar
+                files = [(m.name, whole(tar.extractfile(m))) for m in tar
                          if m.isfile() and m.name.endswith('.jsonl')]
         elif path.is_dir():
-            files = [(p.name, p.read_bytes()) for p in sorted(path.glob('*.jsonl'))]
+            files = [(p.name, whole(io.BytesIO(p.read_bytes()))) for p in sorted(path.glob('*.jsonl'))]
         else:
             with open(path, 'rb') as raw:
-                files = [(path.name, prepare_data.open_source(raw, path.name).read())]
+                files = [(path.name, whole(prepare_data.open_source(raw, path.name)))]
     except (OSError, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as e:
         raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}): give .jsonl, a folder or a tar of '
                         f'them') from e
     for name, text in files:
-        for number, line in enumerate(text.split(b'\n'), 1):
+        for number, line in enumerate(io.BytesIO(text), 1):
+            refuse(number > 10 ** 7 or len(bad) > 10 ** 5, f'{path} has too many lines, or lines that are no item')
             try:
                 if line.strip():
                     items.append(eval_item(json.loads(line), Path(name).name.split('.')[0]))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
                 bad.append(f'{name} line {number:,}')
     if not items:
         raise UserError(f'{path} holds no items of an evaluation: give .jsonl lines with {FORMS}')

@@ -32,6 +32,7 @@ SEAMS = dict(GPT='model', Block='model', Attention='model', MLP='model', Corpus=
 KINDS_OF_SETTING = dict(int=int, float=float, str=str, bool=bool, tuple=tuple)
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow, ast.USub: operator.neg}
+NO_LITERAL = ValueError, TypeError, ArithmeticError, RecursionError, MemoryError    # what reading one may raise
 NUMBER = r'-?\d[\d.]*(?:e-?\d+)?'
 LEGAL = re.compile(rf'(?:({NUMBER})?\.\.({NUMBER})?|([\w.+-]*(?:\|[\w.+-]*)+))(?:: |$)')   # 0..1: one|two:
 
@@ -44,6 +45,28 @@ def refuse(wrong, why):
     """End with a sentence to the user where something is wrong."""
     if wrong:
         raise UserError(why)
+
+
+def fits(value, form):
+    """Whether what was read from a file has a form: a type (object is any, a float is finite); a set of words; a range;
+    a union of types; [the form of all parts]; (the form of each part, ...); {name: the form of what stands there, name?: where it does,
+    str: of whatever else there is}."""
+    match form:
+        case set() | range():
+            return type(value) is (str if type(form) is set else int) and value in form
+        case types.UnionType():
+            return any(fits(value, part) for part in form.__args__)
+        case list():
+            return isinstance(value, (list, tuple)) and all(fits(part, form[0]) for part in value)
+        case tuple():
+            return isinstance(value, (list, tuple)) and len(value) == len(form) and all(map(fits, value, form))
+        case dict():
+            needed = {name for name in form if name is not str and name[-1] != '?'}
+            return isinstance(value, dict) and needed <= value.keys() and all(
+                fits(part, form.get(name, form.get(f'{name}?', form.get(str, object)))) for name, part in value.items())
+    if form is float:
+        return type(value) in (int, float) and abs(value) < 1e300
+    return form is object or type(value) is form
 
 
 def in_words(error):
@@ -144,7 +167,7 @@ class Setting:
         setting = cls(node.target.id, kind, None, where, about, low, high, choices)
         try:
             setting.default = setting.taken(literal(node.value, names))
-        except (ValueError, TypeError, ArithmeticError):
+        except NO_LITERAL:
             raise ValueError('must have a literal for its default, or arithmetic on settings') from None
         if wrong := setting.wrong(setting.default):
             raise ValueError(f'is {setting.default!r}, it must be {wrong}')
@@ -160,7 +183,7 @@ class Setting:
             return text
         try:
             return self.taken(literal(ast.parse(text, mode='eval').body, {}))
-        except (ValueError, SyntaxError, TypeError, ArithmeticError):
+        except (SyntaxError, *NO_LITERAL):
             return text
 
     def wrong(self, value):
@@ -336,7 +359,7 @@ class Ideas:
         except OSError as e:
             why = f', which {brought} imports' if brought else '; is the path right?'
             return self.errors.append(f'{path}: this config cannot be read ({e.strerror}){why}')
-        except (SyntaxError, ValueError) as e:
+        except (SyntaxError, *NO_LITERAL) as e:
             where, why = f'{path}:{getattr(e, "lineno", None) or 1}', getattr(e, 'msg', e)
             return self.errors.append(f'{where}: this is not Python ({why}); a config is lines of name = '
                                       f'value, and code')
@@ -372,7 +395,7 @@ class Ideas:
         if name in self.known or self.strict and self.check_name(name, where):
             try:
                 value = literal(node, self.values)
-            except (ValueError, TypeError, ArithmeticError):
+            except NO_LITERAL:
                 return self.errors.append(f'{where}: the value of {name} must be a literal, or arithmetic on '
                                           f'settings')
             self.set(name, self.known[name].taken(value), where)

@@ -13,18 +13,22 @@ from pathlib import Path
 
 import sample
 import train
-from config import CONFIG, UserError, at_home, refuse
+from config import CONFIG, UserError, at_home, fits, refuse
 
 reproduce: str = ''         # the result.json of a finished run, or its folder
 
 MADE_WITH = ('commit', 'versions', 'hardware', 'data', 'protocol')
 
+FORM = dict(val_bpb=float, steps=int, settings={'max_steps': int, 'max_tokens?': int}, changed={str: object}, ideas=[str], hardware=dict(device=str))
+
 
 def read(path):
     try:
-        result = json.loads(path.read_text('utf-8'))
+        result = json.loads(path.read_text('utf-8') if path.is_file() else '')
+        if not fits(result, FORM) or result['val_bpb'] <= 0:
+            raise ValueError
         return result, {name: result[name] for name in ('val_bpb', 'steps', 'settings', 'changed', 'ideas', *MADE_WITH)}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f'{path} is no result of a finished run ({type(e).__name__}): name the result.json that '
                         f'train.py wrote') from e
 
@@ -33,7 +37,7 @@ def command(result, ideas, out_dir):
     """train.py's arguments for the run of a result: the files of its ideas, and the settings that differed."""
     named = {Path(path).stem: path for path in ideas}
     files = {name: named.get(name, str(CONFIG / f'{name}.py')) for name in result['ideas']}
-    missing = [name for name, path in files.items() if not Path(path).is_file()]
+    missing = [name for name, path in files.items() if not (name.isidentifier() and Path(path).is_file())]
     refuse(missing, f'{", ".join(missing)} is not in config/: give the path of the file, of which the run keeps a copy')
     settings = result['changed'] | dict(out_dir=str(out_dir))
     if settings.get('init_from') == 'resume':
@@ -55,7 +59,10 @@ def main(own, rest, argv):
     refuse((again / 'result.json').exists(), f'{again} holds a finished run: choose another --compare_dir')
     words = [sys.executable, train.__file__, *command(known, rest, again)]
     print(*words[1:], flush=True)
-    code = subprocess.call(words)
+    try:
+        code = subprocess.call(words)
+    except ValueError as e:                     # a zero byte, half a surrogate pair
+        raise UserError(f'{path} has a setting that no command line holds ({e}): mend it there') from e
     refuse(code, f'the run ended with exit code {code}; see above')
     after, made = read(again / 'result.json')
     differ = [name for name in MADE_WITH if json.dumps(known[name]) != json.dumps(made[name])]
