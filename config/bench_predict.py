@@ -19,7 +19,7 @@ from config import UserError, at_home, fits, refuse
 
 predict: bool = False       # say what dolls of several sizes say of the card's
 
-FORM = [{'name': str, 'notes': str, 'seeds': range(1, 1 << 60), **dict.fromkeys(('val_bpb?', 'sd?', 'change?'), float | None)}]
+FORM = [{'name': str, 'notes': str | list, 'seeds': range(1 << 60), **dict.fromkeys(('val_bpb?', 'sd?', 'change?'), float | None)}]
 
 
 def dolls_at(folder):
@@ -28,14 +28,14 @@ def dolls_at(folder):
     try:
         rows = json.loads((folder / 'compare.json').read_text())
         card, doll = re.search(r'^parameters +([1-9][\d,]{,20}) +([1-9][\d,]{,20})$', (folder / 'doll.py').read_text(), re.M).groups()
-        base = next(row for row in rows if fits(rows, FORM) and 'base' in row['notes'])
+        base = next(row for row in rows if fits(rows, FORM) and 'base' in row['notes'] and row['seeds'])
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, StopIteration):
         raise UserError(f'{folder} holds no doll.py with its compare.json: name folders that --doll wrote') from None
     return SimpleNamespace(
         card=int(card.replace(',', '')), size=int(doll.replace(',', '')), base=base.get('val_bpb'),
         sd=base['sd'] / base['val_bpb'] if base.get('sd') and base.get('val_bpb') else None, seeds=base['seeds'],
         pairs={row['name']: min(row['seeds'], base['seeds']) for row in rows},
-        changes={row['name']: row['change'] for row in rows if row is not base and row.get('change') is not None})
+        changes={row['name']: row['change'] for row in rows if row is not base and row['seeds'] and row.get('change') is not None})
 
 
 def ranks(values):

@@ -45,7 +45,7 @@ def test_the_harness_sees_what_it_looks_for(bases, tmp_path, monkeypatch):
     monkeypatch.setitem(fuzz.TARGETS, 'bad', Bad)
     monkeypatch.setattr(fuzz, 'CPU', 1)
     asked = {'1 / 0': 'ZeroDivisionError', 'while True: pass': 'took more than', 'bytearray(1 << 31)': 'MemoryError', 'raise SystemExit(1)': 'exit code 1',
-             'fuzz.os.kill(fuzz.os.getpid(), 11)': 'the process died of signal 11', '(folder.parent / "out" / "new").touch()': 'out/new',
+             'fuzz.os.kill(fuzz.os.getpid(), 9)': 'the process died of signal 9', '(folder.parent / "out" / "new").touch()': 'out/new',
              'raise OSError("away")': 'an OSError that names no file', '(folder.parent / "out" / "secret").write_text("")': 'out/secret',
              'from config import UserError; raise UserError("no")': 'and no more', 'open(folder / "b")': '', '(folder / "b").touch()': ''}
     found = fuzz.ended('bad', bases, [dict(target='bad', edits=[], argv=[text]) for text in asked], tmp_path)

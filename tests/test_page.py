@@ -76,7 +76,7 @@ def facts(block):
 # ---- what train.py writes
 
 def test_a_page_holds_its_data_and_all_text_stays_text(tmp_path):
-    rows = [step_row(1), step_row(2, train_loss=math.nan, grad_norm=math.inf), dict(step=2, progress=0.5, sample=EVIL)]
+    rows = [step_row(1), step_row(2, train_loss=None, grad_norm=math.inf), dict(step=2, progress=0.5, elapsed_s=9, sample=EVIL)]
     extra = [dict(kind='text', title='<b>', text=EVIL), dict(kind='heat', title='H', x=[1], y=['q'], values=[(-math.inf,)])]
     page = report(tmp_path / 'a run', result_of(sample=EVIL, val_bpb_error=math.nan), rows, (block for block in extra))
     text, template, data = page.read_bytes(), (ROOT / 'web' / 'page.html').read_text('utf-8').encode(), inside(page)

@@ -479,8 +479,8 @@ def test_the_previous_checkpoint_is_kept(tmp_path, monkeypatch):
 def test_a_row_that_was_cut_off_is_left_out(tmp_path):
     path = tmp_path / 'metrics.jsonl'
     assert train.read_rows(path) == []
-    path.write_text('{"step": 1}\n{"step": 2, "val_bpb": 3}\n{"st')
-    assert train.read_rows(path) == [{'step': 1}, {'step': 2, 'val_bpb': 3}]
+    path.write_text('{"step": 1, "elapsed_s": 1}\n{"step": 2, "elapsed_s": 2.5, "val_bpb": 3}\n{"st')
+    assert train.read_rows(path) == [{'step': 1, 'elapsed_s': 1}, {'step': 2, 'elapsed_s': 2.5, 'val_bpb': 3}]
 
 
 def test_peaks_are_of_the_card_named():
@@ -600,7 +600,7 @@ def test_an_unfinished_run_is_not_begun_anew(interrupted):
 def test_killed_between_the_two_moves_of_a_save(tmp_path):
     """Then only the earlier checkpoint stands there: still a run to go on with, and not one to write over."""
     (tmp_path / 'run').mkdir()
-    state = dict(version=3, steps=3, ideas=[], origin='scratch', settings={})
+    state = FORM | dict(steps=3, origin='scratch')
     train.save_checkpoint(tmp_path / 'run', state)
     os.replace(tmp_path / 'run' / 'ckpt.pt', tmp_path / 'run' / 'ckpt.prev.pt')
     with pytest.raises(UserError, match='unfinished run'):
@@ -931,11 +931,14 @@ def test_checkpoints_that_do_not_fit(main, corpus, tmp_path):
     main('--init_from=resume')
 
 
+FORM = dict(version=3, ideas=[], settings={}, config={}, model={}, tokenizer='', fingerprint='', data='')
+
+
 @pytest.fixture
 def two_saved(tmp_path):
     """A folder with the checkpoints of steps 1 and 2."""
     for step in (1, 2):
-        train.save_checkpoint(tmp_path, dict(version=3, steps=step, model=dict(weight=torch.arange(999.0))))
+        train.save_checkpoint(tmp_path, FORM | dict(steps=step, model=dict(weight=torch.arange(999.0))))
     return tmp_path
 
 
