@@ -70,7 +70,7 @@ class Run(train.Run):
         for name in ('loss', 'batch_loss', 'add_gradients'):
             changed = next(kind for kind in type(self).__mro__ if name in vars(kind)).__module__.rpartition('.')[2]
             refuse(changed not in ('train', '__main__', 'cuda_graphs'),
-                   f'cuda_graphs repeats one recorded step, and {changed}.py may compute each otherwise: leave one out')
+                   f'cuda_graphs.py repeats one recorded step, and {changed}.py may compute each otherwise: leave one out')
         super().get_going()
 
     def add_gradients(self, batch, n_micro):

@@ -112,7 +112,7 @@ def retrieve(data, k, size):
 class Measure(sample.Measure):
 
     def known(self):
-        return super().known() | {how: functools.partial(self.answers, how)
+        return super().known() | {how: functools.partial(self.answered, how)
                                   for how in ('without', 'with', 'wrong')}
 
     def seconds(self, name, token_seconds):
@@ -139,7 +139,7 @@ class Measure(sample.Measure):
         return (items, [encode(people[i]['question']) for i in order], [people[i]['answer'] for i in order],
                 before, float(np.mean([i == found for i, found in enumerate(best)])))
 
-    def answers(self, how, model, n=0, stop=None):
+    def answered(self, how, model, n=0, stop=None):
         """How often the answer is likelier than another's; `exact`, how often it is what the model writes."""
         items, questions, answers, before, found = self.asked
         n, before = min(n or len(answers), len(answers)), before[how]

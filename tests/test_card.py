@@ -168,7 +168,7 @@ def walk(card, corpus, main, tmp_path, monkeypatch):
 UNWALKED = {}       # {condition: why no test walks it}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_branch_that_asks_for_a_card_is_walked(card, corpus, main, tmp_path, monkeypatch):
     known = {b for path in SCRIPTS for b in branches(path)}
     with walked(known) as seen:

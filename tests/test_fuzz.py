@@ -53,7 +53,7 @@ def test_the_harness_sees_what_it_looks_for(bases, tmp_path, monkeypatch):
         assert said in why and bool(said) == bool(why), (case, why)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize('target', fuzz.TARGETS)
 def test_what_is_drawn_anew_holds(target, bases, tmp_path):
     said = []

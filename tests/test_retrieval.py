@@ -366,10 +366,10 @@ def test_a_model_that_copies_is_right_with_the_note_and_wrong_with_the_wrong_one
         return [[*b' Mia.'] for _ in prompts], [True] * len(prompts)
     monkeypatch.setattr(measure, 'option_costs', costs)
     monkeypatch.setattr(sample, 'continuations', continuations)
-    right, none, wrong = (measure.answers(how, torch.nn.Linear(1, 1)) for how in ('with', 'without', 'wrong'))
+    right, none, wrong = (measure.answered(how, torch.nn.Linear(1, 1)) for how in ('with', 'without', 'wrong'))
     assert right['accuracy'] == 1 and right['exact'] == 0 and right['items'] == 60 and right['chance'] == 0.5
     assert none['accuracy'] == 0 and none['ties'] == 60 and wrong['accuracy'] == 0 and wrong['ties'] == 0
-    assert measure.answers('with', torch.nn.Linear(1, 1), 20)['items'] == 20
+    assert measure.answered('with', torch.nn.Linear(1, 1), 20)['items'] == 20
     assert 'word for word' in [*measure.lines('with', right)][-1]
 
 
