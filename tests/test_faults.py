@@ -17,9 +17,9 @@ def test_runs_survive(capsys):
     assert code == 0 and '24 trials' in out and ', 0 failed' in out, out
 
 
-@pytest.mark.long
-@pytest.mark.parametrize('bug, said', [('fsync', 'steps were made and'), ('late', '10 steps were made and 9 saved'),
-                                       ('dice', 'it differs: rows'), pytest.param('direct', 'its own writer left something damaged', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('bug, said', [pytest.param(*case, marks=pytest.mark.slow if case[0] == 'direct' else pytest.mark.long) for case in [
+    ('fsync', 'steps were made and'), ('late', '10 steps were made and 9 saved'), ('dice', 'it differs: rows'),
+    ('direct', 'its own writer left something damaged')]])
 def test_planted_bugs_are_found(capsys, bug, said):
     only = 'kill' if bug in ('fsync', 'direct') else 'kill,moment'
     code, out = told(capsys, f'--only={only}', f'--trials={40 if bug == "direct" else 12}', '--seed=5', '--jobs=2', f'--plant={bug}')
