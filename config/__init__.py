@@ -130,7 +130,7 @@ def literal(node, names):
             numbers = all(isinstance(x, (int, float)) for x in (left, right))
             if not numbers or isinstance(op, ast.Pow) and abs(right) > 64:
                 raise ValueError
-            return OPERATORS[type(op)](left, right)
+            return printable(OPERATORS[type(op)](left, right))
         case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
             return OPERATORS[type(op)](value(operand))
         case ast.Tuple(rows) | ast.List(rows):
@@ -139,7 +139,14 @@ def literal(node, names):
             return {pair.arg: value(pair.value) for pair in pairs}
         case ast.Name(name) if name in names:
             return names[name]
-    return ast.literal_eval(node)
+    return printable(ast.literal_eval(node))
+
+
+def printable(value):
+    """The value, unless it is a whole number of more digits than Python prints: ValueError."""
+    if isinstance(value, int) and value.bit_length() > 12_000:
+        raise ValueError
+    return value
 
 
 @dataclass
