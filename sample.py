@@ -940,8 +940,8 @@ def unusable_card():
     if not driver or hidden or not glob.glob('/dev/nvidia[0-9]*'):
         return ''
     version, cuda = int(driver[1]), torch.version.cuda
-    build = ('torch' if version >= 580 else '"torch<2.12" --index-url https://download.pytorch.org/whl/cu128'
-             if version >= 570 else 'torch --index-url https://download.pytorch.org/whl/cu126')
+    build = ('"torch<2.14"' if version >= 580 else '"torch<2.12" --index-url https://download.pytorch.org/whl/cu128'
+             if version >= 570 else '"torch<2.14" --index-url https://download.pytorch.org/whl/cu126')
     needs = f'a build for CUDA {cuda}, which needs driver {580 if cuda >= "13" else 525}' if cuda else 'a build without CUDA'
     return (f'a card with driver {driver[0].strip()} is here, and torch {torch.__version__} is {needs}: pip uninstall -y '
             f'torch triton, then pip install {build}' + ', or a newer driver' * (version < 580))

@@ -369,14 +369,17 @@ def attempt(*args):
         return dict(failed=str(e))
 
 
+def options_of(argv, **options):
+    """The options as argv has them, --name=value; None where one is not known."""
+    given = dict(arg.removeprefix('--').partition('=')[::2] for arg in argv)
+    return options | given if given.keys() <= options.keys() else None
+
+
 def main(argv, say=print):
-    options = dict(trials='200', seed='1', jobs='1', only=','.join(KINDS), plant='', json='', first='0')
-    for arg in argv:
-        name, _, value = arg.removeprefix('--').partition('=')
-        if name not in options:
-            say(__doc__)
-            return 2
-        options[name] = value
+    options = options_of(argv, trials='200', seed='1', jobs='1', only=','.join(KINDS), plant='', json='', first='0')
+    if not options:
+        say(__doc__)
+        return 2
     checkouts.preload()
     sys.path[:] = [str(Path(__file__).parent), *sys.path]
     first, n, began = int(options['first']), int(options['trials']), time.monotonic()

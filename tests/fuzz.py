@@ -47,6 +47,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from faults import options_of
+
 ROOT = Path(__file__).resolve().parent.parent
 FOUND = Path(__file__).with_name('fuzz_found.jsonl')
 CPU, WALL, MEMORY = 10, 30, 1 << 30              # seconds, seconds, bytes that a case may take more
@@ -831,13 +833,10 @@ def begin(folder):
 
 
 def main(argv, say=print):
-    options = dict(minutes='1', seed='1', only=','.join(TARGETS), keep='')
-    for arg in argv:
-        name, _, value = arg.removeprefix('--').partition('=')
-        if name not in options:
-            say(__doc__)
-            return 2
-        options[name] = value
+    options = options_of(argv, minutes='1', seed='1', only=','.join(TARGETS), keep='')
+    if not options:
+        say(__doc__)
+        return 2
     for path in (ROOT, ROOT / 'tests'):
         sys.path.insert(0, str(path))
     failed = 0

@@ -28,10 +28,10 @@ def rented(monkeypatch):
 
 
 @pytest.mark.parametrize('text, cuda, needs, install', [
-    (OLD, '13.0', 'driver 550.54.14 .* CUDA 13.0, which needs driver 580', 'torch --index-url .*/cu126,'),
+    (OLD, '13.0', 'driver 550.54.14 .* CUDA 13.0, which needs driver 580', '"torch<2.14" --index-url .*/cu126,'),
     (OPEN.format('570.86.15'), '13.2', 'driver 570.86.15 .* CUDA 13.2, which needs driver 580', '"torch<2.12" --index-url .*/cu128,'),
     (OPEN.format('470.256.02'), '12.6', 'CUDA 12.6, which needs driver 525', 'cu126, or a newer driver'),
-    (OPEN.format('580.95.05'), None, 'a build without CUDA', 'pip install torch; or say --device=cpu$')])
+    (OPEN.format('580.95.05'), None, 'a build without CUDA', 'pip install "torch<2.14"; or say --device=cpu$')])
 @pytest.mark.parametrize('asked', ['auto', 'cuda'])
 def test_a_driver_that_is_too_old_is_refused(rented, text, cuda, needs, install, asked):
     rented(text, cuda)
