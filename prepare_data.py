@@ -66,7 +66,7 @@ META = dict(                 # the form of meta.json, as config.fits has it
     dataset=str, tokenizer={'bpe', 'bytes', 'gpt2'}, vocab_size=range(1 << 32), bos=COUNT, dtype={'<u2', '<u4'},
     sources=[str], splits={'train': SPLIT, 'val': SPLIT, 'test?': SPLIT}, files=[(str, COUNT)], tokenizer_sha256=str,
     fingerprint=str, report={str: COUNT}, ignored=[str], seconds=float, licence=str,
-    **{'configs?': [str], 'settings?': dict, 'in_training?': dict(held_out_bytes=COUNT, shared=COUNT),
+    **{'crc32?': {str: COUNT}, 'configs?': [str], 'settings?': dict, 'in_training?': dict(held_out_bytes=COUNT, shared=COUNT),
        'made_from?': dict(root=str, files=[(str, COUNT, int, str)], changes=dict),
        'cleaning?': dict(by_source={str: {str: COUNT}})})
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -1338,7 +1338,7 @@ def load_tokenizer(folder):
         if path.is_file():
             try:
                 return cls(path.read_bytes())
-            except (RuntimeError, ValueError, IndexError):
+            except (RuntimeError, ValueError, IndexError, MemoryError):
                 raise UserError(f'{path} is damaged: prepare the data again with --overwrite') from None
     raise UserError(f'{folder} holds no tokenizer: copy the data\'s to it, or prepare the data again with '
                     f'--overwrite')

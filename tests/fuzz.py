@@ -140,7 +140,7 @@ def rehash(folder):
         meta = json.loads(path.read_text())
         for split, counts in meta['splits'].items():
             data, docs = (folder / f'{split}.bin').read_bytes(), np.load(folder / f'{split}.docs.npy')
-            counts |= dict(tokens=len(data) // np.dtype(meta['dtype']).itemsize, documents=len(docs),
+            counts |= dict(tokens=len(data) // (np.dtype(meta['dtype']).itemsize or 1), documents=len(docs),
                            bytes=int(docs['bytes'].sum()), head_sha256=hashlib.sha256(data[:1 << 20]).hexdigest())
         for file in folder.glob('tokenizer.*'):
             meta['tokenizer_sha256'] = hashlib.sha256(file.read_bytes()).hexdigest()
