@@ -328,9 +328,10 @@ def in_processes(work, items, n):
             while len(running) == n:
                 yield from settled(running)
             end, theirs = context.Pipe(duplex=False)
-            running[end] = item, context.Process(target=tell, args=(theirs, work, item), daemon=True)
+            process = context.Process(target=tell, args=(theirs, work, item), daemon=True)
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-            running[end][1].start()              # what arrives inside of a fork is lost
+            process.start()                      # what arrives inside of a fork is lost
+            running[end] = item, process         # those that have started, as others cannot be ended
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
         while running:

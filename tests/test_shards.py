@@ -1,6 +1,7 @@
 """config/prepare_workers.py and prepare_merge.py: many files, processes and machines give the bytes of one pass."""
 import gzip
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import prepare_data as pd
+from config import prepare_workers
 from conftest import ROOT, script, stack
 from prepare_data import UserError
 
@@ -244,6 +246,26 @@ def test_a_killed_start_is_taken_up(tmp_path, how, code, said):
     code, out, err = script('prepare_data.py', *argv, cwd=tmp_path)
     assert code == 0 and f'holds the shards of {len(done) - 1} of 24 files' in out
     same(prepare(root, tmp_path / 'one'), tmp_path / 'data/files-in-bytes')
+
+
+@pytest.mark.parametrize('call', range(1, 7))
+def test_a_signal_beside_the_start_of_a_process_ends_all_in_order(monkeypatch, call):
+    """Six calls start three processes: a signal that waits is heard in any of them."""
+    pthread_sigmask, calls = signal.pthread_sigmask, []
+
+    def heard(how, mask):
+        calls.append(how)
+        was = pthread_sigmask(how, mask)
+        if len(calls) == call:
+            raise SystemExit(143)
+        return was
+    monkeypatch.setattr(signal, 'pthread_sigmask', heard)
+    try:
+        with pytest.raises(SystemExit, match='143'):
+            [*prepare_workers.in_processes(time.sleep, [60] * 3, 3)]
+    finally:
+        pthread_sigmask(signal.SIG_UNBLOCK, prepare_workers.STOPS)
+    assert not multiprocessing.active_children()
 
 
 def test_a_process_that_is_killed_is_no_silence(crawl, tmp_path, monkeypatch):
