@@ -1539,7 +1539,13 @@ def usage(corpus):
 
 
 def main(argv):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # an exception, so the temporary folder goes
+    heard = []
+
+    def stop(number, frame):
+        heard.append(number)                                  # and an exception, so the temporary folder goes
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(143)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     argv = [f'--dataset={arg}' if arg.startswith('files:') else arg for arg in argv]
     try:
         asked = {arg.partition('=')[0] for arg in argv}
@@ -1556,6 +1562,13 @@ def main(argv):
     except KeyboardInterrupt as e:
         print(f'prepare_data.py: interrupted; {e or "nothing was left behind"}', file=sys.stderr)
         return 130
+    except Exception:                                         # numpy makes another of one that rises within it
+        if not heard:
+            raise
+        return 128 + heard[0]
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):        # an exception finds nobody while Python ends
+            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == '__main__':

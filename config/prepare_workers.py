@@ -87,8 +87,6 @@ class Corpus(prepare_data.Corpus):
         dropped = Counter()
         parts, ignored = prepare_data.gather(self, self.shards, dropped)
         made = [shard.name for shard in self.encode_all(parts[i - 1::n])]
-        for left in self.shards.glob('.*'):                      # by processes that were killed
-            left.unlink()
         (self.shards / self.given.filename).write_bytes(self.given.blob)
         write_json(self.shards / 'share.json', dict(
             recipe=self.recipe, dataset=self.s.dataset, made=made, ignored=ignored,
@@ -130,6 +128,9 @@ class Corpus(prepare_data.Corpus):
             made = sum(Shard.made(self, part) is not None for part in parts)
             raise KeyboardInterrupt(f'{made:,} of {len(parts):,} files are done, the same command goes on') \
                 from None
+        finally:
+            for left in self.shards.glob('.*'):                  # by processes that were killed
+                left.unlink()
         return [done.get(part.name) or Shard.made(self, part) for part in parts]
 
     def assemble(self, temp, t0, parts, shards, ignored, dropped, made_from):
@@ -358,7 +359,8 @@ def settled(running):
 
 def tell(end, work, item):
     """In the process: does the work, and says what went wrong, or nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                 # whoever started it ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                 # whoever started it ends it, and cleans up
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     prepare_data.THREADS = 1
     try:
