@@ -14,10 +14,12 @@ import torch
 import bench_mfu
 import train
 from conftest import ROOT, STEPS, finish, script
-from config import bench_ranks
+from config import bench_ranks, zero
+from model import GPT, GPTConfig
 from test_sample import Costs, items_of, of_sets, pairs, table
 from test_train import losses, run_of
 
+ZERO = str(ROOT / 'config' / 'zero.py')
 TWO = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
 
@@ -51,6 +53,39 @@ def test_two_ranks_are_one_with_twice_the_accumulation(corpus, two, tmp_path):
     assert both['tokens'] == one['tokens'] and both['val_share'] == 1
 
 
+@pytest.mark.long
+def test_shared_out_optimizers_make_the_same_run_and_checkpoint(corpus, two, tmp_path):
+    code, out, err = script('train.py', *corpus.args, *STEPS, ZERO, asked(tmp_path), '--out_dir=run', cwd=tmp_path, launcher=TWO)
+    assert code == 0, err
+    assert losses(tmp_path / 'run') == pytest.approx(losses(two[0]), rel=1e-5)
+    mine, theirs = (torch.load(folder / 'ckpt.pt', weights_only=True)['optimizers'] for folder in (tmp_path / 'run', two[0]))
+    assert [[g['params'] for g in one['param_groups']] for one in mine] == [[g['params'] for g in one['param_groups']] for one in theirs]
+    for one, other in zip(mine, theirs):
+        assert one['state'].keys() == other['state'].keys()
+        for i, state in one['state'].items():
+            for name, value in state.items():
+                torch.testing.assert_close(value, other['state'][i][name], rtol=1e-3, atol=1e-6)
+
+
+def test_parameters_are_shared_out_evenly_and_states_are_put_together_again():
+    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=5, n_head=2, n_embd=32))
+    run = run_of('--dataset=generated', '--optimizer=muon')
+    groups, count = run.groups(model), lambda part, named: sum(any(p is q for q in named) for p in part)
+    for n in 2, 3, 7:
+        parts = zero.dealt(groups, n)
+        assert sorted(map(id, sum(parts, []))) == sorted(id(p) for p in model.parameters() if p.ndim > 1)
+        sizes, matrices = [sum(p.numel() for p in part) for part in parts], [count(part, groups['matrices']['params']) for part in parts]
+        assert max(sizes) - min(sizes) <= max(p.numel() for p in model.parameters()) and min(matrices) > 0
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for optimizer, other in zip(run.make_optimizers(model), run.make_optimizers(model)):
+        optimizer.step()
+        zero.give(other, zero.states_of(optimizer))
+        ours, theirs = optimizer.state_dict()['state'], other.state_dict()['state']
+        assert ours and ours.keys() == theirs.keys()
+        assert all(torch.equal(t, theirs[i][k]) for i, known in ours.items() for k, t in known.items())
+
+
 # ---- a rank that is lost
 
 LOST = """
@@ -75,6 +110,21 @@ def test_a_killed_rank_comes_back_from_the_last_checkpoint(corpus, two, tmp_path
     assert 'rank 0: another rank is gone' in err and 'train.py", line' not in err
     assert losses(tmp_path / 'run') == losses(two[0])
     assert result(tmp_path / 'run')['val_bpb'] == result(two[0])['val_bpb']
+
+
+@pytest.mark.long
+def test_a_rank_with_a_part_of_the_state_comes_back(corpus, tmp_path):
+    """Rows' averages of NorMuon among it; and one rank that has all goes on too."""
+    (tmp_path / 'lost.py').write_text(LOST)
+    args = ['train.py', *corpus.args, *STEPS, '--max_steps=12', str(ROOT / 'config' / 'normuon.py')]
+    assert script(*args, ZERO, '--out_dir=two', cwd=tmp_path, launcher=TWO)[0] == 0
+    code, out, err = script(*args, ZERO, 'lost.py', '--out_dir=run', cwd=tmp_path, launcher=[*TWO, '--max_restarts=1'])
+    assert code == 0 and len(re.findall('^halfhour:', out, re.M)) == 2, err
+    assert losses(tmp_path / 'run') == losses(tmp_path / 'two')
+    assert script(*args, ZERO, 'lost.py', '--out_dir=one', cwd=tmp_path, launcher=TWO)[0] == 1
+    code, out, err = script(*args, ZERO, 'lost.py', '--out_dir=one', '--init_from=resume', cwd=tmp_path)
+    assert code == 0, err
+    assert losses(tmp_path / 'one') == pytest.approx(losses(tmp_path / 'two'), rel=1e-5)
 
 
 @pytest.mark.long
@@ -287,6 +337,8 @@ def test_the_model_of_a_step():
     assert bench_ranks.step(load, 2, link) == (pytest.approx(46 + 0.6), pytest.approx(0.9), 2)         # 6 s behind 15
     assert bench_ranks.step(load, 8, link)[0] == pytest.approx(90 / 8 + 1 + (10.5 - 7.5))               # 10.5 s behind 7.5
     assert bench_ranks.step(load, 16, link, 0.5)[0] == pytest.approx(90 / 16 + 1 + 56.25 - 90 / 24)     # the slower link
+    load.shared = 0.8                                                                                   # of 1 s of the optimizer
+    assert bench_ranks.step(load, 2, link, zero=True)[0] == pytest.approx(46.6 - 0.4 + 3)               # half of 60 sent once
     slow = bench_ranks.Link('', 10.0, 1.0, 0.25)
     assert bench_ranks.step(load, 8, slow)[0] == pytest.approx(90 / 8 + 1 + 15 - 7.5)                   # 3 buckets x 6 delays
     load.launch = 20.0
@@ -298,6 +350,6 @@ def test_the_tables_of_ranks(corpus, capsys):
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line.startswith('|')][2:]
     assert [row.split('|')[1].strip() for row in rows].count('H100') == 4          # 8 rows of text in a step of 512
-    assert 'for the optimizer measured' in out and 'all stated' in out
+    assert 'for the optimizer measured' in out and 'all stated' in out and 'FLOPs of Muon' in out
     with pytest.raises(train.UserError, match='names no config'):
         bench_mfu.main(['--ranks'])
