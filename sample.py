@@ -256,12 +256,11 @@ def write_page(path, title, **data):
     write_beside(path, lambda f: f.write(page.replace('{}</script>', f'{text}</script>', 1).encode()))
 
 
-def write_report(out_dir, blocks=()):
-    """Make report.html of a finished run from the files that it left, and of blocks that ideas add."""
+def write_report(out_dir, result, blocks=()):
+    """Make report.html of a run from its result, the log that it left, and blocks that ideas add."""
     out_dir = Path(out_dir)
-    result, rows = json.loads((out_dir / 'result.json').read_text()), read_rows(out_dir / 'metrics.jsonl')
-    write_page(out_dir / 'report.html', f'{out_dir.name}: {result["val_bpb"]:.4f} bits per byte',
-               result=result, rows=thinned(rows), blocks=[*blocks])
+    write_page(out_dir / 'report.html', f'{out_dir.name}: {result["val_bpb"]:.4f} bits per byte', result=result,
+               rows=thinned(read_rows(out_dir / 'metrics.jsonl')), blocks=[*blocks])
 
 
 def thinned(rows, most=3000):

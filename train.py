@@ -1517,13 +1517,14 @@ class Run:
         return sample.energy_report(joules, self.energy.how, self.s.country)
 
     def keep_report(self, report):
-        with contextlib.suppress(OSError):      # of a log that has said already that it could not be written
-            self.metrics.close()
-        write_beside(self.out_dir / 'result.json', lambda f: f.write(as_json(report, indent=1).encode()))
+        """Writes the log, the page and the result, in this order: a run that has a result is finished."""
+        with contextlib.suppress(OSError), self.metrics:     # a log that fails has said so
+            os.fsync(self.metrics.fileno())
         try:
-            write_report(self.out_dir, self.page_blocks())
-        except UserError as e:                  # result.json is safe
+            write_report(self.out_dir, report, self.page_blocks())
+        except UserError as e:
             self.say(f'warning: {e}')
+        write_beside(self.out_dir / 'result.json', lambda f: f.write(as_json(report, indent=1).encode()))
 
     def page_blocks(self):
         """What an idea adds to the run's page: blocks as write_page has them."""

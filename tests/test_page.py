@@ -42,9 +42,8 @@ def step_row(step, **more):
 def report(folder, result, rows=(), blocks=()):
     """The page that train.py makes of these files."""
     folder.mkdir(exist_ok=True)
-    (folder / 'result.json').write_text(json.dumps(result))
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    sample.write_report(folder, blocks)
+    sample.write_report(folder, result, blocks)
     return folder / 'report.html'
 
 
@@ -103,8 +102,7 @@ def test_a_page_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_run_that_recorded_nothing_has_a_page(tmp_path):
-    (tmp_path / 'result.json').write_text(json.dumps(result_of(val_bpb=math.nan)))
-    sample.write_report(tmp_path)
+    sample.write_report(tmp_path, result_of(val_bpb=math.nan))
     data = inside(tmp_path / 'report.html')
     assert data['rows'] == data['blocks'] == [] and data['result']['val_bpb'] is None and 'nan bits per byte' in data['title']
 
