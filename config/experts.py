@@ -11,6 +11,7 @@ many parameters in all +1.0 %; 2026-11-21, commit 3f931df). Neutral (RESULTS.md)
 """
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import model
 from config.stacked_weights import GPT as CountedGPT, Run as StackedRun, Several
@@ -38,30 +39,44 @@ class MLP(model.MLP):
         h = h or config.mlp_hidden
         if self.top > n:
             raise ValueError(f'experts_top is {self.top}, and there are {n} experts')
+        if h % 8 or C % 8:
+            raise ValueError(f'experts {h} wide in a model {C} wide: PyTorch multiplies groups of rows by '
+                             f'matrices of a multiple of 8, choose expert_hidden and n_embd so')
         self.router, self.bias = Linear(C, n), nn.Parameter(torch.empty(n))
         self.ups = Several(n, C, h * (2 if self.gated else 1), self.top)
         self.downs = Several(n, h, C, self.top)
 
     @classmethod
     def width(cls, config):
-        return super().width(config) // (1 + config.experts_top)
+        return max(8, super().width(config) // (1 + config.experts_top) // 8 * 8)
 
     def forward(self, x, context):
         return super().forward(x, context) + self.routed(x.flatten(0, 1)).view_as(x)
 
-    @torch.compiler.disable                     # how many tokens an expert gets is known only as it runs
     def routed(self, x):
         """(N, C) from x (N, C): rows in the order of their experts, one product for each, and back."""
-        scores, n = self.router(x).float().sigmoid(), len(self.bias)
+        scores = self.router(x).float().sigmoid()
         chosen = (scores + self.bias).topk(self.top).indices                       # (N, k)
         gates = scores.gather(1, chosen)
         gates = (gates / gates.sum(1, keepdim=True)).to(x.dtype)
-        order, load = chosen.flatten().argsort(stable=True), chosen.flatten().bincount(minlength=n)
-        rows = x[:, None].expand(-1, self.top, -1).flatten(0, 1).index_select(0, order).split(load.tolist())
-        out = torch.cat([self.through(*triple) for triple in zip(rows, self.ups.weight, self.downs.weight)
-                         if len(triple[0])])
-        out = out.index_select(0, order.argsort()).view(-1, self.top, x.shape[1])  # (N, k, C)
-        return Balance.apply((gates[..., None] * out).sum(1), self.bias, load)
+        chosen = chosen.flatten()
+        order, load = chosen.argsort(stable=True), torch.zeros_like(self.bias, dtype=torch.int32)
+        load.index_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
+        rows = x[:, None].expand(-1, self.top, -1).flatten(0, 1).index_select(0, order)
+        out = self.through_all(rows, load.cumsum(0, dtype=torch.int32)).index_select(0, order.argsort())
+        return Balance.apply((gates[..., None] * out.view(-1, self.top, x.shape[1])).sum(1), self.bias, load)
+
+    @torch.compiler.disable                     # PyTorch compiles it in bf16 alone
+    def through_all(self, rows, ends):
+        """rows (N k, C), those of an expert together, each up to its end (n), through the expert's matrices."""
+        ups, downs = (w.weight.to(rows.dtype).mT for w in (self.ups, self.downs))
+        x = F.grouped_mm(rows, ups, offs=ends)
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        else:
+            x = F.relu(x).square()
+        return F.grouped_mm(x, downs, offs=ends)
 
     def init_weights(self):
         """The routers begin as the experts' first matrices do, their biases at 0."""

@@ -217,7 +217,7 @@ def test_a_step_waits_once_and_is_bound_by_what_is_known(card, corpus, name):
 
 # ---- every idea's loss with the kernels, traced for a compiler
 
-BREAKS = dict(experts='which tokens an expert gets is read by the host, twice a layer')      # why a loss is more than one graph
+BREAKS = dict(experts='PyTorch compiles products of groups in bf16 alone')      # why a loss is more than one graph
 
 
 def traced(name, out):
