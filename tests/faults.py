@@ -17,6 +17,9 @@ nothing was done, to the bit, and so must its result, its text and the names of 
     pause   SIGSTOP, and SIGCONT half a second later
     full    from some write on, every one fails with ENOSPC, and there is room again as the command is repeated
     flip    the machine goes away as in kill, and then a bit of one of the run's files is another
+    place   a folder of the run cannot be written to, or there is no home, no name for the user, no temporary folder
+    hold    another process is at the same run and stands still where it is, holding what it holds; after ours has
+            had its answer it is killed, or goes on
 
 Beside that nothing may be lost that should not be: one step where every step is saved, none after the last
 one. No traceback, no hang, no file that is damaged by its own writer. Exit code 1 if a trial fails.
@@ -24,11 +27,13 @@ one. No traceback, no hang, no file that is damaged by its own writer. Exit code
 import builtins
 import collections
 import concurrent.futures
+import ctypes
 import errno
 import io
 import json
 import multiprocessing
 import os
+import pwd
 import random
 import re
 import shutil
@@ -41,7 +46,10 @@ from pathlib import Path
 import compare_checkouts as checkouts
 
 ROOT, STEPS = checkouts.ROOT, 10
-KINDS = ('kill', 'moment', 'term', 'pause', 'full', 'flip')
+KINDS = ('kill', 'moment', 'term', 'pause', 'full', 'flip', 'place', 'hold')
+COUNTED = ('kill', 'full', 'flip', 'hold')       # kinds that are done at an event
+GOES = ('kill', 'moment', 'flip')                # kinds that end the process
+PLACES = ('out', 'data', 'out and data', 'no home', 'home missing', 'home read-only', 'no name', 'no temporary folder')
 SETTINGS = (f'--max_steps={STEPS} --device=cpu --dtype=float32 --compile=off --budget_minutes=10000 --seed=3 --log_interval=1 '
             '--eval_interval=0.4 --sample_tokens=8 --evals=choices --n_layer=1 --n_embd=32 --n_head=2 --mlp_hidden=64 '
             '--vocab_size=400 --block_size=32 --tokens_per_step=256 --dropout=0.1')
@@ -102,6 +110,8 @@ class Disk:
                 file.flush()
             self.lose()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == 'hold' and self.events == self.at:
+            os.kill(os.getpid(), signal.SIGSTOP)
         if self.kind == 'full' and self.events >= self.at and writing:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), writing[0].name)
 
@@ -132,6 +142,34 @@ class Written:
         return self.file.write(data)
 
 
+def as_anybody():
+    """File modes hold for this process, though it be root's."""
+    if sys.platform == 'linux':
+        libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
+        libc.capget(header, sets)
+        for i in range(2):                       # effective, permitted: no CAP_DAC_OVERRIDE, no CAP_DAC_READ_SEARCH
+            sets[i] &= ~0b110
+        libc.capset(header, sets)
+
+
+def take_place(place):
+    """What this process lacks, beside what file modes say."""
+    as_anybody()
+    homes = {'no home': None, 'home missing': '/proc/none', 'home read-only': '/proc', 'no name': None}
+    if place in homes:
+        os.environ.pop('HOME', None)
+        os.environ |= {'HOME': homes[place]} if homes[place] else {}
+    if place == 'no name':                       # as in a container that is given a number alone
+        def unknown(uid):
+            raise KeyError(f'getpwuid(): uid not found: {uid}')
+        pwd.getpwuid = unknown
+        for name in ('LOGNAME', 'USER', 'LNAME', 'USERNAME'):
+            os.environ.pop(name, None)
+    if place == 'no temporary folder':
+        tempfile.tempdir, tempfile._candidate_tempdir_list = None, lambda: ['/proc']
+        os.environ['TMPDIR'] = '/proc/none'
+
+
 def plant(bug):
     """A mistake of a later hand, in this process alone."""
     import sample
@@ -156,6 +194,11 @@ def plant(bug):
                 f.flush()
                 os.fsync(f.fileno())
         sample.write_beside = train.write_beside = write
+    elif bug == 'lock':                         # a folder is anybody's
+        sample.own = train.own = lambda folder, make=True: None
+    elif bug == 'home':                         # everybody has one
+        opened = train.Run.open
+        train.Run.open = lambda self: (os.environ['HOME'], opened(self))
     elif bug:
         raise SystemExit(f'no bug is called {bug}')
 
@@ -172,6 +215,8 @@ def child(args, cwd, log, act, bug):
         sys.pycache_prefix = str(cwd.parent / 'pycache')
         sys.path.insert(0, str(ROOT))
         disk = Disk(cwd, *act)
+        if act[0] == 'place':
+            take_place(act[1])
         import train
         plant(bug)
         judge = train.Run.closing_evaluation
@@ -204,15 +249,21 @@ class Failed(Exception):
     """A run that did not survive, or came out otherwise."""
 
 
+def start(args, cwd, log, act, bug):
+    """The number of a process that runs train.py with args, which something is done to."""
+    log.write_text('')
+    pid = os.fork()
+    if not pid:
+        child(args, cwd, log, act, bug)
+    return pid
+
+
 def command(args, cwd, act, dice, bug, length):
     """(exit code, what it said) of train.py, with a thing done to it: (kind, event), or (kind, None) at a time
     drawn of `length` seconds."""
     kind, at = act
     log = cwd / 'log'
-    log.write_text('')
-    pid = os.fork()
-    if not pid:
-        child(args, cwd, log, (kind, at, dice), bug)
+    pid = start(args, cwd, log, (kind, at, dice), bug)
     began, coming = time.monotonic(), []
     if kind in ('moment', 'term', 'pause'):
         when = dice.random() * length
@@ -228,6 +279,39 @@ def command(args, cwd, act, dice, bug, length):
             raise Failed(f'took more than {MOST} s')
         time.sleep(0.005)
     return os.waitstatus_to_exitcode(ended[1]), log.read_text(errors='replace')
+
+
+def beside_another(args, cwd, at, dice, bug):
+    """(exit code, what it said) of train.py while another does the same and stands still at its event `at`."""
+    other = start(args, cwd, cwd / 'other', ('hold', at, dice), bug)
+    ended = os.WIFEXITED(os.waitpid(other, os.WUNTRACED)[1])
+    code, said = command(args, cwd, (None, None), dice, bug, 0)
+    if not ended:
+        os.kill(other, dice.choice((signal.SIGKILL, signal.SIGCONT)))
+        told = (cwd / 'other').read_text(errors='replace')
+        if os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) not in (0, 2, -9) or 'Traceback' in told:
+            raise Failed(f'the other, at {at}:\n{told[-1500:]}')
+    return code, said
+
+
+def within(place, cwd, args, dice, bug):
+    """(exit code, what it said) of train.py in such a place, where it leaves nothing if it refuses."""
+    tops = [cwd / name for name in ('out', 'data')]
+    closed = [path for top in tops if top.name in place.split() for path in (top.mkdir(exist_ok=True), top, *top.rglob('*')) if path]
+    before = {path: path.is_file() and path.read_bytes() for top in tops for path in top.rglob('*')}
+    for path in closed:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        code, said = command(args, cwd, ('place', place), dice, bug, 0)
+    finally:
+        for path in closed:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    after = {path: path.is_file() and path.read_bytes() for top in tops for path in top.rglob('*')}
+    if code and before != after:
+        raise Failed(f'{place}: something was left behind: {[str(p) for p in after if after[p] != before.get(p)]}\n{said[-600:]}')
+    if code not in (0, 2) or code and not closed:
+        raise Failed(f'{place}: ended with {code}\n{said[-600:]}')
+    return code, said
 
 
 def rows_of(out):
@@ -288,14 +372,21 @@ def trial(number, seed, folder, only, reference, bug, keep=False):
     try:
         for _ in range(12):
             act = kind if left > 0 else None
-            at = dice.randint(1, reference['events']) if act in ('kill', 'full', 'flip') else None
-            before = saved_steps(cwd)
-            code, said = command([*args, *['--init_from=resume'] * resume], cwd, (act, at), dice, bug, reference['seconds'])
+            at = dice.choice(PLACES) if act == 'place' else dice.randint(1, reference['events']) if act in COUNTED else None
+            before, now = saved_steps(cwd), [*args, *['--init_from=resume'] * resume]
+            if act == 'place':
+                code, said = within(at, cwd, now, dice, bug)
+            elif act == 'hold':
+                code, said = beside_another(now, cwd, at, dice, bug)
+            else:
+                code, said = command(now, cwd, (act, at), dice, bug, reference['seconds'])
             left -= 1
             if 'Traceback' in said or code == 1:
                 raise Failed(f'{act} at {at}: a traceback:\n{said[-1500:]}')
             if kind != 'flip' and re.search('cut off|damaged|not the vocabulary|is not what', said):
                 raise Failed(f'{act} at {at}: its own writer left something damaged:\n{said[-600:]}')
+            if code < 0 and act not in GOES or code == 2 and not re.search(r'^train\.py: .{20}', said, re.M):
+                raise Failed(f'{act} at {at}: ended with {code}:\n{said[-600:]}')
             if code < 0:
                 steps = max([row['step'] for row in rows_of(cwd / 'out')], default=0)
                 now = saved_steps(cwd)
@@ -308,6 +399,7 @@ def trial(number, seed, folder, only, reference, bug, keep=False):
                     damaged = flip(cwd, dice) or damaged
                     flipped.add(damaged)
             elif code == 0 or 'finished run' in said:
+                done += [f'{act}'] * (act not in (None, 'term', 'full', *GOES))
                 break
             elif code in (75, 130) or act:
                 done.append(f'{act}')
@@ -323,8 +415,12 @@ def trial(number, seed, folder, only, reference, bug, keep=False):
             resume = any((cwd / 'out' / name).exists() for name in ('ckpt.pt', 'ckpt.prev.pt', 'ckpt.new.pt'))
         else:
             raise Failed('did not come to its end')
+        if not (cwd / 'out' / 'result.json').exists():
+            raise Failed(f'{kind} at {at}: it ended without a result')
         result = given(cwd)
         expected = reference['given']
+        if kind == 'hold':                       # one that was killed may have been building the data once more
+            result['names'] = [name for name in result['names'] if not name.startswith('data/.')]
         if 'metrics.jsonl' in flipped:           # a log has no checksums
             expected = expected | dict(rows=result['rows'])
         if kind == 'full':                       # rows of the log may be missing, and no other be there
