@@ -1344,11 +1344,37 @@ def load_tokenizer(folder):
                     f'--overwrite')
 
 
+class Bin(np.memmap):
+    """The ids of a split, in its file; what is taken of them is a copy. UserError where the file was written to
+    since it was opened: other numbers would come of it, or, where it is shorter, a signal that ends the process."""
+    file = None                                  # of what is made of it by arithmetic
+
+    def __new__(cls, path, dtype):
+        file = open(path, 'rb')
+        self = super().__new__(cls, file, dtype, 'r')
+        self.file, self.was = file, os.fstat(file.fileno())
+        return self
+
+    def __getitem__(self, key):
+        if self.file is None:
+            return super().__getitem__(key)
+        self.check()
+        taken = np.array(super().__getitem__(key))
+        self.check()
+        return taken
+
+    def check(self):
+        now, was = os.fstat(self.file.fileno()), self.was
+        if (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns):
+            raise UserError(f'{self.file.name} has been written to since this process opened it: put it back, or '
+                            f'prepare the data again with --overwrite, when nothing reads there')
+
+
 @dataclass
 class Data:
     folder: Path
     meta: dict
-    tokens: dict             # split -> memory-mapped ids
+    tokens: dict             # split -> Bin
     docs: dict               # split -> structured array of DOC
 
     @functools.cached_property
@@ -1431,7 +1457,7 @@ def open_split(data, split, counts):
     try:
         if known.get(rows.name) not in (None, crc32_of(rows)):
             return 'or its docs.npy is damaged, by its checksum'
-        tokens, docs = np.memmap(path, dtype, 'r'), np.load(rows)
+        tokens, docs = Bin(path, dtype), np.load(rows)
     except (FileNotFoundError, ValueError, EOFError, TypeError, MemoryError, SyntaxError, tokenize.TokenError):
         return 'or its docs.npy is missing or damaged'
     if path.stat().st_size != counts['tokens'] * dtype.itemsize:

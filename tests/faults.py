@@ -20,6 +20,7 @@ nothing was done, to the bit, and so must its result, its text and the names of 
     place   a folder of the run cannot be written to, or there is no home, no name for the user, no temporary folder
     hold    another process is at the same run and stands still where it is, holding what it holds; after ours has
             had its answer it is killed, or goes on
+    text    a file of the prepared text is deleted, cut, written over or replaced as a step or the closing begins
 
 Beside that nothing may be lost that should not be: one step where every step is saved, none after the last
 one. No traceback, no hang, no file that is damaged by its own writer. Exit code 1 if a trial fails.
@@ -29,6 +30,7 @@ import collections
 import concurrent.futures
 import ctypes
 import errno
+import functools
 import io
 import json
 import multiprocessing
@@ -46,9 +48,10 @@ from pathlib import Path
 import compare_checkouts as checkouts
 
 ROOT, STEPS = checkouts.ROOT, 10
-KINDS = ('kill', 'moment', 'term', 'pause', 'full', 'flip', 'place', 'hold')
+KINDS = ('kill', 'moment', 'term', 'pause', 'full', 'flip', 'place', 'hold', 'text')
 COUNTED = ('kill', 'full', 'flip', 'hold')       # kinds that are done at an event
 GOES = ('kill', 'moment', 'flip')                # kinds that end the process
+WAYS = ('deleted', 'cut', 'emptied', 'written over', 'replaced')
 PLACES = ('out', 'data', 'out and data', 'no home', 'home missing', 'home read-only', 'no name', 'no temporary folder')
 SETTINGS = (f'--max_steps={STEPS} --device=cpu --dtype=float32 --compile=off --budget_minutes=10000 --seed=3 --log_interval=1 '
             '--eval_interval=0.4 --sample_tokens=8 --evals=choices --n_layer=1 --n_embd=32 --n_head=2 --mlp_hidden=64 '
@@ -170,6 +173,34 @@ def take_place(place):
         os.environ['TMPDIR'] = '/proc/none'
 
 
+def at_step(number, work):
+    """work(run) as a step begins; as the closing evaluation begins for STEPS."""
+    import train
+    step, close = train.Run.step, train.Run.closing_evaluation
+
+    def before(then):
+        def both(self):
+            if self.steps == number:
+                work(self)
+            return then(self)
+        return both
+    train.Run.step = before(step)
+    train.Run.closing_evaluation = before(close)
+
+
+def spoil(data, name, way, dice):
+    """What another program does to a file of the prepared text."""
+    path = next(data.glob(f'*/{name}'))
+    whole = path.read_bytes()
+    other = bytes(dice.randrange(256) for _ in range(99)) * (1 + len(whole) // 99)
+    if way in ('deleted', 'replaced'):
+        path.unlink()
+    if way in ('cut', 'emptied'):
+        os.truncate(path, dice.randrange(len(whole)) * (way == 'cut'))
+    if way in ('written over', 'replaced'):
+        path.write_bytes(other[:len(whole)])
+
+
 def plant(bug):
     """A mistake of a later hand, in this process alone."""
     import sample
@@ -196,6 +227,8 @@ def plant(bug):
         sample.write_beside = train.write_beside = write
     elif bug == 'lock':                         # a folder is anybody's
         sample.own = train.own = lambda folder, make=True: None
+    elif bug == 'map':                          # a file is what it was
+        train.prepare_data.Bin.check = lambda self: None
     elif bug == 'home':                         # everybody has one
         opened = train.Run.open
         train.Run.open = lambda self: (os.environ['HOME'], opened(self))
@@ -219,6 +252,9 @@ def child(args, cwd, log, act, bug):
             take_place(act[1])
         import train
         plant(bug)
+        if act[0] == 'text':
+            step, name, way = act[1]
+            at_step(step, lambda run: spoil(cwd / 'data', name, way, act[2]))
         judge = train.Run.closing_evaluation
 
         def judging(self):
@@ -358,6 +394,23 @@ def flip(cwd, dice):
     return path.name
 
 
+def drawn(act, dice, reference):
+    """Where and when something is done."""
+    step = functools.partial(dice.randint, 0, STEPS)
+    if act == 'place':
+        return dice.choice(PLACES)
+    if act == 'text':
+        return step(), dice.choice(reference['texts']), dice.choice(WAYS)
+    return dice.randint(1, reference['events']) if act in COUNTED else None
+
+
+def put_back(cwd, reference):
+    """The prepared text as it was."""
+    for path in (reference['cwd'] / 'data').rglob('*'):
+        if path.is_file():
+            shutil.copy2(path, cwd / path.relative_to(reference['cwd']))
+
+
 def trial(number, seed, folder, only, reference, bug, keep=False):
     """(what was done, most steps lost, seconds); Failed."""
     dice, began = random.Random(f'{seed} {number}'), time.monotonic()
@@ -372,7 +425,7 @@ def trial(number, seed, folder, only, reference, bug, keep=False):
     try:
         for _ in range(12):
             act = kind if left > 0 else None
-            at = dice.choice(PLACES) if act == 'place' else dice.randint(1, reference['events']) if act in COUNTED else None
+            at = drawn(act, dice, reference)
             before, now = saved_steps(cwd), [*args, *['--init_from=resume'] * resume]
             if act == 'place':
                 code, said = within(at, cwd, now, dice, bug)
@@ -383,7 +436,7 @@ def trial(number, seed, folder, only, reference, bug, keep=False):
             left -= 1
             if 'Traceback' in said or code == 1:
                 raise Failed(f'{act} at {at}: a traceback:\n{said[-1500:]}')
-            if kind != 'flip' and re.search('cut off|damaged|not the vocabulary|is not what', said):
+            if kind not in ('flip', 'text') and re.search('cut off|damaged|not the vocabulary|is not what', said):
                 raise Failed(f'{act} at {at}: its own writer left something damaged:\n{said[-600:]}')
             if code < 0 and act not in GOES or code == 2 and not re.search(r'^train\.py: .{20}', said, re.M):
                 raise Failed(f'{act} at {at}: ended with {code}:\n{said[-600:]}')
@@ -399,10 +452,14 @@ def trial(number, seed, folder, only, reference, bug, keep=False):
                     damaged = flip(cwd, dice) or damaged
                     flipped.add(damaged)
             elif code == 0 or 'finished run' in said:
+                if act == 'text':
+                    put_back(cwd, reference)
                 done += [f'{act}'] * (act not in (None, 'term', 'full', *GOES))
                 break
             elif code in (75, 130) or act:
                 done.append(f'{act}')
+                if act == 'text':
+                    put_back(cwd, reference)
             elif damaged:
                 if damaged.startswith('ckpt') and 'no other is whole' not in said:
                     raise Failed(f'another bit in {damaged} was not passed over:\n{said[-600:]}')
@@ -455,7 +512,8 @@ def refer(folder, bug):
     code, said = command(arguments(inputs, cwd, 0), cwd, (None, None), random.Random(0), bug, 0)
     if code:
         raise SystemExit(f'the run that nothing is done to ended with {code}:\n{said}')
-    return dict(inputs=inputs, cwd=cwd, seconds=time.monotonic() - began, events=int((cwd / 'events').read_text()), given=given(cwd))
+    return dict(inputs=inputs, cwd=cwd, seconds=time.monotonic() - began, events=int((cwd / 'events').read_text()), given=given(cwd),
+                texts=sorted(path.name for path in (cwd / 'data').glob('*/*') if path.suffix != '.npz'))
 
 
 def attempt(*args):

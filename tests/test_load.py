@@ -37,7 +37,7 @@ def test_many_steps_leave_nothing_behind(main, monkeypatch, tmp_path):
         tracemalloc.stop()
     early, late = seen[150], seen[900]
     assert late[0] - early[0] < 200_000 and late[1:] == early[1:], seen
-    assert threading.active_count() == threads and open_files() <= files + 4            # locks of its folders, what torch keeps
+    assert threading.active_count() == threads and open_files() <= files + 6            # locks of its folders, its bins, what torch keeps
     steps = [row['step'] for row in sample.read_rows(tmp_path / 'run' / 'metrics.jsonl') if 'train_loss' in row]
     assert steps[:99] == [*range(1, 100)] and steps[99:102] == [100, 102, 104] and len(steps) < 290 and steps[-1] == 900
     assert json.loads((tmp_path / 'run' / 'result.json').read_text())['steps'] == 900

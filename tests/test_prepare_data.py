@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 import unicodedata
 from collections import Counter
@@ -695,6 +696,27 @@ def test_open_refuses_documents_without_bos(small):
     refuses('do not begin with BOS', pd.open_data, data.folder)
     spoil(data.folder / 'train.docs.npy', lambda b: b.replace(b"}", b"{", 1))
     refuses('missing or damaged', pd.open_data, data.folder)
+
+
+@pytest.mark.parametrize('way', ['cut', 'written over', 'deleted', 'replaced'])
+def test_a_bin_that_changes_while_it_is_read(small, way):
+    """What was in another file, or in none any more, is never taken for its ids, and reading past its end is no bus error."""
+    path = small[0].folder / 'train.bin'
+    tokens, whole = pd.open_data(small[0].folder).tokens['train'], path.read_bytes()
+    known = tokens[:]
+    assert type(known) is np.ndarray and known.tobytes() == whole and (tokens == known)[:9].all()
+    time.sleep(0.02)                                                     # as coarse as a file's time may be
+    if way in ('deleted', 'replaced'):
+        path.unlink()
+    if way in ('written over', 'replaced'):
+        path.write_bytes(whole[::-1])
+    if way == 'cut':
+        os.truncate(path, 0)
+    if way in ('deleted', 'replaced'):
+        assert (tokens[:] == known).all() and (tokens[np.arange(5)] == known[:5]).all()
+    else:
+        for key in (slice(None), np.arange(5), 3):
+            assert '--overwrite' in refuses('train.bin has been written to since', lambda: tokens[key])
 
 
 def test_open_sees_changed_sources(small):
