@@ -1141,6 +1141,6 @@ if __name__ == '__main__':
     print_without_fail()
     try:
         main(sys.argv[1:])
-    except (UserError, OSError, train.Stopped) as e:
+    except (UserError, OSError, MemoryError, RuntimeError, train.Stopped) as e:
         print(f'bench_mfu.py: {in_words(e)}', file=sys.stderr)
         sys.exit(75 if isinstance(e, train.Stopped) else 2)

@@ -48,7 +48,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from config import (CONFIG, SEAMS, Ideas, Setting, UserError, fits, ideas_of, in_words, print_without_fail,
+from config import (CONFIG, SEAMS, Ideas, Setting, UserError, fits, ideas_of, in_words, memory_ran_out, print_without_fail,
                     refuse, shown, verbs)
 
 VERSION = 1                  # of the bin format; the trainer refuses any other
@@ -344,6 +344,8 @@ def readable():
     try:
         yield
     except OSError as e:
+        if memory_ran_out(e):
+            raise
         raise UserError(f'{e.filename} cannot be read ({e.strerror}): have its owner let you, or take it '
                         f'away') from None
 
@@ -1582,7 +1584,7 @@ def main(argv):
             usage(corpus)
         else:
             corpus(SimpleNamespace(**ideas.values)).run()
-    except (UserError, OSError) as e:
+    except (UserError, OSError, MemoryError, RuntimeError) as e:
         print(f'prepare_data.py: {in_words(e)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:

@@ -1297,6 +1297,6 @@ if __name__ == '__main__':
         main(sys.argv[1:])
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
         sys.exit(0)
-    except (UserError, FloatingPointError, OSError) as e:
+    except (UserError, FloatingPointError, OSError, MemoryError, RuntimeError) as e:
         print(f'sample.py: {in_words(e)}', file=sys.stderr)
         sys.exit(2)

@@ -58,7 +58,7 @@ import torch.distributed as dist
 import model as models
 import prepare_data
 import sample
-from config import UserError, at_home, in_words, print_without_fail, refuse
+from config import UserError, at_home, in_words, memory_ran_out, print_without_fail, refuse
 from model import GPTConfig, Linear, choose_kernels, kernels_named
 from sample import (as_json, git_commit, hardware, own, peak_flops, peak_memory_gb, proc, read_rows,
                     save_checkpoint, write_beside, write_report)
@@ -484,7 +484,7 @@ def seconds_of(work, times):
         work()
         wait()
         best = min(best, time.monotonic() - began)
-    return best
+    return max(best, 1e-6)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -1185,7 +1185,7 @@ class Run:
             self.stopping = True
             return
         loss, norm, rate = self.descend(loss)    # on a GPU the end of it is part of the next step's seconds
-        seconds = time.monotonic() - began
+        seconds = max(1e-6, time.monotonic() - began)            # a coarse clock stands still
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.steps, self.skipped, self.went_by = self.steps + 1, self.skipped + (not finite), self.progress
         self.bad_steps = 0 if finite else self.bad_steps + 1
@@ -1309,8 +1309,10 @@ class Run:
         """Writes the state whole or not at all, and keeps the one before. Returns the error of it, or None: a
         full disk must not end a run."""
         with self.busy('save'):
-            if not all(p.isfinite().all() for p in self.model.parameters()):
-                return self.diverged('the weights are not finite')
+            known = [t for o in self.optimizers for kept in o.state.values() for t in kept.values() if torch.is_tensor(t)]
+            if not all(t.isfinite().all() for t in [*self.model.parameters(), *known]):
+                self.say(f'warning: step {self.steps} is not saved, what it left is not finite')
+                return self.diverged('the weights, or what the optimizer knows, are not finite')
             try:
                 if self.master:
                     with contextlib.suppress(OSError):       # the log's rows until here, for good
@@ -1351,7 +1353,7 @@ class Run:
         with self.evaluating():
             result = self.measure.bpb(self.model, slices, self.at_once, stop, self.rank, self.world,
                                       self.all_reduce)
-        result['seconds_per_slice'] = (time.monotonic() - began) / (result['share'] * sample.SLICES)
+        result['seconds_per_slice'] = max(1e-6, time.monotonic() - began) / (result['share'] * sample.SLICES)
         if keep and not self.signals:           # a signal may have cut it short
             self.say_cut('the validation', result.get('asked', 1))
             self.record(step=self.steps, progress=self.clock.progress, tokens=self.tokens,
@@ -1592,11 +1594,15 @@ def main(argv):
 
 
 def tell(run, error):
-    """Says why a run ends, and returns the exit code of that. What is so on every rank the first one says.
-    torchrun, which makes 1 of every code, ends with what it finds in a file."""
-    if isinstance(error, torch.OutOfMemoryError):
-        error = UserError(f'the device ran out of memory ({str(error).splitlines()[0][:120]}): lower '
-                          f'micro_batch_size, and go on with --init_from=resume where a checkpoint was saved')
+    """Says why a run ends, and returns the exit code of that; a mistake of ours goes on. What is so on every rank the
+    first one says. torchrun, which makes 1 of every code, ends with what it finds in a file."""
+    if told := memory_ran_out(error):
+        error = UserError(f'the device ran out of memory ({told}): lower micro_batch_size, and go on with '
+                          f'--init_from=resume where a checkpoint was saved')
+    elif isinstance(error, RuntimeError) and run and run.world > 1 and re.search('gloo|nccl', str(error), re.I):
+        return print(f'train.py, rank {run.rank}: another rank is gone', file=sys.stderr) or 1
+    elif not isinstance(error, (UserError, OSError, Diverged, FloatingPointError, Stopped, KeyboardInterrupt)):
+        raise error
     code = {Stopped: 75, Diverged: 3, FloatingPointError: 3, KeyboardInterrupt: 130}.get(type(error), 2)
     rank, file = os.environ.get('RANK', '0'), os.environ.get('TORCHELASTIC_ERROR_FILE')
     said = 'interrupted before the first step, nothing was left behind' if code == 130 else in_words(error)
@@ -1617,13 +1623,8 @@ if __name__ == '__main__':
             print(__doc__)
         elif run := begin(sys.argv[1:]):
             live(run)
-    except (UserError, OSError, Diverged, FloatingPointError, Stopped, KeyboardInterrupt,
-            torch.OutOfMemoryError) as e:
+    except BaseException as e:
         code = tell(run, e)
-    except RuntimeError as e:
-        if not (run and run.world > 1 and re.search('gloo|nccl', str(e), re.I)):
-            raise
-        code = print(f'train.py, rank {run.rank}: another rank is gone', file=sys.stderr) or 1
     if run:
         run.close(code)
     sys.stdout.flush()

@@ -7,6 +7,7 @@ is.
 """
 import ast
 import difflib
+import errno
 import functools
 import hashlib
 import importlib
@@ -69,13 +70,22 @@ def fits(value, form):
     return form is object or type(value) is form
 
 
+def memory_ran_out(error):
+    """How it was told, where an error is that, of a card or of the machine (torch has a RuntimeError for both); else ''."""
+    said = str(error).split('\n')[0][:120]
+    told = (isinstance(error, MemoryError) or getattr(error, 'errno', 0) == errno.ENOMEM or isinstance(error, RuntimeError)
+            and re.search('out of memory|allocate memory|bad_alloc|start new thread', str(error)))
+    return (said or type(error).__name__) if told else ''
+
+
 def in_words(error):
-    """What its user should read of an error; an OSError that names no file is none of theirs and goes on."""
-    if isinstance(error, OSError):
-        if not error.filename:
-            raise error
-        return f'{error.filename}: {error.strerror}'
-    return str(error)
+    """What its user should read of an error; an OSError that names no file, or a RuntimeError, is none of theirs and
+    goes on, unless it says that memory ran out."""
+    if told := memory_ran_out(error):
+        return f'memory ran out ({told}): end what else takes it, or ask for less at a time'
+    if isinstance(error, RuntimeError) or isinstance(error, OSError) and not error.filename:
+        raise error
+    return f'{error.filename}: {error.strerror}' if isinstance(error, OSError) else str(error)
 
 
 def at_home(text):

@@ -20,6 +20,9 @@ nothing was done, to the bit, and so must its result, its text and the names of 
     place   a folder of the run cannot be written to, or there is no home, no name for the user, no temporary folder
     hold    another process is at the same run and stands still where it is, holding what it holds; after ours has
             had its answer it is killed, or goes on
+    numbers NaN or infinity in a loss, a gradient, the weights or a moment of the optimizer, as a step begins
+    clock   the time jumps by hours, back and forth, or goes on by a 64th of a second at a time
+    memory  from some write on, no more memory than there is
     text    a file of the prepared text is deleted, cut, written over or replaced as a step or the closing begins
 
 Beside that nothing may be lost that should not be: one step where every step is saved, none after the last
@@ -33,11 +36,13 @@ import errno
 import functools
 import io
 import json
+import math
 import multiprocessing
 import os
 import pwd
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -48,8 +53,8 @@ from pathlib import Path
 import compare_checkouts as checkouts
 
 ROOT, STEPS = checkouts.ROOT, 10
-KINDS = ('kill', 'moment', 'term', 'pause', 'full', 'flip', 'place', 'hold', 'text')
-COUNTED = ('kill', 'full', 'flip', 'hold')       # kinds that are done at an event
+KINDS = ('kill', 'moment', 'term', 'pause', 'full', 'flip', 'place', 'hold', 'text', 'numbers', 'clock', 'memory')
+COUNTED = ('kill', 'full', 'flip', 'hold', 'memory')       # kinds that are done at an event
 GOES = ('kill', 'moment', 'flip')                # kinds that end the process
 WAYS = ('deleted', 'cut', 'emptied', 'written over', 'replaced')
 PLACES = ('out', 'data', 'out and data', 'no home', 'home missing', 'home read-only', 'no name', 'no temporary folder')
@@ -115,6 +120,10 @@ class Disk:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == 'hold' and self.events == self.at:
             os.kill(os.getpid(), signal.SIGSTOP)
+        if self.kind == 'memory' and self.events == self.at:
+            pages = int(Path('/proc/self/statm').read_text().split()[0])
+            limit = pages * os.sysconf('SC_PAGE_SIZE') + self.dice.choice((0, 1, 16)) * 2 ** 20
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         if self.kind == 'full' and self.events >= self.at and writing:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), writing[0].name)
 
@@ -201,6 +210,40 @@ def spoil(data, name, way, dice):
         path.write_bytes(other[:len(whole)])
 
 
+def spoil_numbers(where, value, dice):
+    """A number that is none, once, in what a step computes of or with."""
+    import torch
+    import train
+    add, left = train.Run.add_gradients, [1]
+
+    def added(self, batch, n_micro):
+        loss = add(self, batch, n_micro)
+        if where == 'loss' and left and left.pop():
+            return loss * value
+        if where == 'gradient' and left and left.pop():
+            next(p for p in self.model.parameters() if p.grad is not None).grad.view(-1)[0] = value
+        return loss
+
+    def work(self):
+        train.Run.add_gradients = added
+        if where == 'weights':
+            next(self.model.parameters()).data.view(-1)[0] = value
+        if where == 'moment':
+            kept = [t for o in self.optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim]
+            dice.choice(kept or [torch.zeros(1)]).view(-1)[0] = value
+    return work
+
+
+def bend(at, by, disk):
+    """The clocks from event `at` on: by seconds more, or by a 64th of a second at a time."""
+    for name, jump in zip(('time', 'monotonic'), by):
+        def told(real=getattr(time, name), jump=jump):
+            if disk.events < at:
+                return real()
+            return real() + jump if jump != 'coarse' else real() * 64 // 1 / 64
+        setattr(time, name, told)
+
+
 def plant(bug):
     """A mistake of a later hand, in this process alone."""
     import sample
@@ -227,6 +270,8 @@ def plant(bug):
         sample.write_beside = train.write_beside = write
     elif bug == 'lock':                         # a folder is anybody's
         sample.own = train.own = lambda folder, make=True: None
+    elif bug == 'inf':                          # what is saved is what there is
+        train.torch.Tensor.isfinite = lambda self: train.torch.ones(self.shape, dtype=bool)
     elif bug == 'map':                          # a file is what it was
         train.prepare_data.Bin.check = lambda self: None
     elif bug == 'home':                         # everybody has one
@@ -250,11 +295,15 @@ def child(args, cwd, log, act, bug):
         disk = Disk(cwd, *act)
         if act[0] == 'place':
             take_place(act[1])
+        if act[0] == 'clock':
+            bend(*act[1], disk)
         import train
         plant(bug)
         if act[0] == 'text':
             step, name, way = act[1]
             at_step(step, lambda run: spoil(cwd / 'data', name, way, act[2]))
+        if act[0] == 'numbers':
+            at_step(act[1][0], spoil_numbers(*act[1][1:], act[2]))
         judge = train.Run.closing_evaluation
 
         def judging(self):
@@ -268,7 +317,7 @@ def child(args, cwd, log, act, bug):
             run = train.begin(args)
             train.live(run)
             code = 0
-        except (train.UserError, OSError, train.Diverged, FloatingPointError, train.Stopped, KeyboardInterrupt) as e:
+        except BaseException as e:
             code = train.tell(run, e)
         (cwd / 'events').write_text(str(disk.events))
     except BaseException:
@@ -401,7 +450,36 @@ def drawn(act, dice, reference):
         return dice.choice(PLACES)
     if act == 'text':
         return step(), dice.choice(reference['texts']), dice.choice(WAYS)
+    if act == 'numbers':
+        return step(), dice.choice(('loss', 'gradient', 'weights', 'moment')), dice.choice((math.nan, math.inf, -math.inf))
+    if act == 'clock':
+        hours = dice.uniform(-48, 48)
+        return dice.randint(1, reference['events']), (3600 * hours, dice.choice((0, 3600 * abs(hours), 'coarse')))
     return dice.randint(1, reference['events']) if act in COUNTED else None
+
+
+def check_numbers(cwd):
+    """Failed if a number that is none is in what a run leaves."""
+    import torch
+    for path in (cwd / 'out').glob('ckpt*.pt'):
+        state = torch.load(path, weights_only=True)
+        parts = [state['model'], *(s for o in state['optimizers'] for s in o['state'].values())]
+        for name, tensor in [pair for part in parts for pair in part.items()]:
+            if torch.is_tensor(tensor) and not tensor.isfinite().all():
+                raise Failed(f'{path.name}: {name} is not finite')
+    for name in ('metrics.jsonl', 'result.json'):
+        if (path := cwd / 'out' / name).exists() and re.search('NaN|Infinity', path.read_text()):
+            raise Failed(f'{name} holds NaN or Infinity')
+
+
+def check_times(cwd):
+    """Failed if a time or a speed of a run is none."""
+    result = json.loads((cwd / 'out' / 'result.json').read_text())
+    times = {name: value for name, value in result.items() if re.search('seconds|joules|tok_per|co2', name)}
+    for i, row in enumerate(rows_of(cwd / 'out')):
+        times |= {f'{name} of row {i}': row[name] for name in ('elapsed_s', 'tok_per_sec', 'data_wait_s') if name in row}
+    if wrong := {name: value for name, value in times.items() if not 0 <= value < 1e13}:
+        raise Failed(f'what the clock gave: {wrong}')
 
 
 def put_back(cwd, reference):
@@ -438,6 +516,10 @@ def trial(number, seed, folder, only, reference, bug, keep=False):
                 raise Failed(f'{act} at {at}: a traceback:\n{said[-1500:]}')
             if kind not in ('flip', 'text') and re.search('cut off|damaged|not the vocabulary|is not what', said):
                 raise Failed(f'{act} at {at}: its own writer left something damaged:\n{said[-600:]}')
+            if act == 'numbers':
+                check_numbers(cwd)
+                if code == 3 and 'not finite' in said and 'lower learning_rate' in said:
+                    break
             if code < 0 and act not in GOES or code == 2 and not re.search(r'^train\.py: .{20}', said, re.M):
                 raise Failed(f'{act} at {at}: ended with {code}:\n{said[-600:]}')
             if code < 0:
@@ -472,10 +554,17 @@ def trial(number, seed, folder, only, reference, bug, keep=False):
             resume = any((cwd / 'out' / name).exists() for name in ('ckpt.pt', 'ckpt.prev.pt', 'ckpt.new.pt'))
         else:
             raise Failed('did not come to its end')
+        if code == 3:
+            return dict(done=[*done, 'numbers'], lost=lost, refused='', seconds=time.monotonic() - began)
         if not (cwd / 'out' / 'result.json').exists():
             raise Failed(f'{kind} at {at}: it ended without a result')
         result = given(cwd)
         expected = reference['given']
+        if kind == 'clock':
+            check_times(cwd)
+        if kind == 'numbers':                    # a step was left out
+            expected = expected | dict(rows=result['rows'], result=result['result'])
+            check_numbers(cwd)
         if kind == 'hold':                       # one that was killed may have been building the data once more
             result['names'] = [name for name in result['names'] if not name.startswith('data/.')]
         if 'metrics.jsonl' in flipped:           # a log has no checksums

@@ -1,5 +1,7 @@
 """The machine as it is rented: a driver that is too old, no compiler, a card with too little memory."""
 import contextlib
+import errno
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 
 import sample
 import train
-from config import UserError, cuda_graphs
+from config import UserError, cuda_graphs, in_words
 from conftest import ROOT
 
 OLD = 'NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\nGCC version:  gcc 12.3.0\n'
@@ -113,6 +115,19 @@ def test_memory_that_ends_on_the_way_is_a_sentence(capsys):
     said = capsys.readouterr().err
     assert said.startswith('train.py: the device ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.): lower micro')
     assert said.count('\n') == 1
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError(), OSError(errno.ENOMEM, 'Cannot allocate memory'), RuntimeError("can't start new thread"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
+def test_memory_of_the_machine_ends_in_the_same_way(error, capsys):
+    assert train.tell(None, error) == 2 and in_words(error).startswith('memory ran out (')
+    assert re.match(r'train.py: the device ran out of memory \(.+\): lower micro_batch_size', capsys.readouterr().err)
+    for other in (RuntimeError('shapes differ'), OSError('of no file'), KeyError('a mistake of ours')):
+        with pytest.raises(type(other)):
+            train.tell(None, other)
+    with pytest.raises(RuntimeError):
+        in_words(RuntimeError('shapes differ'))
 
 
 # ---- config/cuda_graphs.py
