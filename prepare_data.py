@@ -481,17 +481,22 @@ def fetch(entry, raw, base_url):
     for name, path in entry['files'].items():
         if name not in present:
             url = f'{base_url or HUGGING_FACE}/{entry["repo"]}/resolve/main/{path}'
-            download(url, raw / name, entry.get('sha256', {}).get(name))
+            download(url, raw / name, entry.get('sha256', {}).get(name), 2_000_000 * entry['mb'])
 
 
-def download(url, path, sha256=None):
-    """One file, whole or not at all. A connection that breaks is taken up where it broke, now or next time;
-    a server in trouble is asked again, each time after twice as long; one that refuses is not."""
+def download(url, path, sha256=None, most=1_000_000_000):
+    """One file of so many bytes at most, whole or not at all. A connection that breaks is taken up where it
+    broke, now or next time; a server in trouble is asked again, each time after twice as long; one that
+    refuses is not."""
     part, version = (path.with_name(f'.{path.name}.{kind}') for kind in ('part', 'version'))
     for wait in (1, 2, 4, 8, None):
         try:
-            receive(url, part, version)
+            receive(url, part, version, most)
             break
+        except UserError:
+            part.unlink()
+            version.unlink(missing_ok=True)
+            raise
         except (OSError, http.client.HTTPException) as e:    # URLError, HTTPError and timeouts are OSErrors
             if getattr(e, 'errno', None) in FULL:
                 raise
@@ -515,7 +520,7 @@ def download(url, path, sha256=None):
     os.replace(part, path)
 
 
-def receive(url, part, version):
+def receive(url, part, version, most):
     """Appends to `part` what is missing of it; the file `version` holds the server's name for it."""
     from tqdm import tqdm
     held = part.stat().st_size if part.exists() and version.exists() else 0
@@ -530,7 +535,11 @@ def receive(url, part, version):
                 version.write_text(name)
             with tqdm.wrapattr(response, 'read', total=size or None, initial=held, desc=part.name[1:-5],
                                disable=None) as body:
-                shutil.copyfileobj(body, out, 1 << 20)
+                while (block := body.read(1 << 20)) and out.tell() <= most:
+                    out.write(block)
+            if max(size, out.tell()) > most:
+                raise UserError(f'{url} has more than {most / 1e6:,.0f} MB, which is no such file: put the right one '
+                                f'at {part.with_name(part.name[1:-5])}')
             if size > held and out.tell() != size:
                 raise OSError(f'{out.tell():,} of {size:,} bytes came')
 

@@ -56,7 +56,7 @@ except ImportError:                             # Windows
 
 import prepare_data
 from config import UserError, at_home, docs, fits, in_words, print_without_fail, refuse, verb, verbs
-from model import IN_USE, KVCache, configured
+from model import IN_USE, KVCache, blueprint, configured
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
 
@@ -200,6 +200,21 @@ def read_rows(path):
     return rows
 
 
+def config_of(state, kind, given):
+    """The model's config, of a class, that a checkpoint holds, with values that are given now; ValueError where it is
+    none, or its weights are of another shape: before there is memory taken for them."""
+    form = {f'{field.name}?': type(field.default) for field in dataclasses.fields(kind)}
+    packed, weights = state.get('packed', {}), state['model']
+    if not fits(state['config'], form) or state['config'].get('n_layer', 0) > len({**weights, **packed}):
+        raise ValueError('it has no weights for what its config says, or that is no config')
+    config = kind(**state['config'] | given)
+    if not packed:
+        differ = [name for name, t in blueprint(config).state_dict().items() if getattr(weights.get(name), 'shape', 0) != t.shape]
+        if differ:
+            raise ValueError(f'size mismatch: its config needs {differ[0]} in another shape, or at all')
+    return config
+
+
 def open_run(run, device='cpu', argv=()):
     """A run's folder, model, ready to generate, tokenizer, ideas, settings and state, its checkpoint.
 
@@ -217,11 +232,8 @@ def open_run(run, device='cpu', argv=()):
     given = {name: ideas.values[name] for name, where in ideas.set_at.items() if where.startswith('--')}
     Config = configured(ideas)
     own = given.keys() & {field.name for field in dataclasses.fields(Config)}
-    form = {f'{field.name}?': type(field.default) for field in dataclasses.fields(Config)}
-    refuse(not fits(state['config'], form) or state['config'].get('n_layer', 0) > len({**state['model'], **state.get('packed', {})}),
-           f'{run} has no weights for what its config says, or that is no config')
     try:
-        config = Config(**state['config'] | {name: given[name] for name in own})
+        config = config_of(state, Config, {name: given[name] for name in own})
         model = config.GPT(config)
         if state['version'] == 3:
             model.load_state_dict(state.get('evaluated') or state['model'])      # the weights that were measured

@@ -117,6 +117,10 @@ FREE = {field.name for field in dataclasses.fields(prepare_data.Options)} | set(
     'evals eval_data log_interval save_minutes sample_prompt sample_tokens dollars_per_hour country dry_run '
     'show'.split())
 OF_DATA = {field.name for field in dataclasses.fields(prepare_data.Options)} - {'overwrite', 'inspect'}
+STATE = dict(steps=range(1 << 60), rows_read=range(1 << 60), skipped=range(1 << 60), tokens=range(1 << 60), flops=float,
+             progress=float, elapsed=float, trained=float, origin=str, times={str: float}, warnings=[str], stream={},
+             joules=[[float]], optimizers=[dict(state={}, param_groups=[{}])],
+             **{'next_eval?': float | None, 'went_by?': float})     # what a run goes on from, as config.fits has it
 SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'bos')]
 
 
@@ -328,6 +332,29 @@ class Muon(torch.optim.Optimizer):
     def move(self, params, updates, group):
         torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
         torch._foreach_sub_(params, updates)
+
+
+def kept(optimizer):
+    """What an optimizer keeps of each parameter: types and shapes, by name."""
+    return [{k: (type(v), getattr(v, 'shape', ())) for k, v in optimizer.state.get(p, {}).items()}
+            for group in optimizer.param_groups for p in group['params']]
+
+
+def take(optimizer, known):
+    """Has an optimizer that was just made go on from a state_dict; ValueError where that is of another form, which
+    fused kernels would not look at: they would write behind its end."""
+    ours = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+    for group in optimizer.param_groups:         # a step at rates of 0 makes what it keeps
+        for p in group['params']:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    form = kept(optimizer)
+    optimizer.load_state_dict(known)
+    for group, mine in zip(optimizer.param_groups, ours):        # of the settings, which are the same
+        group.update(mine)
+    if any(theirs and theirs != mine for theirs, mine in zip(kept(optimizer), form)):
+        raise ValueError('its optimizers are others')
 
 
 class GradientSum:
@@ -710,10 +737,13 @@ class Run:
                f'{self.out_dir} was begun with {names[0]}, the command line names {names[1]}: name the same')
         for name in [name for name in now if before[name] != now[name]]:
             self.say(f'warning: {name}.py is not what it was as this run began')
-        shape = self.shape_names() if checkpoint['origin'] != 'scratch' else ()     # was that of another run's weights
+        shape = self.shape_names() if checkpoint.get('origin') != 'scratch' else ()     # was that of another run's weights
         bound = [k for k in theirs if k in vars(s) and k not in free]
         kept = [*bound, *OF_DATA & theirs.keys()]             # its data too, which may have moved since
         vars(s).update({k: theirs[k] for k in kept if k not in self.ideas.set_at or k in shape})
+        wrong = [k for k in kept if self.ideas.known[k].wrong(theirs[k])]
+        refuse(wrong, f'the checkpoint in {self.out_dir} has {", ".join(wrong)} as no run can have it: begin anew with '
+               f'--overwrite')
         differ = [f'{k} (was {theirs[k]!r}, now {getattr(s, k)!r})' for k in bound if theirs[k] != getattr(s, k)]
         refuse(differ, 'settings that belong to the run cannot change on the way: ' + ', '.join(differ))
 
@@ -762,7 +792,10 @@ class Run:
         self.at_once = sample.tokens_at_once(self.device)
         self.clock, self.origin = Clock(s), s.init_from
         if self.resuming:
-            self.load(self.checkpoint)
+            with self.as_it_was():
+                if not sample.fits(self.checkpoint, STATE):
+                    raise ValueError('what it counts is missing, or no number')
+                self.load(self.checkpoint)
         # now: a stream is no two threads'
         rows = self.stream.first_rows(min(64, s.tokens_per_step // s.block_size), s.block_size)
         self.early, self.first_batch = torch.from_numpy(rows), self.stream.batch(0, self.micro, s.block_size)
@@ -771,7 +804,8 @@ class Run:
     def shape(self):
         """The model's config: that of a run which goes on, else of the settings."""
         if self.resuming:
-            return models.configured(self.ideas)(**self.checkpoint['config'])
+            with self.as_it_was():
+                return sample.config_of(self.checkpoint, models.configured(self.ideas), dict(bos=self.data.meta['bos']))
         return self.config_of_settings()
 
     def config_of_settings(self):
@@ -874,14 +908,27 @@ class Run:
             fingerprint=self.data.meta['fingerprint'], tokenizer=self.data.meta['tokenizer_sha256'],
             data=str(self.data.folder))
 
+    @contextlib.contextmanager
+    def as_it_was(self):
+        """Around what takes in a checkpoint, whoever wrote it: one that does not fit is a sentence."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as e:
+            why = ' '.join(str(e).split())[:200]
+            raise UserError(f'the checkpoint in {self.out_dir} does not fit this run ({type(e).__name__}: {why}): begin '
+                            f'anew with --overwrite') from e
+
     def load(self, state):
         """Goes on from what `state` said in another process."""
         refuse(state['tokenizer'] != self.data.meta['tokenizer_sha256'] or
-               state['fingerprint'] != self.data.meta['fingerprint'],
+               state['fingerprint'] != self.data.meta['fingerprint'] or
+               self.config.vocab_size != self.data.meta['vocab_size'],
                f'{self.data.folder} is not the data that {self.out_dir} began with: restore it, or start afresh')
+        for optimizer, known in zip(self.optimizers, state['optimizers'], strict=True):
+            take(optimizer, known)
         self.model.load_state_dict(state['model'])
-        for optimizer, known in zip(self.optimizers, state['optimizers']):
-            optimizer.load_state_dict(known)
         self.steps, self.rows_read, self.skipped, self.tokens, self.flops, self.origin = (
             state[k] for k in ('steps', 'rows_read', 'skipped', 'tokens', 'flops', 'origin'))
         self.times |= state['times']
@@ -893,7 +940,7 @@ class Run:
         # what a killed run did after its last checkpoint was paid for too
         spent = max([state['elapsed']] + [row['elapsed_s'] for row in read_rows(self.log_path)])
         self.clock = Clock(self.s, spent, state['trained'], state['progress'])
-        self.earlier = np.array(state['joules']) * spent / state['elapsed']
+        self.earlier[:] = np.array(state['joules']) * spent / state['elapsed']
 
     # -- announce: what this run is, and a folder for it
 

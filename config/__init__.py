@@ -34,6 +34,7 @@ KINDS_OF_SETTING = dict(int=int, float=float, str=str, bool=bool, tuple=tuple)
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow, ast.USub: operator.neg}
 NO_LITERAL = ValueError, TypeError, ArithmeticError, RecursionError, MemoryError    # what reading one may raise
+MOST = 1 << 24                                   # characters of a config
 NUMBER = r'-?\d[\d.]*(?:e-?\d+)?'
 LEGAL = re.compile(rf'(?:({NUMBER})?\.\.({NUMBER})?|([\w.+-]*(?:\|[\w.+-]*)+))(?:: |$)')   # 0..1: one|two:
 
@@ -371,7 +372,10 @@ class Ideas:
     def read(self, path, brought=None):
         """Takes in a config; of one that another idea imports, brought, only what it declares."""
         try:
-            text = path.read_text(encoding='utf-8-sig')
+            with path.open(encoding='utf-8-sig') as f:
+                text = f.read(MOST + 1)          # a device may have no end
+            if len(text) > MOST:
+                raise ValueError(f'longer than {MOST >> 20} MiB')
             tree = ast.parse(text)
         except OSError as e:
             why = f', which {brought} imports' if brought else '; is the path right?'

@@ -106,8 +106,9 @@ class Corpus(prepare_data.Corpus):
         shards = self.encode_all(parts)
         if trace != prepare_data.trace(self.root):
             raise prepare_data.unsteady(self.root)
-        digests = {shard.name: shard.sha256 for shard in shards}
-        trace['files'] = [[*row, digests[row[0]]] for row in trace['files']]
+        known = {part.path: shard.sha256 for part, shard in zip(parts, shards)}      # not all, where an idea reads copies
+        paths = [self.root if self.root.is_file() else self.root / row[0] for row in trace['files']]
+        trace['files'] = [[*row, known.get(path) or sha256_of(path)] for row, path in zip(trace['files'], paths)]
         self.assemble(temp, t0, parts, shards, ignored, dropped, trace)
 
     def encode_all(self, parts):

@@ -249,7 +249,7 @@ def about(lane, run, country):
     return dict(id=lane.name, about=run.model.describe(), params=run.model.params()['total'],
                 minutes=known['total_seconds'] / 60 if known else None, val_bpb=known.get('val_bpb'),
                 co2_g_per_1000=lane.joules / lane.tokens / 3.6e3 * grid(country) if lane.tokens else None,
-                tok_per_sec=tokens / lane.seconds if tokens else None, block_size=run.model.config.block_size,
+                tok_per_sec=tokens / lane.seconds if tokens and lane.seconds else None, block_size=run.model.config.block_size,
                 chat=bool(run.tokenizer.roles), passages=lane.most, ideas=[name for name, _, named in run.state['ideas'] if named])
 
 

@@ -47,7 +47,7 @@ class Corpus(prepare_data.Corpus):
     def parted(self, part, path, numbers):
         """Two parts in the place of one: the lines held out, a blank one between a stretch and the next, and
         the others."""
-        name, s = re.sub(r'\.[gx]z$', '', part.name, flags=re.I), self.s
+        name, s = re.sub(f'{prepare_data.PACKED}$', '', part.name, flags=re.I), self.s
         ways = path.with_suffix('.held'), path.with_suffix('.kept')
         with (open(part.path, 'rb') as raw, prepare_data.open_source(raw, part.name) as f,
               open(ways[0], 'wb') as held, open(ways[1], 'wb') as kept):

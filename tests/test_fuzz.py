@@ -29,7 +29,7 @@ def test_what_was_found_stays_mended(target, bases, tmp_path):
 def test_what_a_case_begins_with_is_accepted(target, bases, tmp_path):
     """Else every edit would be refused for another reason than its own."""
     argv = dict(configs=['train', 'mine.py', 'idea.py'], checkpoints=['run'], data=['page'], results=['leaderboard'], chats=['config/instruct.py', '--tokenizer=bytes'],
-                corpora=['--tokenizer=bytes']).get(target, [])
+                corpora=['--tokenizer=bytes'], requests=['get1.http', 'whole'], lines=['sample', '{case}/run', 'Mia', '--max_new_tokens=2']).get(target, [])
     (_, why, accepted), = fuzz.ended(target, bases, [dict(target=target, edits=[], argv=argv)], tmp_path)
     assert accepted and not why, why
 

@@ -880,9 +880,12 @@ class Web:
                 if start >= len(body):
                     return self.send_error(416)
                 self.send_response(200 if whole else 206)
-                self.send_header('Content-Length', str(len(body) - start + (94 if trouble == 'lie' else 0)))
+                if trouble != 'endless':
+                    self.send_header('Content-Length', str(len(body) - start + (94 if trouble == 'lie' else 0)))
                 self.send_header('ETag', web.version)
                 self.end_headers()
+                while trouble == 'endless':
+                    self.wfile.write(body)
                 part = body[start:]
                 self.wfile.write(part[:len(part) // 2] if trouble in ('cut', 'no ranges') else part)
 
@@ -937,6 +940,13 @@ def test_a_download_goes_on_where_it_broke(tmp_path, web, troubles):
     assert (tmp_path / 'f.txt').read_bytes() == web.files['f.txt'] and [p.name for p in tmp_path.iterdir()] == ['f.txt']
     if troubles == ['cut', 'cut', 503]:
         assert [r for _, r in web.asked] == [None, 'bytes=5000-', 'bytes=7500-', 'bytes=7500-']
+
+
+@pytest.mark.parametrize('trouble', [None, 'endless'])
+def test_a_download_over_its_cap_stops(tmp_path, web, trouble):
+    web.files, web.troubles = {'f.txt': bytes(1 << 20)}, {'f.txt': [trouble]}
+    message = refuses('more than 1 MB', pd.download, f'{web.url}/f.txt', tmp_path / 'f.txt', None, 1_000_000)
+    assert str(tmp_path / 'f.txt') in message and sum(p.stat().st_size for p in tmp_path.iterdir()) == 0 and len(web.asked) == 1
 
 
 def test_a_download_goes_on_in_the_next_run_if_the_file_is_still_the_same(tmp_path, web):

@@ -106,6 +106,14 @@ def test_parquet_and_zstandard(tmp_path, monkeypatch):
             prepare(tmp_path / 'in', tmp_path / 'three', *ideas)
 
 
+def test_an_idea_that_reads_copies_of_the_files(tmp_path):
+    """Their digests stand in meta.json, not those of what it reads in their place."""
+    for i, name in enumerate(['a.txt', 'b.txt']):
+        put(tmp_path / 'in' / name, docs(60, i))
+    folders = [prepare(tmp_path / 'in', tmp_path / out, 'split_by_lines', *workers, lines_of=10, lines_held=2) for out, *workers in (('one',), ('two', 'prepare_workers'))]
+    same(*folders)
+
+
 def test_copies_of_held_out_documents_go_as_in_one_pass(tmp_path):
     """From whatever file, in splits by name, in such with a hash beside them, in a text with one held-out document."""
     root = tmp_path / 'in'
