@@ -742,34 +742,40 @@ def row_texts(rows, corpus, report):
                             f'it') from None
 
 
-def read(part, corpus, report, bar):
-    """The documents of one file, as (bytes, str). The bar counts the bytes on disk."""
-    at, split = 0, functools.partial(split_documents, limit=corpus.s.max_doc_bytes, report=report)
+@contextlib.contextmanager
+def undamaged(part):
+    """Around what reads a file of text: one that is damaged, or no UTF-8, is a sentence."""
     try:
-        with open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
-            if kind := ROWS.search(part.name):
-                part.kind, part.way = corpus.kind_of(part, []), 'separator'
-                rows = (parquet_rows(part, f, corpus.text_field) if kind[1].lower() == 'parquet' else
-                        csv_rows(part, f) if kind[1].lower() in ('csv', 'tsv') else json_rows(part, f))
-                rows = row_texts(rows, corpus, report)
-                pieces = ((row[i:i + (1 << 18)] for i in range(0, len(row), 1 << 18)) for row in rows)
-                docs = (doc for row in pieces for doc in split(
-                    itertools.chain(corpus.blocks(row, report), [SEPARATOR]), BOUNDARY['separator']))
-            else:
-                head = f.read(1 << 20).removeprefix(BOM)
-                boundary = layout(part, head, corpus)
-                blocks = itertools.chain([head], iter(lambda: f.read(1 << 18), b''))
-                docs = split(corpus.blocks(blocks, report), boundary)
-            for doc in docs:
-                bar.update(raw.tell() - at)
-                at = raw.tell()
-                yield doc, doc.decode()
+        yield
     except UnicodeDecodeError:
         raise bad_utf8(part) from None
     except (EOFError, lzma.LZMAError, zlib.error, csv.Error, OSError, ValueError) as e:  # pyarrow's: last two
         if getattr(e, 'errno', None):
             raise
         raise UserError(f'{part.path} is damaged ({e}): fetch it again') from None
+
+
+def read(part, corpus, report, bar):
+    """The documents of one file, as (bytes, str). The bar counts the bytes on disk."""
+    at, split = 0, functools.partial(split_documents, limit=corpus.s.max_doc_bytes, report=report)
+    with undamaged(part), open(part.path, 'rb') as raw, open_source(raw, part.name) as f:
+        if kind := ROWS.search(part.name):
+            part.kind, part.way = corpus.kind_of(part, []), 'separator'
+            rows = (parquet_rows(part, f, corpus.text_field) if kind[1].lower() == 'parquet' else
+                    csv_rows(part, f) if kind[1].lower() in ('csv', 'tsv') else json_rows(part, f))
+            rows = row_texts(rows, corpus, report)
+            pieces = ((row[i:i + (1 << 18)] for i in range(0, len(row), 1 << 18)) for row in rows)
+            docs = (doc for row in pieces for doc in split(
+                itertools.chain(corpus.blocks(row, report), [SEPARATOR]), BOUNDARY['separator']))
+        else:
+            head = f.read(1 << 20).removeprefix(BOM)
+            boundary = layout(part, head, corpus)
+            blocks = itertools.chain([head], iter(lambda: f.read(1 << 18), b''))
+            docs = split(corpus.blocks(blocks, report), boundary)
+        for doc in docs:
+            bar.update(raw.tell() - at)
+            at = raw.tell()
+            yield doc, doc.decode()
 
 
 def texts_of(path, s):

@@ -1270,6 +1270,8 @@ def read_options(argv):
         return (arg.endswith('.py') and Path(arg).is_file()
                 or value and re.fullmatch(r'--\w+', name) and not any(o.startswith(name) for o in options))
     args = parser.parse_intermixed_args([a for a in argv if not of_ideas(a)])  # the prompt may follow options
+    for name, value in vars(args).items():       # argparse takes the -- of --name=-- for its own
+        refuse(value == [], f'--{name} is --, which is no value: leave it away')
     for name in ('file', 'json', 'eval_data', 'eval'):
         if value := getattr(args, name):
             setattr(args, name, at_home(value))

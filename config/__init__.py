@@ -472,7 +472,7 @@ class Ideas:
         for name, owner in SEAMS.items():
             base, ours = getattr(sys.modules.get(owner), name, None), getattr(module, name, None)
             if isinstance(ours, type) and (base is None or not issubclass(ours, base)):
-                line = inspect.getsourcelines(ours)[1] if ours.__module__ == module.__name__ else 1
+                line = line_of(ours) if ours.__module__ == module.__name__ else 1
                 self.errors.append(f'{path}:{line}: class {name} has the name of a seam and does not derive '
                                    f'from it: write class {name}({owner}.{name}), or call it otherwise')
 
@@ -569,10 +569,17 @@ def shown(ideas):
     return '\n'.join([*lines, *(f'\n{diff}' for diff in diffs)])
 
 
+def line_of(thing):
+    try:
+        return inspect.getsourcelines(thing)[1]
+    except RecursionError:                       # of a class: what nests deep in its file
+        return 1
+
+
 @functools.cache
 def place_of(thing):
     """File and line of a class or a function."""
-    return f'{name_of(thing)}:{inspect.getsourcelines(thing)[1]}'
+    return f'{name_of(thing)}:{line_of(thing)}'
 
 
 def source_of(thing):

@@ -49,7 +49,7 @@ class Corpus(prepare_data.Corpus):
         the others."""
         name, s = re.sub(f'{prepare_data.PACKED}$', '', part.name, flags=re.I), self.s
         ways = path.with_suffix('.held'), path.with_suffix('.kept')
-        with (open(part.path, 'rb') as raw, prepare_data.open_source(raw, part.name) as f,
+        with (prepare_data.undamaged(part), open(part.path, 'rb') as raw, prepare_data.open_source(raw, part.name) as f,
               open(ways[0], 'wb') as held, open(ways[1], 'wb') as kept):
             for line in f:
                 place = next(numbers) % s.lines_of

@@ -599,7 +599,7 @@ class Corpora(Target):
         more = [f'config/{name}.py' for name in dice.sample(('clean', 'dedup', 'split_by_lines', 'difficulty', 'text_share'), dice.choice((0, 0, 1, 2)))]
         words = [*self.ideas, *more, f'--tokenizer={dice.choice(("bytes", "bytes", "bytes", "bpe"))}', f'--vocab_size={dice.choice((300, 400, 8192))}',
                  f'--min_doc_bytes={dice.choice((0, 1000))}', f'--max_doc_bytes={dice.choice((256, 16384))}']
-        words += ['config/prepare_workers.py', '--workers=2'] * (dice.random() < 0.1)
+        words += dice.choice([[]] * 18 + [['config/prepare_workers.py', '--workers=2'], ['config/prepare_plan.py', '--plan']])
         return edits, words + ['--text_field=n'] * (dice.random() < 0.05)
 
     def may(self, wrong, folder, case):
@@ -612,7 +612,8 @@ class Corpora(Target):
         ideas = prepare_data.Ideas([*argv, f'--dataset=files:{folder / "text"}', f'--data_dir={folder / "data"}'], [prepare_data.Options], strict=False)
         corpus = ideas.seam(prepare_data.Corpus)(SimpleNamespace(**ideas.values))
         corpus.run()
-        prepare_data.page(corpus, corpus.open())
+        if '--plan' not in argv:
+            prepare_data.page(corpus, corpus.open())
 
 
 class Chats(Corpora):
@@ -939,6 +940,7 @@ def attempt(target, case, place):
         differ = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
         wrong = wrong or f'outside of its folder changed: {", ".join(sorted(differ))}'
         furnish(place)
+        os.chdir(place / 'cwd')
     return '' if wrong and target.may(wrong, folder, case) else wrong, accepted
 
 

@@ -1,12 +1,16 @@
 """Many steps, and odd amounts of text: memory, files and threads stay as they were, or a sentence says what is wrong."""
 import gc
+import gzip
 import json
 import os
+import re
 import threading
 import tracemalloc
 
 import pytest
 
+import config
+import prepare_data
 import sample
 import train
 from config import UserError
@@ -67,3 +71,49 @@ def test_a_source_of_one_document_trains(main, tmp_path):
     (folder / 'many.txt').write_text('\n\n'.join(f'Mia lost kite number {i} by the lake and looked for it.' for i in range(400)))
     (folder / 'single.txt').write_text('Tom found one kite under the bridge, and gave it back. ' * 9)
     assert 'val_bpb: ' in main(f'--dataset=files:{folder}', f'--data_dir={tmp_path / "data"}', '--max_steps=2', '--weights=single:2')
+
+
+def plan_of(capsys, *args):
+    """What --plan says: tokens, documents, bytes on disk."""
+    assert prepare_data.main([*args, '--plan']) is None
+    said = capsys.readouterr().out
+    tokens, documents, disk = re.search(r'tokens: about ([\d,]+) in ([\d,]+) documents\ndisk: about ([\d,.]+) MB', said).groups()
+    return int(tokens.replace(',', '')), int(documents.replace(',', '')), 1e6 * float(disk.replace(',', ''))
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/io'), reason='no /proc')
+def test_a_text_of_a_hundred_gigabytes_is_planned_without_being_read(tmp_path, capsys, handlers):
+    """A sparse file, zeros behind its beginning; nothing is written beside it."""
+    path = tmp_path / 'text.txt'
+    path.write_text('\n\n'.join(f'Mia lost kite number {i} by the lake and looked for it.' for i in range(9000)))
+    os.truncate(path, 10 ** 11)
+    read_so_far = lambda: int(re.search(r'rchar: (\d+)', open('/proc/self/io').read())[1])
+    before = read_so_far()
+    tokens, _, disk = plan_of(capsys, f'files:{path}', '--tokenizer=bytes', f'--data_dir={tmp_path / "data"}')
+    assert 0.99e11 < tokens < 1.01e11 and 2e11 < disk < 2.1e11
+    assert read_so_far() - before < 200_000_000 and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.jsonl.gz', 'a.csv', 'a.json', 'a.parquet'])
+def test_a_plan_is_near_to_what_is_built(name, tmp_path, capsys, handlers, monkeypatch):
+    """Of a sample of a tenth, of what is packed a half."""
+    texts = [f'Mia lost kite number {i} by the lake, {"and looked for it, " * (i % 7)}é🙂.' for i in range(6000)]
+    path, rows = tmp_path / name, [dict(text=text) for text in texts]
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    if name == 'a.parquet':
+        arrow = pytest.importorskip('pyarrow')
+        import pyarrow.parquet
+        arrow.parquet.write_table(arrow.table(dict(text=texts)), path, row_group_size=500)
+    else:
+        path.write_bytes({'a.txt': '\n\n'.join(texts).encode(), 'a.jsonl': lines.encode(), 'a.jsonl.gz': gzip.compress(lines.encode(), 0), 'a.json': json.dumps(rows).encode(),
+                          'a.csv': ('text\n' + ''.join(f'"{text}"\n' for text in texts)).encode()}[name])
+    args = f'files:{path}', '--tokenizer=bytes', '--min_doc_bytes=0', f'--data_dir={tmp_path / "data"}'
+    plan = config.verb('prepare', 'plan')
+    monkeypatch.setattr(plan, 'SAMPLE', path.stat().st_size // (2 if name.endswith('gz') else 10))
+    monkeypatch.setattr(plan, 'LEAST', 1)
+    said = plan_of(capsys, *args)
+    assert prepare_data.main([*args]) is None
+    data = prepare_data.open_data(tmp_path / 'data' / 'files-a-bytes')
+    built = [sum(len(part) for part in table.values()) for table in (data.tokens, data.docs)] + [
+        sum(path.stat().st_size for path in [*data.folder.glob('*.bin'), *data.folder.glob('*.npy')])]
+    assert said == pytest.approx(built, rel=0.4 if name.endswith('gz') else 0.15), (said, built)       # zlib reads ahead
