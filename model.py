@@ -20,7 +20,9 @@ import dataclasses
 import math
 import os
 import shutil
+import sys
 import sysconfig
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -787,6 +789,9 @@ def choose_kernels(names, config, device, dtype, rows=1):
             for where in dict.fromkeys(table.values())]
 
 
+PATIENCE = 180                          # seconds that a kernel has to be built and to answer
+
+
 class Probe:
     """One layer of the baseline in this shape, all its weights random, and what PyTorch makes of it."""
 
@@ -824,7 +829,9 @@ class Probe:
     def fault(self, names):
         """(why kernels stay out, '' if they do not: they do not run here, are off, or no faster; how long the
         layer takes with them and without)."""
-        before = set(IN_USE)
+        before, watch = set(IN_USE), threading.Timer(PATIENCE, self.give_up, [names])
+        watch.daemon = True
+        watch.start()
         IN_USE.update(names)
         try:
             pairs = zip(self.gradients(self.idx), self.expected)
@@ -842,8 +849,17 @@ class Probe:
             self.check_card(names, said)
             return f'it does not run here ({type(e).__name__}: {said})', ''
         finally:
+            watch.cancel()
             IN_USE.clear()
             IN_USE.update(before)
+
+    def give_up(self, names):
+        """Ends the process, whose card computes without end."""
+        print(f'{" and ".join(names)}: no answer of the card in {PATIENCE} s: {self.without(names)}', file=sys.stderr, flush=True)
+        os._exit(2)
+
+    def without(self, names):
+        return f'start again with --kernels={",".join(f"-{name}" for name in names)}'
 
     def check_card(self, names, said):
         """After a fault: some, as an illegal address, leave nothing that this process can do on its card.
@@ -851,9 +867,7 @@ class Probe:
         try:
             torch.zeros(1, device=self.idx.device).item()
         except Exception as e:
-            but = ','.join(f'-{name}' for name in names)
-            raise RuntimeError(f'a kernel has broken this process for its card ({said}): start again with '
-                               f'--kernels={but}') from e
+            raise RuntimeError(f'a kernel has broken this process for its card ({said}): {self.without(names)}') from e
 
 
 # ---- what all kernels share

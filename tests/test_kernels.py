@@ -2,6 +2,7 @@
 there is no GPU (so in fp32 and fp16: the interpreter gets bf16 wrong without saying so)."""
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -370,6 +371,19 @@ def test_a_kernel_that_breaks_the_card_is_named(card, monkeypatch):
     monkeypatch.setattr(torch, 'zeros', broken)
     with pytest.raises(RuntimeError, match=r'broken this process for its card \(no such instruction\).*--kernels=-mlp$'):
         card(mlp_kernel='build')
+
+
+def test_a_kernel_that_never_answers_ends_the_process_in_a_sentence(monkeypatch, capfd):
+    probe, codes = m.Probe(GPTConfig(vocab_size=90, block_size=40, n_layer=1, n_head=1, n_embd=32), 'cpu', torch.float32), []
+    monkeypatch.setattr(m, 'PATIENCE', 30)
+    monkeypatch.setattr(m.os, '_exit', codes.append)
+    monkeypatch.setattr(probe, 'seconds', lambda: 1.0)
+    probe.fault(['mlp'])                                                 # it answers in time
+    monkeypatch.setattr(m, 'PATIENCE', 0.2)
+    monkeypatch.setattr(probe, 'gradients', lambda idx: time.sleep(1))
+    probe.fault(['attention', 'qk_norm'])
+    assert codes == [2] and capfd.readouterr().err == ('attention and qk_norm: no answer of the card in 0.2 s: start again with '
+                                                       '--kernels=-attention,-qk_norm\n')
 
 
 @pytest.mark.parametrize('cc, header, lacks', [('gcc', True, ''), ('', True, 'a C compiler'), ('gcc', False, 'Python.h'),
