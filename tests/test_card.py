@@ -21,7 +21,7 @@ import model as m
 import sample
 import train
 from card import SCRIPTS, Ops, branches, standing_in, walked
-from config import UserError
+from config import UserError, bench_first
 from conftest import ROOT, in_two_parts
 from test_stacks import folder, ideas, run_of         # noqa: F401: a fixture
 
@@ -122,7 +122,7 @@ class Profile(SimpleNamespace):
             yield SimpleNamespace(key=key, self_device_time_total=3.0, device_type=SimpleNamespace(name=device), is_user_annotation=note)
 
 
-def walk(card, corpus, main, tmp_path, monkeypatch):
+def walk(card, corpus, main, tmp_path, monkeypatch, capfd):
     """Scripts and ideas, on a card; what each finds is asserted where it is walked."""
     (tmp_path / 'pairs.jsonl').write_text(''.join(json.dumps(dict(sentence_good=f'Mia {i}', sentence_bad=f'Tom {i}')) + '\n' for i in range(40)))
     small = [*ON, '--kernels=none', '--max_steps=2']
@@ -150,11 +150,17 @@ def walk(card, corpus, main, tmp_path, monkeypatch):
         for name, value in dict(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR='here', MASTER_PORT=1).items():
             patch.setenv(name, str(value))
         patch.setattr(torch.cuda, 'set_device', lambda device: told.append(device))
+        patch.setattr(torch.cuda, 'device_count', lambda: 2)
         patch.setattr(train.dist, 'rendezvous', lambda *a, **k: iter([('store', 1, 2)]))
         patch.setattr(train.dist, 'init_process_group', lambda backend, **k: told.append(backend))
-        patch.setattr(train.dist, 'barrier', lambda *a, **k: None)
-        train.begin([*corpus.args, *small, '--out_dir=ranks']).open()
-        assert told == [1, 'nccl']
+        for name in 'barrier all_reduce broadcast_object_list'.split():
+            patch.setattr(train.dist, name, lambda *a, **k: None)
+        run = train.begin([*corpus.args, *small, '--out_dir=ranks'])
+        run.open()
+        assert told == [1, 'cpu:gloo,cuda:nccl']
+        patch.setattr(train.os, '_exit', told.append)
+        run.give_up('both')                                 # no number has got across
+        assert told[2] == 2 and 'NCCL_P2P_DISABLE=1' in capfd.readouterr().err
     assert sample.main(['run', '--max_new_tokens=3', '--stats', 'Mia']) is None
     from config import difficulty
     assert difficulty.judge('run')[0].wte.weight.is_cuda
@@ -163,16 +169,32 @@ def walk(card, corpus, main, tmp_path, monkeypatch):
     found = json.loads((tmp_path / 'bench.json').read_text())
     assert found['where']['shares']['attention'] == 0.5 and found['where']['largest_other'] == '' and found['rows'][0]['peak_mem_gb']
     assert {'ours', 'SDPA, cuDNN', 'compiled FlexAttention, same mask'} < {row['rival'] for row in found['kernels']}
+    assert run.measure.rows(difficulty.judge('run')[0]) == 256
+    monkeypatch.setattr(bench_first, 'bounded', in_this_process)
+    monkeypatch.setattr(bench_first, 'CONFIG', tmp_path)
+    (tmp_path / 'tiny.py').write_text('n_layer = 1\n')
+    bench_mfu.main(['--first', 'tiny.py', *corpus.args, *small, '--block_size=32', '--tokens_per_step=64'])
+    found = json.loads((tmp_path / 'out' / 'first' / 'first.json').read_text())
+    assert found['recommended']['kernels'] == 'none' and len(found['step']['ways']) == 2 and found['kernels']['checks'] and 'peers' not in found
+
+
+def in_this_process(name, until, folder, rest, found):
+    """A part of --first as its own process makes it."""
+    mine = found[name] = {}
+    s, ideas = train.read_settings(rest)
+    for piece in bench_first.PARTS[name][1](s, ideas, found):
+        bench_first.add(mine, piece)
+    return mine | dict(broken={}, fault='', seconds=1.0)
 
 
 UNWALKED = {}       # {condition: why no test walks it}
 
 
 @pytest.mark.slow
-def test_every_branch_that_asks_for_a_card_is_walked(card, corpus, main, tmp_path, monkeypatch):
+def test_every_branch_that_asks_for_a_card_is_walked(card, corpus, main, tmp_path, monkeypatch, capfd):
     known = {b for path in SCRIPTS for b in branches(path)}
     with walked(known) as seen:
-        walk(card, corpus, main, tmp_path, monkeypatch)
+        walk(card, corpus, main, tmp_path, monkeypatch, capfd)
     for b in sorted(known):
         print(f'{"walked    " if b in seen else "NOT WALKED"} {b.path.name}:{b.first[0]}: {b.asked[:70]}')
     print(f'{len(seen)} of {len(known)} branches that ask for a card were walked')
