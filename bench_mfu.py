@@ -834,8 +834,8 @@ def finished_runs(folder):
             r = json.loads(path.read_text(encoding='utf-8'))
             if not fits(r, RESULT):
                 raise ValueError('it lacks what they have')
-            if not (0 < r['val_bpb'] < math.inf and 0 < r['total_params'] < math.inf):
-                raise ValueError(f'val_bpb {r["val_bpb"]}, total_params {r["total_params"]}')
+            if not all(0 < r[key] < math.inf for key in ('val_bpb', 'total_params', 'tokens')):
+                raise ValueError(f'val_bpb {r["val_bpb"]}, total_params {r["total_params"]}, tokens {r["tokens"]}')
             about = dict(dataset=Path(r['settings']['dataset'].removeprefix('files:')).name,
                          hardware=r['hardware']['name'], folder=path.parent)
             text = r['data'].get('val_bytes') or f'data {r["data"]["fingerprint"][:8]}'
@@ -1015,7 +1015,7 @@ def leaderboard(own, rest):
     their_columns = dict(run=None, total_params=0) | {key: 2 for row in theirs for key in row if 'BPB' in key}
     text = '\n'.join([*text_table(columns | dict(notes=None), ordered), '', ' '.join(notes), *left_out, '',
                       ELSEWHERE, '', *text_table(their_columns, theirs)])
-    sample.write_beside(folder / 'leaderboard.md', lambda f: f.write(text.encode() + b'\n'))
+    sample.write_beside(folder / 'leaderboard.md', lambda f: f.write(f'{text}\n'.encode(errors='replace')))
     sample.write_page(folder / 'leaderboard.html', f'halfhour leaderboard: {len(rows)} runs', blocks=[
         table_block('Runs', ' '.join(notes), columns | ON_PAGE | dict(notes=None), ordered),
         table_block('Published elsewhere', ELSEWHERE, their_columns, theirs),

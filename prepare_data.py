@@ -1419,8 +1419,8 @@ def open_data(folder, dataset=None):
             split['sources'].keys() <= {*meta['sources']} for split in meta['splits'].values()))
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         broken = True
-    meta = {} if broken else meta
-    again = f'run python prepare_data.py {build_options(folder, meta, dataset)} --overwrite'
+    known = {} if broken or not fits(meta, META) else meta       # of another format as far as it is like ours
+    again = f'run python prepare_data.py {build_options(folder, known, dataset)} --overwrite'
     if broken:
         raise UserError(f'{folder} is not a prepared data set (meta.json is missing or damaged): {again}')
     if meta['version'] != VERSION:
@@ -1471,11 +1471,13 @@ def open_split(data, split, counts):
     """Maps one split. Returns what is wrong with it, or None."""
     path, rows, dtype = *(data.folder / f'{split}.{end}' for end in ('bin', 'docs.npy')), np.dtype(data.meta['dtype'])
     known = data.meta.get('crc32', {})           # none where it was prepared before 2026-11-27
+    if not (path.is_file() and rows.is_file()):                  # a pipe would be waited for
+        return 'or its docs.npy is missing or damaged'
     try:
         if known.get(rows.name) not in (None, crc32_of(rows)):
             return 'or its docs.npy is damaged, by its checksum'
         tokens, docs = Bin(path, dtype), np.load(rows)
-    except (FileNotFoundError, ValueError, EOFError, TypeError, MemoryError, SyntaxError, tokenize.TokenError):
+    except (ValueError, EOFError, TypeError, MemoryError, SyntaxError, tokenize.TokenError):
         return 'or its docs.npy is missing or damaged'
     if path.stat().st_size != counts['tokens'] * dtype.itemsize:
         return f'holds {len(tokens):,} tokens where meta.json says {counts["tokens"]:,}'

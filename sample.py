@@ -55,7 +55,7 @@ except ImportError:                             # Windows
     fcntl = resource = None
 
 import prepare_data
-from config import UserError, at_home, docs, fits, in_words, print_without_fail, refuse, verb, verbs
+from config import MOST, UserError, at_home, docs, fits, in_words, print_without_fail, refuse, verb, verbs
 from model import IN_USE, KVCache, blueprint, configured
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
@@ -203,7 +203,7 @@ def read_rows(path):
 def config_of(state, kind, given):
     """The model's config, of a class, that a checkpoint holds, with values that are given now; ValueError where it is
     none, or its weights are of another shape: before there is memory taken for them."""
-    form = {f'{field.name}?': type(field.default) for field in dataclasses.fields(kind)}
+    form = {f'{field.name}?': type(field.default) for field in dataclasses.fields(kind)} | {'block_size?': range(1, 1 << 60)}
     packed, weights = state.get('packed', {}), state['model']
     if not fits(state['config'], form) or state['config'].get('n_layer', 0) > len({**weights, **packed}):
         raise ValueError('it has no weights for what its config says, or that is no config')
@@ -1192,7 +1192,9 @@ def complete_all(run, args, generator, before=lambda prompt: ()):
     prompts = [args.prompt]
     if args.file:                               # a line ends where an editor says so, not at a form feed
         with open(args.file, encoding='utf-8-sig') as f:
-            prompts = [line.rstrip('\n') for line in f]
+            text = f.read(MOST + 1)              # a device may have no end
+        refuse(len(text) > MOST, f'{args.file} is longer than {MOST >> 20} MiB: give it in parts')
+        prompts = text.removesuffix('\n').split('\n') if text else []
     elif args.interactive:
         prompts = iter(lambda: input('> '), '')
     return sum(complete(run.model, run.tokenizer, prompt, args, generator, before(prompt)) for prompt in prompts)

@@ -26,6 +26,8 @@ def dolls_at(folder):
     """What a folder of --doll holds: parameters of the card's model and of the doll, standard deviation of the
     base as a share of it (None of one seed), {idea: change}."""
     try:
+        if not all((folder / name).is_file() for name in ('compare.json', 'doll.py')):     # a pipe would be waited for
+            raise FileNotFoundError
         rows = json.loads((folder / 'compare.json').read_text())
         card, doll = re.search(r'^parameters +([1-9][\d,]{,20}) +([1-9][\d,]{,20})$', (folder / 'doll.py').read_text(), re.M).groups()
         base = next(row for row in rows if fits(rows, FORM) and 'base' in row['notes'] and row['seeds'])

@@ -24,7 +24,7 @@ FORM = dict(val_bpb=float, steps=int, settings={'max_steps': int, 'max_tokens?':
 
 def read(path):
     try:
-        result = json.loads('' if path.is_fifo() else path.read_text('utf-8'))
+        result = json.loads('' if path.is_fifo() or path.is_char_device() else path.read_text('utf-8'))
         if not fits(result, FORM) or result['val_bpb'] <= 0:
             raise ValueError
         return result, {name: result[name] for name in ('val_bpb', 'steps', 'settings', 'changed', 'ideas', *MADE_WITH)}

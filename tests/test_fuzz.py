@@ -1,6 +1,8 @@
 """What tests/fuzz.py once found stays mended, what it plants would be found, and the source has none of what runs data as code."""
 import ast
 import json
+import os
+import time
 
 import pytest
 
@@ -53,12 +55,13 @@ def test_the_harness_sees_what_it_looks_for(bases, tmp_path, monkeypatch):
         assert said in why and bool(said) == bool(why), (case, why)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('target', fuzz.TARGETS)
 def test_what_is_drawn_anew_holds(target, bases, tmp_path):
-    said = []
-    n, accepted, found = fuzz.fuzz(target, bases, tmp_path, 20, 7, said.append)
-    assert n > 5 and not found, '\n'.join(said)
+    """Cases of HALFHOUR_SEED, else of this day, for HALFHOUR_SECONDS (9); `python tests/fuzz.py --seed=` draws them again."""
+    said, seed = [], int(os.environ.get('HALFHOUR_SEED', time.time() // 86400))
+    n, accepted, found = fuzz.fuzz(target, bases, tmp_path, float(os.environ.get('HALFHOUR_SECONDS', 9)), seed, said.append)
+    assert n > 5 and not found, '\n'.join([f'seed {seed}', *said])
 
 
 # ---- the source
