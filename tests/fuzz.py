@@ -143,7 +143,7 @@ def tar_of(members, out):
 def rehash(folder):
     """Makes meta.json say what the bins are now: whoever changes them can do that too."""
     path = folder / 'meta.json'
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError, EOFError):
         meta = json.loads(path.read_text())
         for split, counts in meta['splits'].items():
             data, docs = (folder / f'{split}.bin').read_bytes(), np.load(folder / f'{split}.docs.npy')
@@ -921,7 +921,7 @@ def attempt(target, case, place):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     for one in case['edits']:
-        with contextlib.suppress(OSError, ValueError, IndexError, OverflowError, RecursionError, tokenize.TokenError):  # of a file that an earlier one took away
+        with contextlib.suppress(OSError, ValueError, IndexError, OverflowError, RecursionError, EOFError, tokenize.TokenError):  # of a file that an earlier one took away
             edit(folder, place / 'out', *one)
     before, wrong, accepted = outside(place), '', False
     try:
