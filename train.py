@@ -522,6 +522,7 @@ UNPRINTED = ('evals', 'settings', 'changed', 'config', 'hardware', 'versions', '
 HANGUP = getattr(signal, 'SIGHUP', None)        # not on Windows
 PATIENCE = 600      # seconds that ranks wait for each other to begin
 FIRST_WORD = 120    # seconds in which a first number gets to all that have met
+SILENCE = 900       # seconds in which a rank that is at work answers the others; a data set may take an hour
 LOGGED = 100_000    # steps that all stand in metrics.jsonl; of the next so many every second, then every third
 BAD_STEPS = 5       # steps in a row that are not finite before the run goes back to its last checkpoint
 COLUMNS = '    step  progress      loss        lr   grad_norm     tok/s       mfu  wait_ms  mem_gb  elapsed_s'
@@ -560,6 +561,7 @@ class Run:
     optimizers, rate, decay, micro_steps. What goes with it into a checkpoint and comes back: state, load.
     """
     together = None                              # what adds gradients up over ranks, where there are several
+    patient = None                               # all ranks, as a group that waits long
 
     # -- open: the machine, the checkpoint, the data
 
@@ -621,7 +623,8 @@ class Run:
             watch.start()
             card = torch.device('cuda', torch.cuda.current_device()) if self.device == 'cuda' else None
             dist.init_process_group('cpu:gloo,cuda:nccl' if card else 'gloo', store=store, rank=self.rank, device_id=card,
-                                    world_size=self.world, timeout=datetime.timedelta(hours=1))
+                                    world_size=self.world, timeout=datetime.timedelta(seconds=SILENCE))
+            self.patient = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=1))
             first = torch.ones(1, device=self.device)
             dist.all_reduce(first)               # as gradients go, then as decisions do
             self.all_reduce(first.cpu().numpy())
@@ -646,7 +649,7 @@ class Run:
             if now == turn:
                 made = work()
             if self.world > 1:
-                dist.barrier()
+                dist.barrier(self.patient)
         return made
 
     def compare(self):
@@ -1647,7 +1650,7 @@ def tell(run, error):
         error = UserError(f'the device ran out of memory ({told}): lower micro_batch_size, and go on with '
                           f'--init_from=resume where a checkpoint was saved')
     elif isinstance(error, RuntimeError) and run and run.world > 1 and re.search('gloo|nccl', str(error), re.I):
-        return print(f'train.py, rank {run.rank}: another rank is gone', file=sys.stderr) or 1
+        return print(f'train.py, rank {run.rank}: another rank is gone, or gave no answer for {SILENCE} s', file=sys.stderr) or 1
     elif not isinstance(error, (UserError, OSError, Diverged, FloatingPointError, Stopped, KeyboardInterrupt)):
         raise error
     code = {Stopped: 75, Diverged: 3, FloatingPointError: 3, KeyboardInterrupt: 130}.get(type(error), 2)

@@ -153,7 +153,7 @@ def walk(card, corpus, main, tmp_path, monkeypatch, capfd):
         patch.setattr(torch.cuda, 'device_count', lambda: 2)
         patch.setattr(train.dist, 'rendezvous', lambda *a, **k: iter([('store', 1, 2)]))
         patch.setattr(train.dist, 'init_process_group', lambda backend, **k: told.append(backend))
-        for name in 'barrier all_reduce broadcast_object_list'.split():
+        for name in 'new_group barrier all_reduce broadcast_object_list'.split():
             patch.setattr(train.dist, name, lambda *a, **k: None)
         run = train.begin([*corpus.args, *small, '--out_dir=ranks'])
         run.open()

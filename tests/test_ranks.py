@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import torch
 
 import bench_mfu
 import train
-from conftest import ROOT, STEPS, finish, script
+from conftest import ROOT, STEPS, finish, script, start
 from config import bench_ranks, zero
 from model import GPT, GPTConfig
 from test_sample import Costs, items_of, of_sets, pairs, table
@@ -167,6 +168,27 @@ def test_a_number_that_gets_nowhere_ends_with_a_sentence(corpus, tmp_path):
     assert re.search('^train.py.*: 2 ranks at .* have met, and no number got across in 4 s: GLOO_SOCKET_IFNAME names', err, re.M), err
 
 
+@pytest.mark.long
+def test_a_rank_that_hangs_ends_all(corpus, tmp_path, monkeypatch):
+    """Stopped between two steps, it answers nobody, and the first one says so."""
+    mine = idea(tmp_path, 'import os\nimport signal\ntrain.SILENCE = 5\n\n\nclass Run(train.Run):\n    def save_if_due(self):\n        super().save_if_due()\n'
+                          '        if (self.steps, self.rank) == (4, 1):\n            os.kill(os.getpid(), signal.SIGSTOP)\n')
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
+    both = []
+    for rank in '01':                           # without torchrun, which gives a stopped process half a minute
+        for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)).items():
+            monkeypatch.setenv(name, value)
+        both.append(start('train.py', *corpus.args, *STEPS, '--out_dir=run', mine, cwd=tmp_path))
+    try:
+        code, out, err = finish(both[0], 90)
+    finally:
+        both[1].kill()
+        both[1].communicate()
+    assert code == 1 and err.endswith('rank 0: another rank is gone, or gave no answer for 5 s\n'), err
+    assert 'train.py", line' not in err and len(losses(tmp_path / 'run')) == 4
+
+
 def test_a_rank_that_refuses_is_heard_and_ends_all(corpus, tmp_path):
     mine = idea(tmp_path, 'class Run(train.Run):\n    def compare(self):\n        self.data.meta["fingerprint"] += "1" * self.rank\n'
                              '        super().compare()\n')
@@ -191,7 +213,7 @@ def test_what_a_card_is_asked_for(monkeypatch):
 def test_builders_take_turns(monkeypatch):
     """Rank 0, then the first of another host, then all others."""
     waits = []
-    monkeypatch.setattr(train.dist, 'barrier', lambda: waits.append(0))
+    monkeypatch.setattr(train.dist, 'barrier', lambda group: waits.append(0))
     for rank, local, turn in ((0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)):
         run = run_of()
         run.rank, run.world, run.master = rank, 4, rank == 0
