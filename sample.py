@@ -237,7 +237,7 @@ def open_run(run, device='cpu', argv=()):
         model = config.GPT(config)
         if state['version'] == 3:
             model.load_state_dict(state.get('evaluated') or state['model'])      # the weights that were measured
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as e:
         why = ' '.join(str(e).split())[:200]
         raise UserError(f'{run} does not fit config/ as it is now ({why}): give its ideas the text that they '
                         f'had, of which the run keeps a copy') from e
