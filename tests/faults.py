@@ -55,7 +55,7 @@ import compare_checkouts as checkouts
 ROOT, STEPS = checkouts.ROOT, 10
 KINDS = ('kill', 'moment', 'term', 'pause', 'full', 'flip', 'place', 'hold', 'text', 'numbers', 'clock', 'memory')
 COUNTED = ('kill', 'full', 'flip', 'hold', 'memory')       # kinds that are done at an event
-GOES = ('kill', 'moment', 'flip')                # kinds that end the process
+GOES = ('kill', 'moment', 'flip', 'term')        # kinds that may end the process, term before it listens
 WAYS = ('deleted', 'cut', 'emptied', 'written over', 'replaced')
 PLACES = ('out', 'data', 'out and data', 'no home', 'home missing', 'home read-only', 'no name', 'no temporary folder')
 SETTINGS = (f'--max_steps={STEPS} --device=cpu --dtype=float32 --compile=off --budget_minutes=10000 --seed=3 --log_interval=1 '
@@ -289,6 +289,7 @@ def child(args, cwd, log, act, bug):
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for n in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), n)
+        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr = [open(n, 'w') for n in (1, 2)]       # pytest's are elsewhere
         os.chdir(cwd)
         sys.pycache_prefix = str(cwd.parent / 'pycache')
         sys.path.insert(0, str(ROOT))
@@ -324,8 +325,10 @@ def child(args, cwd, log, act, bug):
         import traceback
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
 
 
 # ---- a command, and what is done to it ----------------------------------------------------------------------
@@ -536,7 +539,7 @@ def trial(number, seed, folder, only, reference, bug, keep=False):
             elif code == 0 or 'finished run' in said:
                 if act == 'text':
                     put_back(cwd, reference)
-                done += [f'{act}'] * (act not in (None, 'term', 'full', *GOES))
+                done += [f'{act}'] * (act not in (None, 'full', *GOES))
                 break
             elif code in (75, 130) or act:
                 done.append(f'{act}')
