@@ -61,7 +61,7 @@ def test_what_is_drawn_anew_holds(target, bases, tmp_path):
     """Cases of HALFHOUR_SEED, else of this day, for HALFHOUR_SECONDS (9); `python tests/fuzz.py --seed=` draws them again."""
     said, seed = [], int(os.environ.get('HALFHOUR_SEED', time.time() // 86400))
     n, accepted, found = fuzz.fuzz(target, bases, tmp_path, float(os.environ.get('HALFHOUR_SECONDS', 9)), seed, said.append)
-    assert n > 5 and not found, '\n'.join([f'seed {seed}', *said])
+    assert n > 0 and not found, '\n'.join([f'seed {seed}', *said])
 
 
 # ---- the source
