@@ -57,7 +57,7 @@ def attempt(names):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             taught = {*names} - {'instruct'} if 'instruct' in names else ()     # it goes on from a run of the other idea
-            base = 'teacher' if not taught or 'growth' in taught else f'out/{out}-base'
+            base = 'teacher' if not taught or taught & {'growth', 'tokenformer_grow'} else f'out/{out}-base'
             run = run_of(names, f'out/{out}', *[f'--init_from={base}'] * ('instruct' in names))
             if base != 'teacher':
                 train.live(run_of(taught, base))
