@@ -118,8 +118,9 @@ def edit_tree(path, keys, change):
 
 def packed(data, kind):
     if kind == 'zst':
-        import pyarrow
-        return pyarrow.compress(data, 'zstd', asbytes=True)
+        with contextlib.suppress(ImportError):   # which those who read it need too
+            import pyarrow
+            return pyarrow.compress(data, 'zstd', asbytes=True)
     return gzip.compress(data, 1) if kind == 'gz' else lzma.compress(data, preset=0) if kind == 'xz' else data
 
 

@@ -1,5 +1,8 @@
 """The harness of tests/faults.py on a few trials: what is done to a run is survived, and planted bugs are found."""
+import os
 import shutil
+import sys
+from unittest import mock
 
 import pytest
 
@@ -10,7 +13,8 @@ pytestmark = pytest.mark.skipif(not hasattr(faults.os, 'fork'), reason='no fork'
 
 
 def told(capsys, *args):
-    code = faults.main([*args])
+    with mock.patch.dict(os.environ), mock.patch.object(sys, 'path', [*sys.path]):       # which a process to fork runs from has its own way
+        code = faults.main([*args])
     return code, capsys.readouterr().out
 
 
