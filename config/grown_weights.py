@@ -139,11 +139,11 @@ def cancelling_noise(weight, n_in, snr_db, dice):
 
 
 def states_of(optimizer):
-    """{parameter: its own state} of an optimizer; Muon keeps one stacked tensor a group."""
+    """{parameter: its own state} of an optimizer; Muon keeps stacked tensors for a group."""
     if not isinstance(optimizer, train.Muon):
         return dict(optimizer.state)
-    return {p: dict(momentum=average) for group in optimizer.param_groups
-            for p, average in zip(group['params'], optimizer.state[group['params'][0]].get('momentum', ()))}
+    return {p: {k: v[i] if torch.is_tensor(v) else v for k, v in optimizer.state[group['params'][0]].items()}
+            for group in optimizer.param_groups for i, p in enumerate(group['params'])}
 
 
 def give_states(optimizer, states):
@@ -152,8 +152,9 @@ def give_states(optimizer, states):
         mine = [p for group in optimizer.param_groups for p in group['params']]
         return optimizer.state.update((p, states[p]) for p in mine if states.get(p))
     for params in (group['params'] for group in optimizer.param_groups):
-        averages = [states.get(p, {}).get('momentum', torch.zeros_like(p)) for p in params]
-        optimizer.state[params[0]]['momentum'] = torch.stack(averages).detach()
+        known = [states.get(p) or dict(momentum=torch.zeros_like(p)) for p in params]
+        optimizer.state[params[0]].update({k: torch.stack([state[k] for state in known]).detach() if torch.is_tensor(v)
+                                           else v for k, v in known[0].items()})
 
 
 def carried(optimizers, came_from):
@@ -165,5 +166,5 @@ def carried(optimizers, came_from):
     for p, (q, copies, how) in came_from.items():
         shares = dict(momentum=copies, exp_avg=copies, exp_avg_sq=copies ** 2)
         state[p] = {name: spread(t, p.shape, how) / shares[name] if name in shares else t.clone()
-                    for name, t in known.get(q, {}).items()}
+                    for name, t in known.get(q, {}).items() if name in (*shares, 'step')}
     return state

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 import train
 from config import refuse
+from config.grown_weights import give_states, states_of
 
-NOT_WITH = dict.fromkeys(('growth', 'hypercloning'), 'what its optimizers know of a larger model no rank holds whole')
+NOT_WITH = dict(growth='what its optimizers know of a larger model no rank holds whole')
 
 
 class Run(train.Run):
@@ -74,7 +75,7 @@ class Run(train.Run):
             dist.gather_object(mine, told)
             for every, *parts in zip(self.whole, *told or ()):
                 known = {name: state for part in parts for name, state in part.items()}
-                give(every, {p: known[name] for p, name in names.items() if name in known})
+                give_states(every, {p: known[name] for p, name in names.items() if name in known})
         unsaved = super().save()
         for every in self.whole:
             every.state.clear()
@@ -96,28 +97,9 @@ def dealt(groups, n):
     return parts
 
 
-def states_of(optimizer):
-    """{parameter: its own state}, of tensors that Muon keeps stacked for a group too."""
-    if not isinstance(optimizer, train.Muon):
-        return dict(optimizer.state)
-    return {p: {k: v[i] if torch.is_tensor(v) else v for k, v in optimizer.state[group['params'][0]].items()}
-            for group in optimizer.param_groups for i, p in enumerate(group['params'])}
-
-
-def give(optimizer, states):
-    """The other way round: what an optimizer goes on from."""
-    if not isinstance(optimizer, train.Muon):
-        mine = [p for group in optimizer.param_groups for p in group['params']]
-        return optimizer.state.update({p: states[p] for p in mine if p in states})
-    for params in (group['params'] for group in optimizer.param_groups):
-        optimizer.state[params[0]].update({
-            k: torch.stack([states[p][k] for p in params]) if torch.is_tensor(v) else v
-            for k, v in states.get(params[0], {}).items()})
-
-
 def own_part(every, one, known):
     """Of what a checkpoint knows of all parameters, what is this rank's."""
     every.load_state_dict(known)
-    give(one, states_of(every))
+    give_states(one, states_of(every))
     every.state.clear()
     return one.state_dict()

@@ -81,7 +81,7 @@ def test_parameters_are_shared_out_evenly_and_states_are_put_together_again():
         p.grad = torch.randn_like(p)
     for optimizer, other in zip(run.make_optimizers(model), run.make_optimizers(model)):
         optimizer.step()
-        zero.give(other, zero.states_of(optimizer))
+        zero.give_states(other, zero.states_of(optimizer))
         ours, theirs = optimizer.state_dict()['state'], other.state_dict()['state']
         assert ours and ours.keys() == theirs.keys()
         assert all(torch.equal(t, theirs[i][k]) for i, known in ours.items() for k, t in known.items())
