@@ -55,11 +55,11 @@ def repeated(params, text, read, members, thinned):
     """Terms for law() of runs that read their text again: E + A / N^alpha + B / D^beta, as if all were new, and
     C h^a r^b / K^kappa for what is learned by heart: N parameters of each of K members, h of them a byte of text,
     R readings of it, r = (R - 1)^2 / R, D bytes in all. From r = 1 on it rises by b + g log h, as larger models
-    know their text by heart sooner. What is thinned has less of it and more of the second."""
+    know their text by heart sooner. What is thinned has less of it and more of the second and the third."""
     n, u, d = (np.log(x) - math.log(unit) for x, unit in zip((params, text, read), UNITS))
     h, again = np.maximum(n - u, LEAST_HELD), 2 * np.log(np.maximum(np.exp(d - u) - 1, LEAST_AGAIN)) - (d - u)
     n, h, d, again, k, thin = np.broadcast_arrays(n, h, d, again, np.log(members), thinned)
-    terms = [dict(E=1), dict(A=1, alpha=-n, cost=thin), dict(B=1, beta=-d),
+    terms = [dict(E=1), dict(A=1, alpha=-n, cost=thin), dict(B=1, beta=-d, cost=thin),
              dict(C=1, a=h, b=again, g=h * np.maximum(again, 0), kappa=-k, thin=-thin)]
     columns = [[np.broadcast_to(term.get(name, 0.0), n.shape) for name in REPEATED] for term in terms]
     return np.stack([np.stack(term, -1) for term in columns], -2)

@@ -31,7 +31,7 @@ def rows_of_dolls(noise=0.0, seed=0):
 def test_the_law_of_repeated_text_by_hand():
     N, U, D, K = 2e5, 5e5, 3e6, 3
     heart = 0.1 * math.exp(-0.4) * 4 ** 0.1 * (25 / 6) ** (0.6 + 0.2 * math.log(4)) / 3 ** 0.8     # h = 2 / 0.5, R = 6
-    each = [1.2, 0.8 * math.exp(0.15) / 2 ** 0.25, 0.6 / 3 ** 0.3, heart]
+    each = [1.2, 0.8 * math.exp(0.15) / 2 ** 0.25, 0.6 * math.exp(0.15) / 3 ** 0.3, heart]
     total, shares = bench_sweep.law(np.array([REPEATED] * 2), bench_plan.repeated(N, U, D, K, 0.1)[None])
     assert np.exp(total) == pytest.approx(sum(each)) and shares[0, 0] * sum(each) == pytest.approx(each)
 

@@ -15,7 +15,7 @@ import model as models
 import prepare_data
 import sample
 import train
-from config import distillation, loss_kernels, syntactic_smoothing
+from config import distillation, loss_kernels, mixture_head, syntactic_smoothing
 from conftest import ROOT, in_two_parts
 from prepare_data import UserError
 
@@ -128,6 +128,38 @@ def test_what_is_off_is_the_base():
     idx = tokens(2, 30)
     base, off = make(), make('softcap', 'z_loss', logit_softcap=0.0, z_loss=0.0)
     assert torch.equal(base(idx, idx.roll(-1, 1)), off(idx, idx.roll(-1, 1))) and torch.equal(base.logits(base.trunk(idx)), off.logits(off.trunk(idx)))
+
+
+# ---- a head that is a mixture
+
+@pytest.mark.parametrize('n, rows', [(1, 512), (130, 32)])
+@pytest.mark.parametrize('parts', [1, 3])
+@pytest.mark.parametrize('ignored', [slice(0), slice(None, None, 3), slice(None)])
+def test_a_mixture_s_loss_is_that_of_all_logits(n, rows, parts, ignored, monkeypatch):
+    monkeypatch.setattr(mixture_head, 'rows_at_once', lambda *_: rows * parts)
+    torch.manual_seed(0)
+    x, w = torch.randn(n, parts, 24, requires_grad=True), torch.randn(50, 24, requires_grad=True)
+    targets = torch.randint(0, 50, (n,))
+    targets[ignored] = -1
+    each = F.cross_entropy((x @ w.t()).logsumexp(1), targets, ignore_index=-1, reduction='none')
+    got, expected = mixture_head.mixed_cross_entropy(x, w, targets), each.sum() / max(1, (targets >= 0).sum())
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(*(torch.autograd.grad(3 * loss, (x, w)) for loss in (got, expected))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(mixture_head.mixed_cross_entropy(x, w, targets, 'none'), each)
+
+
+def test_a_mixture_of_one_is_the_base_and_one_of_more_of_higher_rank():
+    idx = tokens(2, 60)
+    base, one, three = make(), make('mixture_head', head_parts=1), make('mixture_head', head_parts=3)
+    torch.testing.assert_close(one(idx, idx.roll(-1, 1)), base(idx, idx.roll(-1, 1)))
+    rank = lambda model: torch.linalg.matrix_rank(model.logits(model.trunk(idx)).flatten(0, 1).double(), rtol=1e-5)
+    C, V = base.config.n_embd, base.config.vocab_size
+    assert rank(base) <= C < rank(three)
+    assert three.flops_per_token() - base.flops_per_token() == 6 * 2 * (C * C + C * V)
+    assert three.params()['total'] - base.params()['total'] == 2 * C * C
+    x = three.trunk(idx)
+    torch.testing.assert_close(three.loss(x, idx, 'none'), F.cross_entropy(three.logits(x).mT, idx, reduction='none'))
 
 
 # ---- its kernel

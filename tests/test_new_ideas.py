@@ -53,7 +53,7 @@ def weights(folder):
 
 
 NETS = [(), ('attention_gate',), ('layer_loop',), ('skips',), ('value_embeds',), ('value_projections',), ('ensemble',), ('snapshots',), ('bigrams',),
-        ('factorised',), ('window',), ('softcap',), ('tokenformer',), ('experts',), ('multi_token',), ('latent_attention',), ('domains',), ('wide',),
+        ('factorised',), ('mixture_head',), ('window',), ('softcap',), ('tokenformer',), ('experts',), ('multi_token',), ('latent_attention',), ('domains',), ('wide',),
         ('latent_attention', 'layer_loop', 'attention_gate'), ('value_embeds', 'skips', 'ensemble'), ('window', 'layer_loop', 'bigrams', 'ensemble')]
 
 
