@@ -6,7 +6,8 @@ The last part of a run goes down not once but `cycles` times, each from the full
 weights at the end of each are averaged (Izmailov 2018, 1803.05407). For text that is read often: the slowrun
 leaderboard (100 million tokens, sixteen epochs) reports of one run 3.4176 nats as it ended, 3.3694 of its
 exponential average and 3.3456 of such an average of the last epochs. Expected: in a first epoch a loss.
-Not yet measured.
+What it did: 2.630 bits per byte after 24 epochs beside 2.638 (mean of three seeds) after the base's best twelve,
+in a doll of little text (RESULTS.md, "Dolls"), one seed, at twice the arithmetic. Even.
 """
 import torch
 
