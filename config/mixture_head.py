@@ -6,8 +6,8 @@ Logits that are a table times a state of C channels are a matrix of rank C, what
 8,192 ids and 320 channels that binds (the softmax bottleneck: Yang 2018, 1711.03953; Godey 2024, 2404.07647,
 has models of less than a thousand channels saturate by it). Yang mixes several softmaxes by weights of their
 own; here all share one sum, so that a part weighs what it has of it, and loss and gradient come block by block.
-A further part is a C x C matrix, and the head once more: two parts are 25 % more FLOPs a token in babylm.py's
-shape, four 75 % (counted), for 0.9 and 2.7 % more parameters. Expected: a percent by the token, less by the
+A further part is a C x C matrix, and the head once more: two parts are 22 % more FLOPs a token in babylm.py's
+shape, four 66 % (counted), for 0.9 and 2.7 % more parameters. Expected: a percent by the token, less by the
 clock. What it did, with four parts, one seed each (RESULTS.md, "Dolls"): at equal tokens 1.7, 1.5 and 1.3 % fewer
 bits per byte in dolls of 65,576, 97,328 and 135,224 parameters, in 1.2 to 1.6 times the time; weights of their
 own added nothing. At equal FLOPs, beside the best settings of the smallest, two parts were 0.4 % worse than one,
