@@ -16,9 +16,9 @@ from model import GPT, GPTConfig, KVCache
 from prepare_data import UserError
 
 CONFIG = ROOT / 'config'
-GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN, ENSEMBLE, BIGRAMS, NORMUON, ROWS, CAUTIOUS, EVEN, RANDOM, NARROW, SNAPSHOTS, DISTILLED, CONTEXT = (str(CONFIG / f'{name}.py') for name in (
+GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN, ENSEMBLE, BIGRAMS, NORMUON, ROWS, CAUTIOUS, EVEN, RANDOM, NARROW, SNAPSHOTS, DISTILLED, CONTEXT, MIXED = (str(CONFIG / f'{name}.py') for name in (
     'attention_gate', 'layer_loop', 'batch_rampup', 'skips', 'value_projections', 'masked_inputs', 'ensemble', 'bigrams', 'normuon',
-    'row_muon', 'cautious_decay', 'even_mix', 'random_sources', 'factorised', 'snapshots', 'distilled', 'context_rampup'))
+    'row_muon', 'cautious_decay', 'even_mix', 'random_sources', 'factorised', 'snapshots', 'distilled', 'context_rampup', 'interleaved_heads'))
 SHAPE = dict(vocab_size=257, bos=256, block_size=64, n_layer=4, n_head=2, n_embd=32)
 
 
@@ -53,7 +53,7 @@ def weights(folder):
 
 
 NETS = [(), ('attention_gate',), ('layer_loop',), ('skips',), ('value_embeds',), ('value_projections',), ('ensemble',), ('snapshots',), ('bigrams',),
-        ('factorised',), ('mixture_head',), ('window',), ('softcap',), ('tokenformer',), ('experts',), ('multi_token',), ('latent_attention',), ('domains',), ('wide',),
+        ('factorised',), ('mixture_head',), ('interleaved_heads',), ('window',), ('softcap',), ('tokenformer',), ('experts',), ('multi_token',), ('latent_attention',), ('domains',), ('wide',),
         ('latent_attention', 'layer_loop', 'attention_gate'), ('value_embeds', 'skips', 'ensemble'), ('window', 'layer_loop', 'bigrams', 'ensemble')]
 
 
@@ -108,7 +108,7 @@ def test_compiled_steps_are_the_full_forward_and_a_row_s_own_in_any_batch(names)
         assert torch.equal(ids, torch.stack(list(model.generate(idx, 50, temperature=0)), 1))
 
 
-@pytest.mark.parametrize('ideas', [[GATE], [LOOP], [SKIPS], [VALUES], [VALUES, SKIPS], [ENSEMBLE], [BIGRAMS], [BIGRAMS, ENSEMBLE], [NARROW], [LOOP, GATE], [str(CONFIG / 'latent_attention.py'), LOOP, GATE]])
+@pytest.mark.parametrize('ideas', [[GATE], [LOOP], [SKIPS], [VALUES], [VALUES, SKIPS], [ENSEMBLE], [BIGRAMS], [BIGRAMS, ENSEMBLE], [NARROW], [MIXED], [VALUES, MIXED], [LOOP, GATE], [str(CONFIG / 'latent_attention.py'), LOOP, GATE]])
 def test_a_cache_changes_nothing(ideas):
     model = net(*ideas, **dict(rotary_dim=8) if len(ideas) == 3 else {})
     torch.testing.assert_close(in_bits(model, some()), model.trunk(some()), rtol=1e-4, atol=1e-4)
@@ -128,6 +128,30 @@ def test_a_gate_is_open_at_first_and_its_head_s_own():
     assert gated.flops_per_token() - base.flops_per_token() == 6 * 4 * 2 * 12
     with pytest.raises(ValueError, match='gate_channels is 33, n_embd only 32'):
         net(GATE, gate_channels=33)
+
+
+def test_heads_that_share_are_plain_ones_with_mixed_projections():
+    idx, base = some(), net(n_kv_head=1)
+    mixed = net(MIXED, base=base, n_kv_head=1)
+    for p in (p for block in mixed.blocks for p in block.attn.mixes):
+        p.copy_(torch.eye(len(p)))
+    torch.testing.assert_close(mixed.trunk(idx), base.trunk(idx))
+    sizes = [p.shape for p in mixed.blocks[0].attn.mixes]
+    assert sizes == [(2, 2), (1, 1), (1, 1)] and mixed.flops_per_token() - base.flops_per_token() == 6 * 4 * (4 + 1 + 1) * 16
+    for plain, block in zip(base.blocks, mixed.blocks):
+        queries, keys, values = block.attn.mixes
+        queries.copy_(torch.tensor([[1, 0.5], [-0.3, 2]]))                   # a column says what a head takes of each
+        keys.fill_(-0.7), values.fill_(1.5)
+        first, second = plain.attn.q.weight.view(2, 16, 32)
+        plain.attn.q.weight.copy_(torch.cat([first - 0.3 * second, 0.5 * first + 2 * second]))
+        plain.attn.k.weight.mul_(-0.7), plain.attn.v.weight.mul_(1.5)
+    torch.testing.assert_close(mixed.trunk(idx), base.trunk(idx), rtol=1e-4, atol=1e-4)
+
+
+def test_every_mixture_of_heads_learns(main, tmp_path):
+    main(MIXED)
+    mixes = {k: w for k, w in weights(tmp_path / 'run').items() if '.mixes.' in k}
+    assert mixes and not any(torch.equal(w, torch.eye(len(w))) for w in mixes.values())
 
 
 def test_a_gate_compiles_to_one_graph():
