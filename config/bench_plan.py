@@ -157,7 +157,8 @@ class Choices:
         self.seconds[size] = train.seconds_of(run.step, 5) / step
         run.batches.close()
         speed = 1 / self.seconds[size]
-        print(f'{size:,} parameters, {step:,} tokens a step: {speed:,.0f} tokens a second here', flush=True)
+        print(f'{size:,} parameters, {step:,} tokens a step: {speed:,.0f} tokens a second here, '
+              f'{sample.peak_memory_gb(run.device):.1f} GiB of memory at most so far', flush=True)
 
     def suppose(self, speed):
         """Seconds a token where FLOPs a second are known and no card is here."""

@@ -9,6 +9,7 @@ import pytest
 
 import bench_mfu
 import model
+import sample
 import train
 from config import UserError, bench_plan, bench_sweep
 from conftest import ROOT
@@ -106,7 +107,9 @@ def test_a_plan_from_end_to_end(corpus, tmp_path, monkeypatch, capsys):
     args = ['--plan', 'base.py', *corpus.args, '--plan_runs=law.tsv', '--budget_minutes=0.5', '--most_params=2e5', '--write=planned.py']
     bench_mfu.main(args)
     out = capsys.readouterr().out
-    assert ' tokens a second here' in out and 'twice the time' in out and 'law.tsv' in out and 'python train.py base.py planned.py' in out
+    told = [float(gib) for gib in re.findall(r' tokens a second here, (\S+) GiB of memory', out)]
+    assert told and told == sorted(told) and 0 < told[-1] == pytest.approx(sample.peak_memory_gb('cpu'), abs=0.1)
+    assert 'twice the time' in out and 'law.tsv' in out and 'python train.py base.py planned.py' in out
     row = next(line for line in out.split('\n') if line.startswith('| ') and 'the plan' in line).strip('| ').split('|')
     s, ideas = train.read_settings(['base.py', 'planned.py'])
     assert [s.n_layer, s.n_embd, s.vocab_size] == [int(cell.replace(',', '')) for cell in row[1:4]]
