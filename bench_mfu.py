@@ -210,8 +210,13 @@ def measured(ideas):
             if micro:
                 self.micro, self.accum = micro, self.micro * self.accum // micro
 
-        heed, record = staticmethod(signal.default_int_handler), lambda self, **row: None
+        told_to_stop, record = False, lambda self, **row: None
         open_evaluations = compare = lambda self: None
+
+        def heed(self, number, frame):
+            """At once; or at the next step, if a callback of another library swallows that."""
+            self.told_to_stop = True
+            signal.default_int_handler(number, frame)
 
         def find_checkpoint(self):
             refuse(self.resuming, 'init_from is resume: what is measured begins afresh')
@@ -225,6 +230,8 @@ def measured(ideas):
 
         def step(self):
             """Half way through, with what compiles it before the first. Returns its tokens."""
+            if self.told_to_stop:
+                raise KeyboardInterrupt
             with using(m.IN_USE if self.kernels is None else self.kernels):
                 if not self.going:
                     self.read_ahead()
@@ -1144,3 +1151,6 @@ if __name__ == '__main__':
     except (UserError, OSError, MemoryError, RuntimeError, train.Stopped) as e:
         print(f'bench_mfu.py: {in_words(e)}', file=sys.stderr)
         sys.exit(75 if isinstance(e, train.Stopped) else 2)
+    except KeyboardInterrupt:
+        print('bench_mfu.py: stopped', file=sys.stderr)
+        sys.exit(130)

@@ -1024,13 +1024,21 @@ class Run:
         self.batches = Prefetcher(self.stream, self.rows_read, self.micro, self.s.block_size, self.rank,
                                   self.world, self.device, 3 * self.accum)
 
+    def read_rows(self):
+        """Some rows (B, T) as steps read them."""
+        return self.early.to(self.device)
+
+    def arithmetic(self):
+        """Model FLOPs of a token in training, as steps are now."""
+        return self.model.flops_per_token(self.model.attended(self.read_rows()))
+
     def get_going(self):
         """Makes what computes a step, compiled, and learns how many seconds it takes."""
         self.step_model = self.model
         if self.compiling:
             torch._dynamo.config.recompile_limit = 64    # programs of one function: blocks, models may differ
             self.step_model = self.compiled(self.model)
-        self.flops_per_token = self.model.flops_per_token(self.model.attended(self.early.to(self.device)))
+        self.flops_per_token = self.arithmetic()
         batch = dict(self.first_batch)           # its ids do not matter, its kinds do
         shape, size = batch['idx'].shape, batch['idx'].numel()
         batch['idx'] = torch.arange(size).view(shape) % self.config.vocab_size
@@ -1147,6 +1155,7 @@ class Run:
         """What --dry_run found out: how many tokens and epochs the budget buys, and what it costs."""
         s, clock, tokens = self.s, self.clock, self.expected_tokens()
         a_parameter, epochs, worth = self.reading(tokens)
+        self.warn_of_rereading(a_parameter, epochs)
         self.batches.close()
         dollars = clock.budget / 3600 * s.dollars_per_hour
         price = f'{dollars:.2f} dollars' if s.dollars_per_hour else 'unknown, set dollars_per_hour'
@@ -1168,6 +1177,12 @@ class Run:
         worth = epochs if epochs < 1 else 1 + 15.39 * -math.expm1((1 - epochs) / 15.39)
         return tokens / models.blueprint(self.largest()).params()['total'], epochs, worth
 
+    def warn_of_rereading(self, a_parameter, epochs):
+        """Where scale models were best after 6 to 12 epochs and then got worse (RESULTS.md, "Dolls": scarce)."""
+        if epochs > 20 and (little := a_parameter / epochs) < 12:
+            self.say(f'warning: {epochs:.3g} epochs of {little:.2g} tokens of text a parameter: it will know them by heart and '
+                     f'get worse; bring more text, end after a dozen, or see README, "what should I train?"')
+
     # -- step
 
     def say_start(self):
@@ -1177,8 +1192,9 @@ class Run:
         share = 'whole' if self.slices == sample.SLICES else f'{self.slices}/{sample.SLICES} of it'
         tokens = self.expected_tokens()
         a_parameter, epochs, worth = self.reading(tokens)
+        self.warn_of_rereading(a_parameter, epochs)
         self.say(f'training {until}: some {tokens:,} tokens, {a_parameter:.3g} a parameter, {epochs:.3g} epochs'
-                 + f', worth {worth:.3g} of fresh text' * (epochs > 1) + f'; closing evaluation {share}, about '
+                 + f', worth {worth:.3g} of fresh text at most' * (epochs > 1) + f'; closing evaluation {share}, about '
                  f'{self.closing_seconds():.0f} s\n{COLUMNS}')
         self.energy.turn('train')
 
@@ -1449,7 +1465,7 @@ class Run:
         s, progress = self.s, self.went_by
         if not (self.next_eval and self.next_eval <= progress < 0.95):
             return
-        due, self.next_eval = self.next_eval, s.eval_interval * (progress // s.eval_interval + 1)
+        due, self.next_eval = self.next_eval, s.eval_interval * (int(progress / s.eval_interval + 1e-9) + 1)
         result = self.bits(max(1, self.slices // 8))
         if not math.isfinite(result['bpb']):
             return self.say('         validation: not finite')

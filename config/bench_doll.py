@@ -56,16 +56,22 @@ def doll_shape(config, size, vocabularies):
         total = m.blueprint(c).params()['total']
         return np.log([total / size, c.vocab_size * c.n_embd / total, c.n_embd / c.n_layer])
 
-    def rough(shape):
-        L, C, V = shape
-        return abs(math.log((12 * L * C + V * (2 - config.tie_embeddings)) * C / size))
+    def rough(L, C, V):
+        return (12 * L * C + V * (2 - config.tie_embeddings)) * C
 
     layers = range(min(LEAST_LAYERS, config.n_layer), config.n_layer + 1)
-    shapes = itertools.product(layers, range(min(32, config.n_embd), config.n_embd + 1, 8), vocabularies)
-    near = [shape_like(config, *shape) for shape in sorted(shapes, key=rough)[:50]]
-    wanted = proportions(config) * [0, 1, 1]
-    off = [(proportions(replace(config, **shape)) - wanted) ** 2 @ [9, 1, 0.5] for shape in near]
-    return near[int(np.argmin(off))]
+    shapes = [*itertools.product(layers, range(min(32, config.n_embd), config.n_embd + 1, 8), vocabularies)]
+    best, wanted = (config.n_layer, config.n_embd, config.vocab_size), proportions(config) * [0, 1, 1]
+    made = config
+    for _ in range(4):                          # members and further tables count in the size, and not in what is rough
+        aim = size * rough(*best) / m.blueprint(made).params()['total']
+        near = sorted(shapes, key=lambda shape: abs(math.log(rough(*shape) / aim)))[:50]
+        off = [(proportions(replace(config, **shape_like(config, *shape))) - wanted) ** 2 @ [9, 1, 0.5] for shape in near]
+        before, best = best, near[int(np.argmin(off))]
+        if best == before:
+            break
+        made = replace(config, **shape_like(config, *best))
+    return shape_like(config, *best)
 
 
 def card_peak(own):
@@ -106,6 +112,8 @@ def doll_of(own, argv):
         if 0.8 < minutes / own.minutes < 1.25:
             break
         size *= (own.minutes / minutes) ** 0.5
+    refuse(minutes > 4 * own.minutes, f'the doll takes {minutes:.1f} minutes here, and --minutes is {own.minutes:g}: '
+           f'give it {math.ceil(minutes)}, or a machine with nothing else to do')
     text, val = (doll.data.meta['splits'][split] for split in ('train', 'val'))
     wanted = n_steps * step / card['epochs']
     refuse(wanted > text['tokens'], f'the doll is to read {wanted:,.0f} tokens of text, {text["tokens"]:,} are '
@@ -139,10 +147,10 @@ def dolls(own, argv):
     root = Path(at_home(own.compare_dir) or f'out/doll/{Path(base[0]).stem}')
     path, asked = root / 'doll.py', '# of ' + json.dumps(
         [configs[0], own.card, own.card_mfu, own.text_words, own.minutes, *sorted(rest)])
-    other = path.exists() and asked not in path.read_text().split('\n')
-    refuse(other, f'{path} is the doll of another command: give the options that it was made with, or choose '
+    same = path.exists() and asked in path.read_text().split('\n')
+    refuse(path.exists() and not same and any(f.is_dir() for f in root.iterdir()), f'{path} is the doll of another command: give the options that it was made with, or choose '
            f'another --compare_dir')
-    if not path.exists():                       # the same command again goes on with the same doll
+    if not same:                                # the same command again goes on with the same doll
         sides, settings = doll_of(own, [*base, *rest])
         rows = [('', own.card, 'its doll'), *((k, plain(card), plain(doll)) for k, (card, doll) in sides.items())]
         about = f'A doll of {configs[0]} on a card that reaches {own.card_mfu:.0%} of its peak.'

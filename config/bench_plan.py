@@ -5,7 +5,7 @@
 It measures this machine for a minute or so, or takes --card at --card_mfu, and says which size in the
 config's proportions, how many side by side, thinned or not, and how much reading end with the fewest bits per
 byte in budget_minutes on the text that is here, or on --text_words such as are here, with at most --most_params
-(1e8). It goes by a law of runs that read their text 1 to 40 times: config/law.tsv, or --plan_runs, a folder of
+(1e8). It goes by a law of runs that read their text 0.01 to 41 times: config/law.tsv, or --plan_runs, a folder of
 yours.
 """
 import itertools
@@ -35,6 +35,7 @@ write: str = ''             # a config to be made of the plan
 
 RUNS = CONFIG / 'law.tsv'           # of scale models: RESULTS.md, "The planner"
 AS_RUN = RUNS.read_text().partition('\n')[0].split('\t')         # its columns: what a run was, and what came of it
+OTHERWISE = {'distilled', 'snapshots'}       # whose members are none of that law's
 SEVERAL, THINNED = AS_RUN[3:5]      # settings of two ideas: models side by side, and how much is left out at random
 WIDTHS = [32, 48, *range(64, 257, 32), *range(320, 513, 64), *range(640, 1025, 128)]    # two heads of 32 or more, where they fit
 HEADS = 64, 32, 16                  # channels of one, the widest of which there are two: the kernels have these
@@ -85,6 +86,7 @@ def runs_known(path):
     try:
         if path.is_dir():
             results = [json.loads(file.read_text()) for file in sorted(path.rglob('result.json'))]
+            results = [r for r in results if not {Path(idea).stem for idea in r['ideas']} & OTHERWISE]
             refuse(len({r['data']['val_bytes'] for r in results}) > 1,
                    f'{path} holds runs that were measured on different text: name a folder of one')
             rows = np.array([as_run(r) for r in results])
@@ -92,6 +94,8 @@ def runs_known(path):
             rows = np.loadtxt(path, delimiter='\t', skiprows=1, usecols=range(len(AS_RUN)))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f'--plan_runs is {path}, it must be a folder of runs or a table like {RUNS}: {e!r}') from None
+    wrong = rows.ndim != 2 or not np.isfinite(rows).all() or (rows[:, [0, 1, 2, 3, 5]] <= 0).any()
+    refuse(wrong, f'{path} holds a number that is none, or not above 0: mend that row')
     refuse(len(rows) < 20, f'{path} holds {len(rows)} finished runs: a law of text that is read again takes 20')
     return rows
 
@@ -226,8 +230,8 @@ def main(own, rest, argv):
     it."""
     configs, out = [a for a in rest if not a.startswith('--')], Path(at_home(own.write))
     refuse(not configs, '--plan names no config: it takes what is to be trained')
-    refuse(own.write and (out.suffix != '.py' or out.exists() or not out.stem.isidentifier()),
-           f'--write is {own.write}, it must be a new file with a name like my_plan.py')
+    refuse(own.write and (out.suffix != '.py' or out.exists() or not out.stem.isidentifier() or not out.parent.is_dir()),
+           f'--write is {own.write}, it must be a new file with a name like my_plan.py, in a folder that is there')
     known = runs_known(Path(at_home(own.plan_runs)) if own.plan_runs else RUNS)
     s, ideas = train.read_settings(rest)
     cpu, card = train.choose_device(s) == 'cpu', 'card' in own.given
@@ -237,6 +241,7 @@ def main(own, rest, argv):
     seconds = 60 * s.budget_minutes
     if s.budget_counts == 'all':                # a tenth measures; starting, and compiling on a CPU, take their time
         seconds = min(TRAINED * seconds, 0.9 * seconds - (30 if s.budget_minutes >= 5 else 10))
+    refuse(seconds <= 0, f'--budget_minutes is {s.budget_minutes:g}, and starting takes longer than that: give it more')
     if s.compile == 'auto' and s.budget_minutes < 5 and cpu:
         s.compile = 'off'                       # as the run itself
     if card:

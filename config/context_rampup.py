@@ -28,17 +28,15 @@ class Run(train.Run):
     def get_going(self):
         self.parts = self.parts_at(self.clock.progress)
         super().get_going()
-        self.count_arithmetic()
 
     def step(self):
         if self.parts_at(self.progress) != self.parts:
             self.parts = self.parts_at(self.progress)
-            self.count_arithmetic()
+            self.flops_per_token = self.arithmetic()
         super().step()
 
-    def count_arithmetic(self):
-        rows = self.early.reshape(-1, self.s.block_size // self.parts).to(self.device)
-        self.flops_per_token = self.model.flops_per_token(self.model.attended(rows))
+    def read_rows(self):
+        return super().read_rows().reshape(-1, self.s.block_size // self.parts)
 
     def batch_loss(self, **batch):
         """What belongs to a token is cut with its row, what belongs to a row is that of all its parts."""

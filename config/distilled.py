@@ -64,11 +64,10 @@ class Run(ensemble.Run):
     def taught_by(self, members):
         self.teacher = members.eval().requires_grad_(False)
 
-    def get_going(self):
-        """A step's arithmetic is the members' forward pass too."""
-        super().get_going()
-        if self.teacher:
-            self.flops_per_token += self.teacher.flops_per_token(self.model.attended(self.early.to(self.device))) / 3
+    def arithmetic(self):
+        """The members' forward pass too."""
+        taught = self.teacher.flops_per_token(self.model.attended(self.read_rows())) / 3 if self.teacher else 0
+        return super().arithmetic() + taught
 
     def loss(self, idx, targets, **extras):
         if self.teacher is None:

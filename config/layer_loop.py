@@ -65,7 +65,7 @@ class Run(train.Run):
 
     def step(self):
         if self.loop():
-            self.flops_per_token = self.model.flops_per_token(self.model.attended(self.early.to(self.device)))
+            self.flops_per_token = self.arithmetic()
         super().step()
 
     def dearer(self):

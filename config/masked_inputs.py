@@ -36,6 +36,5 @@ class Run(train.Run):
         again = super().batch_loss(idx=idx.masked_fill(hide, self.unknown), targets=targets, **extras)
         return (first + weight * again) / (1 + weight)
 
-    def get_going(self):
-        super().get_going()
-        self.flops_per_token *= 2
+    def arithmetic(self):
+        return 2 * super().arithmetic()

@@ -14,7 +14,7 @@ import torch
 
 import model
 import train
-from config import cyclic_average, ensemble
+from config import cyclic_average, ensemble, refuse
 
 cycles = 4
 cycles_from = 0.0
@@ -41,6 +41,11 @@ class GPT(ensemble.GPT):
 
 
 class Run(cyclic_average.Cycling, ensemble.Run):
+
+    def __init__(self, s, ideas):
+        super().__init__(s, ideas)
+        refuse(s.members != s.cycles, f'cycles is {s.cycles} and members {s.members}: a member is the end of a cycle, give '
+               f'both the same')
 
     def take_in(self):
         """Keeps the weights as they are; those of the last cycle are the model's own."""

@@ -10,6 +10,7 @@ before and after such lines is trained on, so theirs is the easier split: expect
 """
 import itertools
 import re
+from pathlib import Path
 
 import prepare_data
 import sample
@@ -21,6 +22,11 @@ lines_held: int = 100       # 1..: so many are held out, the first
 
 
 class Corpus(prepare_data.Corpus):
+
+    def check(self):
+        super().check()
+        refuse(self.s.lines_held >= self.s.lines_of, f'lines_held is {self.s.lines_held} and lines_of {self.s.lines_of}: '
+               f'leave some lines to train on')
 
     def changes(self):
         return super().changes() | dict(lines_of=self.s.lines_of, lines_held=self.s.lines_held)
@@ -41,6 +47,8 @@ class Corpus(prepare_data.Corpus):
         training = sorted((part for part in parts if part.split != 'val'), key=lambda part: part.name)
         both = [part for i, part in enumerate(training) for part in self.parted(part, folder / str(i), numbers)]
         held = [part for part in both if part.split == 'test']
+        refuse(not held, f'{self.s.dataset} has no text in the first {self.s.lines_held} lines of every {self.s.lines_of}: '
+               f'give other --lines_of and --lines_held')
         return [*held, *(part for part in parts if part.split == 'val'),
                 *(part for part in both if part.split != 'test')], left
 
@@ -51,13 +59,16 @@ class Corpus(prepare_data.Corpus):
         ways = path.with_suffix('.held'), path.with_suffix('.kept')
         with (prepare_data.undamaged(part), open(part.path, 'rb') as raw, prepare_data.open_source(raw, part.name) as f,
               open(ways[0], 'wb') as held, open(ways[1], 'wb') as kept):
+            text = set()
             for line in f:
                 place = next(numbers) % s.lines_of
-                (held if place < s.lines_held else kept).write(line)
+                way = held if place < s.lines_held else kept
+                way.write(line)
+                text |= {Path(way.name)} if line.strip() else set()
                 if place == s.lines_held - 1:
                     held.write(b'\n')
         for path, name, split in zip(ways, (f'{name}.held', name), ('test', part.split)):
-            if path.stat().st_size:
+            if path in text:
                 yield prepare_data.Part(path, name, split, part.source, part.shard)
 
 

@@ -1,4 +1,5 @@
 """bench_mfu.py --doll and --predict: dolls have the ratios of the run, and what they foretell is within its noise."""
+import dataclasses
 import json
 import math
 import re
@@ -9,7 +10,9 @@ import torch
 
 import bench_mfu
 import model
+import train
 from config import UserError, bench_doll, bench_predict
+from conftest import ROOT
 from model import GPTConfig
 
 
@@ -52,6 +55,27 @@ def test_a_doll_has_the_ratios_of_the_run(doll, tmp_path):
     for other in ('--minutes=3', '--card=L4', '--learning_rate=0.03'):
         with pytest.raises(UserError, match='doll.py is the doll of another command: .*--compare_dir'):
             doll(*args, other)
+
+
+def test_a_doll_of_many_weights_is_as_small_as_it_should_be():
+    """Members and tables of their own count too."""
+    for more, size in ((['ensemble.py', '--members=8'], 2 ** 19), (['bigrams.py', '--bigram_rows=2048'], 2 ** 18), ([], 2 ** 17)):
+        s, ideas = train.read_settings([str(ROOT / 'config/babylm.py'), *[str(ROOT / 'config' / a) if a.endswith('.py') else a for a in more]])
+        made = {k: v for k, v in vars(s).items() if k in {f.name for f in dataclasses.fields(model.configured(ideas))}}
+        there = model.configured(ideas)(**made)
+        shape = bench_doll.doll_shape(there, size, [8192, 4096, 2048, 1024, 512])
+        total = model.blueprint(dataclasses.replace(there, **shape)).params()['total']
+        assert 0.7 < total / size < 1.4, (more, total, size)
+
+
+def test_a_doll_that_was_not_run_is_made_anew(doll, tmp_path):
+    args = 'base.py', '--max_tokens=1200000', '--text_words=40000', '--seeds=1'
+    with pytest.raises(UserError, match=r'the doll takes [\d.]+ minutes here, and --minutes is 0.01: give it \d+'):
+        doll(*args, '--minutes=0.01')
+    left = tmp_path / 'out/doll/base/doll.py'
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_text('"""Of a command whose runs could not be made."""\n')
+    assert len(doll(*args, '--minutes=0.3')[1]) == 1 and 'could not be made' not in left.read_text()
 
 
 def dolls(folder, size, sd=0.004, card=10_000_000, **changes):

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import model
 import sample
 import train
 from config import UserError, bench_plan, bench_sweep
-from conftest import ROOT
+from conftest import ROOT, finish, start
 
 PLAIN = ROOT / 'config' / 'plain_gpt2.py'
 TRULY = dict(E=math.log(1.2), A=math.log(0.8), alpha=0.25, cost=1.5, B=math.log(0.6), beta=0.3, C=math.log(0.1), a=0.1, b=0.6, g=0.2, kappa=0.8, thin=4)
@@ -147,14 +148,53 @@ def test_a_plan_goes_with_what_it_is_for(corpus, tmp_path, monkeypatch, capsys):
     train.read_settings([ensemble, 'mine.py'])
 
 
-def test_runs_that_a_plan_goes_by(tmp_path):
-    result = dict(tokens=1000, val_loss=2 * math.log(2), val_bpb=1.0, epochs=4, total_params=300, settings=dict(members=3), data=dict(val_bytes=9))
+def test_runs_that_a_plan_goes_by(tmp_path, monkeypatch):
+    result = dict(tokens=1000, val_loss=2 * math.log(2), val_bpb=1.0, epochs=4, total_params=300, settings=dict(members=3), data=dict(val_bytes=9), ideas=['babylm', 'ensemble'])
     assert bench_plan.as_run(result) == pytest.approx([100, 500, 2000, 3, 0, 1])
     known = bench_plan.runs_known(bench_plan.RUNS)
     assert len(known) >= 40 and (known > 0)[:, :4].all() and (known[:, 2] / known[:, 1]).max() > 30 and {0, 0.1} == {*known[:, 4]} and {1, 3, 4} <= {*known[:, 3]}
     (tmp_path / 'few').mkdir()
     (tmp_path / 'few' / 'result.json').write_text(json.dumps(result))
     for args, said in ((['--plan'], '--plan names no config'), (['--plan', 'a.py', f'--plan_runs={tmp_path}/none'], 'must be a folder of runs'),
-                       (['--plan', 'a.py', f'--plan_runs={tmp_path}/few'], 'holds 1 finished runs'), (['--plan', 'a.py', '--write=a-plan.py'], 'with a name like my_plan.py')):
+                       (['--plan', 'a.py', f'--plan_runs={tmp_path}/few'], 'holds 1 finished runs'), (['--plan', 'a.py', '--write=a-plan.py'], 'with a name like my_plan.py'),
+                       (['--plan', 'a.py', f'--write={tmp_path}/none/plan.py'], 'in a folder that is there')):
         with pytest.raises(UserError, match=re.escape(said)):
             bench_mfu.main(args)
+    monkeypatch.setattr(bench_plan, 'as_run', lambda r: known[0])
+    for i in range(40):                                                                         # members that are none of independent runs
+        idea = ['babylm', 'snapshots', '/their/distilled.py', 'ensemble'][i % 4]
+        (tmp_path / 'many' / str(i)).mkdir(parents=True)
+        (tmp_path / 'many' / str(i) / 'result.json').write_text(json.dumps(result | dict(ideas=[idea])))
+    assert len(bench_plan.runs_known(tmp_path / 'many')) == 20
+    for column, value in ((1, 0), (5, math.nan), (0, math.inf)):
+        rows = known.copy()
+        rows[7, column] = value
+        np.savetxt(tmp_path / 'wrong.tsv', rows, delimiter='\t', header='\t'.join(bench_plan.AS_RUN), comments='')
+        with pytest.raises(UserError, match='holds a number that is none, or not above 0'):
+            bench_plan.runs_known(tmp_path / 'wrong.tsv')
+
+
+def test_a_plan_that_is_stopped_says_so(corpus, tmp_path, monkeypatch):
+    (tmp_path / 'base.py').write_text('n_embd = 64\n')
+    process = start('bench_mfu.py', '--plan', 'base.py', *corpus.args, cwd=tmp_path)
+    assert 'tokens a second here' in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert (code, err.strip()) == (130, 'bench_mfu.py: stopped')
+    # and where the exception is lost in some callback, the next step raises it
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_mfu.signal, 'signal', lambda *a: None)
+    s, ideas = train.read_settings(corpus.args)
+    run = bench_mfu.measured(ideas)(s, device='cpu', compile='off')
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run.heed(2, None)
+        with pytest.raises(KeyboardInterrupt):
+            run.step()
+
+
+def test_a_plan_of_no_time(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'base.py').write_text('n_embd = 64\n')
+    with pytest.raises(UserError, match='--budget_minutes is 0.1, and starting takes longer than that'):
+        bench_mfu.main(['--plan', 'base.py', *corpus.args, '--budget_minutes=0.1'])

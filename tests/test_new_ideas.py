@@ -303,6 +303,25 @@ def test_every_member_learns(main, tmp_path):
     assert {k for k in still if torch.equal(still[k], trained[k])} == set() and 'others.0.lm_head.weight' in still
 
 
+def test_ideas_that_change_a_step_s_arithmetic_stack(main, tmp_path):
+    """A second pass, shorter rows, late loops: each counts in what the others have."""
+    def flops(*ideas):
+        main(*ideas, '--tokenizer=bpe', '--vocab_size=300', '--max_steps=4', '--n_layer=3', '--eval_interval=0', '--overwrite')
+        result = json.loads((tmp_path / 'run/result.json').read_text())
+        return np.array([result['flops'], result['flops_per_token']])
+    late = [LOOP, '--loop_from=0.5']
+    for others in ([CONTEXT], late, [CONTEXT, *late]):
+        alone = flops(*others)
+        for stack in ([HIDDEN, *others], [*others, HIDDEN]):
+            assert flops(*stack) == pytest.approx(2 * alone, rel=1e-6), stack
+    assert flops(CONTEXT)[0] < flops()[0] and flops(CONTEXT, *late)[0] > flops(CONTEXT)[0]
+
+
+def test_a_snapshot_is_of_a_cycle(main):
+    with pytest.raises(UserError, match='cycles is 6 and members 4: a member is the end of a cycle, give both the same'):
+        main(SNAPSHOTS, '--cycles=6')
+
+
 def test_snapshots_are_the_ends_of_cycles_and_answer_together(main, tmp_path, monkeypatch):
     ends, step = [], cyclic_average.Cycling.step
 

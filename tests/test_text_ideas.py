@@ -168,6 +168,9 @@ def test_lines_are_held_out_by_their_number(tmp_path):
     assert data.folder.name.endswith('-lines') and data.meta['splits']['test']['sources'].keys() == {'a', 'b'}
     write(tmp_path / 'in/b.test', 'more')
     refuses('has a split of its own called test', prepare, tmp_path / 'in', tmp_path / 'new', 'split_by_lines')
+    refuses('lines_held is 9 and lines_of 9: leave some lines to train on', prepare, tmp_path / 'in', tmp_path / 'new', 'split_by_lines', lines_of=9, lines_held=9)
+    write(tmp_path / 'blank/a.txt', '\n' * 100 + 'a line\n\n' * 300)
+    refuses('has no text in the first 100 lines of every 10000', prepare, tmp_path / 'blank', tmp_path / 'new', 'split_by_lines')
 
 
 def test_both_splits_are_measured(main):

@@ -1150,6 +1150,30 @@ def test_what_repeated_text_is_worth(epochs, worth):
     assert train.Run.reading(run, 100 * epochs) == (100 * epochs / size, epochs, pytest.approx(worth, abs=0.01))
 
 
+def test_text_that_is_read_too_often_is_warned_of(main, corpus, tmp_path):
+    many = 21 * corpus.open().meta['splits']['train']['tokens']
+    assert 'warning: 2' in main('--dry_run=True', '--max_steps=0', f'--max_tokens={many}')
+    out = main('--dry_run=True', '--max_steps=0', f'--max_tokens={many // 2}')
+    assert 'epochs: 10' in out and 'by heart' not in out
+    said = []
+    run = SimpleNamespace(say=said.append)
+    for a_parameter, epochs in ((25, 21), (25, 19), (144, 12.3), (21 * 13, 21), (144, 121)):
+        train.Run.warn_of_rereading(run, a_parameter, epochs)
+    assert len(said) == 2 and said[0].startswith('warning: 21 epochs of 1.2 tokens of text a parameter') and '121 epochs' in said[1]
+
+
+@pytest.mark.parametrize('every, count', [(0.1, 9), (0.05, 18), (0.3, 3), (0.25, 3)])
+def test_every_evaluation_on_the_way_is_made_once(every, count):
+    """Though 0.5 // 0.1 is 4."""
+    made = []
+    run = SimpleNamespace(s=SimpleNamespace(eval_interval=every), next_eval=every, slices=8, bits=lambda n: made.append(run.went_by) or dict(
+        bpb=math.nan), say=lambda line: None)
+    for step in range(1000):
+        run.went_by = step / 1000
+        train.Run.evaluate_if_due(run)
+    assert len(made) == count and np.diff(made).min() > 0.8 * every
+
+
 def test_dry_run_of_a_run_to_go_on_with(main, tmp_path):
     assert re.search(r'^training 3 steps: some 1,536 tokens, 0.01\d+ a parameter, 0.0\d+ epochs; closing', main(), re.M)
     (tmp_path / 'run' / 'result.json').unlink()
