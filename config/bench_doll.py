@@ -52,26 +52,32 @@ def shape_like(config, L, C, V, heads=0):
 def doll_shape(config, size, vocabularies):
     """The settings of a model of about `size` parameters whose table, depth and width stand to each other,
     and whose context to its width, as config's do."""
-    def proportions(c):
-        total = m.blueprint(c).params()['total']
-        return np.log([total / size, c.vocab_size * c.n_embd / total, c.n_embd / c.n_layer])
-
     def rough(L, C, V):
         return (12 * L * C + V * (2 - config.tie_embeddings)) * C
 
+    def parameters(c):
+        return m.blueprint(c).params()['total']
+
+    def proportions(L, C, V, total):
+        return np.log([total, V * C / total, C / L])
+
     layers = range(min(LEAST_LAYERS, config.n_layer), config.n_layer + 1)
     shapes = [*itertools.product(layers, range(min(32, config.n_embd), config.n_embd + 1, 8), vocabularies)]
-    best, wanted = (config.n_layer, config.n_embd, config.vocab_size), proportions(config) * [0, 1, 1]
-    made = config
-    for _ in range(4):                          # members and further tables count in the size, and not in what is rough
-        aim = size * rough(*best) / m.blueprint(made).params()['total']
-        near = sorted(shapes, key=lambda shape: abs(math.log(rough(*shape) / aim)))[:50]
-        off = [(proportions(replace(config, **shape_like(config, *shape))) - wanted) ** 2 @ [9, 1, 0.5] for shape in near]
-        before, best = best, near[int(np.argmin(off))]
-        if best == before:
+    own = config.n_layer, config.n_embd, config.vocab_size
+    more = parameters(config) / rough(*own)      # members and further tables, which what is rough leaves out
+    wanted = proportions(*own, parameters(config))
+    wanted[0], tried = math.log(size), {}
+
+    def off(shape, total):
+        return (proportions(*shape, total) - wanted) ** 2 @ [9, 1, 0.5]
+
+    for _ in range(6):
+        shape = min(shapes, key=lambda shape: off(shape, more * rough(*shape)))
+        if shape in tried:
             break
-        made = replace(config, **shape_like(config, *best))
-    return shape_like(config, *best)
+        total = parameters(replace(config, **shape_like(config, *shape)))
+        tried[shape], more = off(shape, total), total / rough(*shape)
+    return shape_like(config, *min(tried, key=tried.get))
 
 
 def card_peak(own):
