@@ -62,7 +62,7 @@ import prepare_data
 import sample
 import train
 from config import (NO_LITERAL, UserError, at_home, docs, fits, in_words, literal, name_of, print_without_fail,
-                    refuse, verbs)
+                    refuse, verb, verbs)
 
 sys.modules.setdefault('bench_mfu', sys.modules[__name__])
 
@@ -833,6 +833,9 @@ RESULT = dict(val_bpb=float, total_params=float, val_share=float, tokens=float, 
               hardware=dict(name=str), data=dict(fingerprint=str), evals={str: dict(accuracy=float)})     # the form of one
 
 
+COMPARED = [{'name': str, 'notes': [str], str: float | dict | None}]                            # and of a row of compare.json
+
+
 def finished_runs(folder):
     """A row of names and values for every run under a folder that has ended, and why others are left out."""
     rows, left_out, names = [], [], {}
@@ -958,6 +961,19 @@ def progress_blocks(texts, most=8):
                        note='Where repetition stops paying; training text where a run measures it.')
 
 
+def compared_blocks(folder):
+    """The tables that --compare and --doll left below a folder."""
+    for path in sorted(folder.rglob('compare.json')):
+        try:
+            rows = json.loads(path.read_text()) if path.is_file() else None
+        except (OSError, ValueError, RecursionError):
+            rows = None
+        if rows and fits(rows, COMPARED):
+            yield table_block(f'Compared: {path.parent.relative_to(folder).as_posix()}', 'change: beside the base with its seeds; '
+                              'in sd: in standard deviations of the base over seeds.', dict(name=None) | COLUMNS | dict(notes=None),
+                              [row | dict(notes='; '.join(row['notes'])) for row in rows])
+
+
 def label(key):
     return {'run': 'model', 'total_params': 'parameters'}.get(key, key.replace('_', ' '))
 
@@ -1020,13 +1036,15 @@ def leaderboard(own, rest):
              *[f'Only runs with {own.where}.'] * bool(own.where)]
     theirs = [{'run': name, 'total_params': n, f'BPB {data}': bpb} for name, n, data, bpb in PUBLISHED]
     their_columns = dict(run=None, total_params=0) | {key: 2 for row in theirs for key in row if 'BPB' in key}
+    laws = [module.shown for name in verbs('bench') if hasattr(module := verb('bench', name), 'shown')]
     text = '\n'.join([*text_table(columns | dict(notes=None), ordered), '', ' '.join(notes), *left_out, '',
                       ELSEWHERE, '', *text_table(their_columns, theirs)])
     sample.write_beside(folder / 'leaderboard.md', lambda f: f.write(f'{text}\n'.encode(errors='replace')))
     sample.write_page(folder / 'leaderboard.html', f'halfhour leaderboard: {len(rows)} runs', blocks=[
         table_block('Runs', ' '.join(notes), columns | ON_PAGE | dict(notes=None), ordered),
         table_block('Published elsewhere', ELSEWHERE, their_columns, theirs),
-        *front_blocks(texts), *progress_blocks(texts),
+        *front_blocks(texts), *progress_blocks(texts), *compared_blocks(folder),
+        *(block for shows in laws for text, same in texts.items() for block in shows(text, same)),
         *[dict(kind='text', title='Left out', text='\n'.join(left_out))] * bool(left_out)])
     print(f'{text}\n\n{folder / "leaderboard.html"} has all columns and the curves')
 

@@ -300,7 +300,9 @@ def verbs(script):
 
     bench: --<verb>, or --<verb>=value, calls main(own, rest, argv) of config/bench_<verb>.py, which declares the
     settings that it adds as an idea does, --<verb> the first. own: bench_mfu.Options and these, own.given those that
-    were typed; rest: configs and settings that are train.py's; argv: all that was typed.
+    were typed; rest: configs and settings that are train.py's; argv: all that was typed. One that has
+    shown(text, rows) adds what it yields, blocks of sample.write_page, to the page of --leaderboard; text: a validation
+    text, rows: the runs that were measured on it.
     sample: --<verb> calls main(args, of_ideas) of config/sample_<verb>.py, whose options(add) adds its arguments as
     argparse has them, --<verb> the first; WITH are other verbs that it heeds. args: all that was typed, of_ideas: what ideas and their settings are.
     prepare: --<verb>=value takes config/prepare_<verb>.py in, an idea that declares the setting <verb>.

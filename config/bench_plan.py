@@ -24,7 +24,7 @@ import prepare_data
 import sample
 import train
 from bench_mfu import measured, text_table
-from config import CONFIG, UserError, at_home, refuse
+from config import CONFIG, UserError, at_home, fits, refuse
 from config.bench_doll import LEAST_LAYERS, TRAINED, card_peak, shape_like
 from config.bench_sweep import dots, fit_law, law, redrawn, spoken
 
@@ -35,6 +35,8 @@ write: str = ''             # a config to be made of the plan
 
 RUNS = CONFIG / 'law.tsv'           # of scale models: RESULTS.md, "The planner"
 AS_RUN = RUNS.read_text().partition('\n')[0].split('\t')         # its columns: what a run was, and what came of it
+LEAST_RUNS = 20                     # that a law is made of
+RUN = dict(tokens=float, val_loss=float, val_bpb=float, epochs=float, total_params=float, ideas=str, settings=dict)     # the form of one
 OTHERWISE = {'distilled', 'snapshots'}       # whose members are none of that law's
 SEVERAL, THINNED = AS_RUN[3:5]      # settings of two ideas: models side by side, and how much is left out at random
 WIDTHS = [32, 48, *range(64, 257, 32), *range(320, 513, 64), *range(640, 1025, 128)]    # two heads of 32 or more, where they fit
@@ -96,7 +98,7 @@ def runs_known(path):
         raise UserError(f'--plan_runs is {path}, it must be a folder of runs or a table like {RUNS}: {e!r}') from None
     wrong = rows.ndim != 2 or not np.isfinite(rows).all() or (rows[:, [0, 1, 2, 3, 5]] <= 0).any()
     refuse(wrong, f'{path} holds a number that is none, or not above 0: mend that row')
-    refuse(len(rows) < 20, f'{path} holds {len(rows)} finished runs: a law of text that is read again takes 20')
+    refuse(len(rows) < LEAST_RUNS, f'{path} holds {len(rows)} finished runs: a law of text that is read again takes {LEAST_RUNS}')
     return rows
 
 
@@ -293,6 +295,27 @@ def draw_plan(configs, text, here, p, first, minutes, seconds):
             'the best': (minutes * longer, [here.best(p, n * seconds)[0] for n in longer])}),
         chart('Where reading again stops paying', f'{int(members)} of {size:,.0f} parameters.', 'epochs', again)])
     print(f'{root / "plan.html"} draws it')
+
+
+def shown(text, rows):
+    """A chart of the law of runs that were measured on one text, where there are enough of them: of models of one size
+    on so much text, where they ended and what the law expects, by epochs."""
+    known = [as_run(row) for row in rows if fits(row, RUN) and not {*row['ideas'].split()} & OTHERWISE]
+    known = np.array([row for row in known if min(row[:4]) > 0 and row[5] > 0])
+    if len(known) < LEAST_RUNS:
+        return
+    (p, residuals), kinds, series = law_of_repeats(known), {}, []
+    for row in known:
+        kinds.setdefault((row[0], float(f'{row[1]:.2g}'), *row[3:5]), []).append(row)
+    for (size, *_, members, thinned), some in sorted(kinds.items(), key=lambda kind: -len(kind[1]))[:8]:
+        text_bytes, epochs = some[0][1], np.log([row[2] / row[1] for row in some])
+        line = np.linspace(epochs.min() - 0.5, epochs.max() + 0.5, 20)
+        curves = expected(p, np.array([(size, text_bytes, text_bytes * math.exp(e), members, thinned) for e in line]))
+        many, thin = f'{members:.0f} x ' if members > 1 else '', ', thinned' if thinned else ''
+        name = f'{many}{size:,.0f} parameters, {text_bytes / 1e6:.3g} MB{thin}'
+        series.append((name, epochs, np.log([row[5] for row in some]), line, curves))
+    yield dots(f'The law, {text}', f'Points are runs, lines what the law of all {len(known)} expects of such (RESULTS.md, "The '
+               f'planner"), with nine of ten redraws; it is within {abs(np.expm1(residuals)).max():.1%} of them.', 'epochs', series)
 
 
 def write_plan(path, configs, before, settings, told):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import bench_mfu
 import model
 import train
+from config import bench_sweep
 from conftest import ROOT, finish, script, start
 from model import GPTConfig
 from prepare_data import UserError
@@ -489,6 +490,35 @@ def test_the_leaderboard_ranks_what_can_be_compared(board, tmp_path):
     assert blocks['Training loss, ' + old[4:]]['series'][1]['points'] == [[1, 5], [2, 2.5], [4, 1.25]]
     assert 'Validation, ' + old[4:] not in blocks                                    # no run has two
     assert 'By epoch, ' + old[4:] not in blocks and rows['large']['tokens_a_parameter'] == rows['large']['tokens'] / 200
+
+
+def test_the_page_has_the_law_of_many_runs_and_tables_of_comparisons(board, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_sweep, 'DRAWS', 20)
+    runs = [(size, epochs, members) for size in (50_000, 200_000, 800_000) for epochs in (0.5, 2, 8, 24) for members in (1, 3)]
+    for i, (size, epochs, members) in enumerate(runs):
+        bpb = 1.2 + 0.5 / (size / 1e5) ** 0.5 + 0.4 / (0.3 * epochs) ** 0.3 + 0.05 * max(epochs - 1, 0) ** 0.6 / members
+        keep(tmp_path / 'out' / 'law' / str(i), bpb, size * members, text=7, dataset='little', epochs=epochs, tokens=100_000 * epochs, seed=i,
+             val_loss=bpb * 3 * math.log(2), ideas=['snapshots'] if i == 0 else ['ensemble'])
+        path = tmp_path / 'out' / 'law' / str(i) / 'result.json'
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | dict(settings=result['settings'] | dict(members=members))))
+    rows = [dict(name='base', seeds=3, notes=['base'], val_bpb=2.0, sd=0.01, per_source=dict(a=1.0)),
+            dict(name='idea', seeds=1, notes=['within noise', '+9% parameters'], val_bpb=1.9, change=-0.05, in_sd=None)]
+    for name, text in dict(good=json.dumps(rows), cut='[{"name"', other='[{"name": 3, "notes": []}]', empty='[]').items():
+        (tmp_path / 'out' / 'doll' / name).mkdir(parents=True)
+        (tmp_path / 'out' / 'doll' / name / 'compare.json').write_text(text)
+    blocks = {block['title']: block for block in board()[2]['blocks']}
+    assert [title for title in blocks if title.startswith('Compared')] == ['Compared: doll/good']
+    table = blocks['Compared: doll/good']
+    assert [row['name'] for row in table['rows']] == ['base', 'idea'] and table['rows'][1]['notes'] == 'within noise; +9% parameters'
+    assert [title for title in blocks if title.startswith('The law')] == ['The law, little']                   # of the others there are too few
+    series = {one['name']: one for one in blocks['The law, little']['series']}
+    assert '23 expects' in blocks['The law, little']['note'] and len(series) == 6
+    one = series['3 x 200,000 parameters, 0.3 MB']
+    assert sorted(x for x, _ in one['points']) == pytest.approx([0.5, 2, 8, 24]) and len(one['band'][0]) == 3
+    for name, one in series.items():
+        for x, y in one['points']:
+            assert np.interp(x, *zip(*one['path'])) == pytest.approx(y, rel=0.1), name
 
 
 def test_curves_by_epoch_are_of_validation_and_of_training_text(board, tmp_path):
