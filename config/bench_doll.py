@@ -118,7 +118,7 @@ def doll_of(own, argv):
         if 0.8 < minutes / own.minutes < 1.25:
             break
         size *= (own.minutes / minutes) ** 0.5
-    refuse(minutes > 4 * own.minutes, f'the doll takes {minutes:.1f} minutes here, and --minutes is {own.minutes:g}: '
+    refuse(minutes > 10 * own.minutes, f'the doll takes {minutes:.1f} minutes here, and --minutes is {own.minutes:g}: '
            f'give it {math.ceil(minutes)}, or a machine with nothing else to do')
     text, val = (doll.data.meta['splits'][split] for split in ('train', 'val'))
     wanted = n_steps * step / card['epochs']

@@ -5,7 +5,9 @@
 What config/domains.py or another that goes by sources gains with these labels too comes of more parameters, or
 of another order, and not of domains. Each source keeps its number of documents, not of tokens;
 val_bpb_per_source is that of such labels. A part of the validation text is drawn by source, so compare only
-runs that read all of it. Expected: bits per byte of plain text with as many parameters. Not yet measured.
+runs that read all of it. Expected: bits per byte of plain text with as many parameters. What it did in a doll of
+config/babylm.py (RESULTS.md, "Dolls"): 2.320 where true labels give 2.176 and the base 2.210, told 2.358 and 2.208.
+So a split of no domains costs 5 %, and what domains gain is not from having more parameters.
 """
 import numpy as np
 

@@ -69,13 +69,13 @@ def test_a_doll_of_many_weights_is_as_small_as_it_should_be():
 
 
 def test_a_doll_that_was_not_run_is_made_anew(doll, tmp_path):
-    args = 'base.py', '--max_tokens=1200000', '--text_words=40000', '--seeds=1'
+    args = 'base.py', '--text_words=40000', '--seeds=1'
     with pytest.raises(UserError, match=r'the doll takes [\d.]+ minutes here, and --minutes is 0.01: give it \d+'):
-        doll(*args, '--minutes=0.01')
+        doll(*args, '--minutes=0.01', '--max_tokens=30000000')
     left = tmp_path / 'out/doll/base/doll.py'
     left.parent.mkdir(parents=True, exist_ok=True)
     left.write_text('"""Of a command whose runs could not be made."""\n')
-    assert len(doll(*args, '--minutes=0.3')[1]) == 1 and 'could not be made' not in left.read_text()
+    assert len(doll(*args, '--minutes=0.3', '--max_tokens=1200000')[1]) == 1 and 'could not be made' not in left.read_text()
 
 
 def dolls(folder, size, sd=0.004, card=10_000_000, **changes):
