@@ -1171,7 +1171,7 @@ class Run:
         return clock.max_steps * each or self.tokens + max(0, int(clock.left() / self.step_seconds)) * each
 
     def reading(self, tokens):
-        """So many tokens for each parameter, in epochs, and what these are worth in epochs of fresh text: a
+        """So many tokens for each parameter, in epochs, and what these are worth at most in epochs of fresh text: a
         repetition is worth the less the more there were (Muennighoff 2023, 2305.16264, R_D = 15.39)."""
         epochs = tokens / self.stream.epoch_tokens()
         worth = epochs if epochs < 1 else 1 + 15.39 * -math.expm1((1 - epochs) / 15.39)
