@@ -118,12 +118,12 @@ def doll_of(own, argv):
         if 0.8 < minutes / own.minutes < 1.25:
             break
         size *= (own.minutes / minutes) ** 0.5
-    refuse(minutes > 10 * own.minutes, f'the doll takes {minutes:.1f} minutes here, and --minutes is {own.minutes:g}: '
-           f'give it {math.ceil(minutes)}, or a machine with nothing else to do')
     text, val = (doll.data.meta['splits'][split] for split in ('train', 'val'))
     wanted = n_steps * step / card['epochs']
     refuse(wanted > text['tokens'], f'the doll is to read {wanted:,.0f} tokens of text, {text["tokens"]:,} are '
            f'here: bring more, or give it fewer --minutes')
+    refuse(minutes > 10 * own.minutes, f'the doll takes {minutes:.1f} minutes here, and --minutes is {own.minutes:g}: '
+           f'give it {math.ceil(minutes)}, or a machine with nothing else to do')
     share, val_share = (float(f'{part * min(1, a / b["tokens"]):.3g}') for part, a, b in (
         (s.text_share, wanted, text), (1, VAL_TOKENS, val)))
     settings = shape | dict(

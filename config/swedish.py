@@ -24,7 +24,7 @@ class Corpus(prepare_data.Corpus):
             sha256={'wikipedia_sv.parquet':
                     'd1b63dc7d7db0a71f06f59eee2376d8040b9690ac053f3e5275e94b483d5b4c4'}),
         'babylm_swe': dict(
-            about="BabyBabelLM's Swedish (Jumelet 2025, 2510.10159), of its middle tier: as much as 10M words of English",
+            about="BabyBabelLM's Swedish (Jumelet 2025, arXiv 2510.10159), as 10M words of English; a document is a row",
             mb=60, licence='differs by document', repo='BabyLM-community/babylm-swe',
             files={'babylm_swe.parquet': 'data/train-00000-of-00001.parquet'}),
     }
