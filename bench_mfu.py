@@ -831,8 +831,6 @@ COMPARISONS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, a
 
 RESULT = dict(val_bpb=float, total_params=float, val_share=float, tokens=float, epochs=float, settings=dict(dataset=str), config=dict,
               hardware=dict(name=str), data=dict(fingerprint=str), evals={str: dict(accuracy=float)})     # the form of one
-
-
 COMPARED = [{'name': str, 'notes': [str], str: float | dict | None}]                            # and of a row of compare.json
 
 

@@ -154,8 +154,8 @@ def dolls(own, argv):
     path, asked = root / 'doll.py', '# of ' + json.dumps(
         [configs[0], own.card, own.card_mfu, own.text_words, own.minutes, *sorted(rest)])
     same = path.exists() and asked in path.read_text().split('\n')
-    refuse(path.exists() and not same and any(f.is_dir() for f in root.iterdir()), f'{path} is the doll of another command: give the options that it was made with, or choose '
-           f'another --compare_dir')
+    refuse(path.exists() and not same and any(f.is_dir() for f in root.iterdir()),
+           f'{path} is the doll of another command: give the options that it was made with, or choose another --compare_dir')
     if not same:                                # the same command again goes on with the same doll
         sides, settings = doll_of(own, [*base, *rest])
         rows = [('', own.card, 'its doll'), *((k, plain(card), plain(doll)) for k, (card, doll) in sides.items())]

@@ -10,7 +10,6 @@ before and after such lines is trained on, so theirs is the easier split: expect
 """
 import itertools
 import re
-from pathlib import Path
 
 import prepare_data
 import sample
@@ -64,11 +63,12 @@ class Corpus(prepare_data.Corpus):
                 place = next(numbers) % s.lines_of
                 way = held if place < s.lines_held else kept
                 way.write(line)
-                text |= {Path(way.name)} if line.strip() else set()
+                if way not in text and line.strip():
+                    text.add(way)
                 if place == s.lines_held - 1:
                     held.write(b'\n')
-        for path, name, split in zip(ways, (f'{name}.held', name), ('test', part.split)):
-            if path in text:
+        for path, way, name, split in zip(ways, (held, kept), (f'{name}.held', name), ('test', part.split)):
+            if way in text:
                 yield prepare_data.Part(path, name, split, part.source, part.shard)
 
 
