@@ -16,9 +16,9 @@ from model import GPT, GPTConfig, KVCache
 from prepare_data import UserError
 
 CONFIG = ROOT / 'config'
-GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN, ENSEMBLE, BIGRAMS, NORMUON, ROWS, CAUTIOUS, EVEN, RANDOM, NARROW, SNAPSHOTS, DISTILLED, CONTEXT, MIXED = (str(CONFIG / f'{name}.py') for name in (
+GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN, ENSEMBLE, BIGRAMS, NORMUON, ROWS, CAUTIOUS, EVEN, RANDOM, NARROW, SNAPSHOTS, DISTILLED, CONTEXT, MIXED, DOWN = (str(CONFIG / f'{name}.py') for name in (
     'attention_gate', 'layer_loop', 'batch_rampup', 'skips', 'value_projections', 'masked_inputs', 'ensemble', 'bigrams', 'normuon',
-    'row_muon', 'cautious_decay', 'even_mix', 'random_sources', 'factorised', 'snapshots', 'distilled', 'context_rampup', 'interleaved_heads'))
+    'row_muon', 'cautious_decay', 'even_mix', 'random_sources', 'factorised', 'snapshots', 'distilled', 'context_rampup', 'interleaved_heads', 'down_init'))
 SHAPE = dict(vocab_size=257, bos=256, block_size=64, n_layer=4, n_head=2, n_embd=32)
 
 
@@ -551,3 +551,15 @@ def test_a_narrow_table_learns(main, tmp_path):
     main(NARROW, '--table_dim=16', '--tie_embeddings=True', '--out_dir=still', *(f'--{name}_lr=0' for name in ('embedding', 'head', 'scalar')), '--learning_rate=0')
     still = weights(tmp_path / 'still')
     assert {k for k in still if torch.equal(still[k], trained[k])} == set()
+
+
+def test_an_mlp_that_does_not_begin_at_zero_teaches_its_first_matrix_from_the_first_step():
+    for idea, size, learns in ((), 0, False), ((DOWN,), 0.5, True):
+        ideas = prepare_data.Ideas([*idea], [GPTConfig], strict=False)
+        config = model_file.configured(ideas)(**SHAPE, **dict(down_init=size) if idea else {})
+        torch.manual_seed(0)
+        net = config.GPT(config)
+        net(some(), some()).backward()
+        for block in net.blocks:
+            assert block.mlp.down.weight.std().item() * 128 ** 0.5 == pytest.approx(size, rel=0.05)
+            assert (block.mlp.up.weight.grad.abs().max() > 0) == learns
