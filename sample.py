@@ -407,7 +407,6 @@ def deal(docs, slices=SLICES):
     return part
 
 
-@torch.no_grad()
 def device_of(model):
     return next(model.parameters()).device.type
 
@@ -417,6 +416,7 @@ def tokens_at_once(device):
     return 65536 if device == 'cuda' else 8192
 
 
+@torch.no_grad()
 def document_nats(model, documents, max_tokens=8192):
     """{key: nats} from pairs of a key and a document's ids, BOS first, read in windows of block_size."""
     nats, rows, device = {}, [], next(model.parameters()).device

@@ -49,6 +49,7 @@ class Costs(torch.nn.Module):
         self.compute_dtype = torch.float32
 
     def forward(self, idx, targets, reduction):
+        assert not torch.is_grad_enabled(), 'what is measured keeps nothing for a step backwards'
         assert reduction == 'none' and idx.shape == targets.shape and idx.shape[1] <= self.config.block_size
         return torch.where(targets >= 0, self.table[targets.clamp(min=0)], 0.0)
 
