@@ -1255,7 +1255,8 @@ def attention_dkdv_kernel(qk_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dqk_ptr, dv
 
 
 def attention_tiles(D, itemsize, limit):
-    """BLOCK_M, BLOCK_N, num_warps, num_stages of the forward, dq and dk/dv kernels.
+    """BLOCK_M, BLOCK_N, num_warps, num_stages of the forward, dq and dk/dv kernels. What goes along, keys in the first
+    two, queries in the third, has a block that divides the other: so a tile lies on the diagonal or beside it.
 
     A multiprocessor of an RTX 4090 has 65,536 registers and 102,400 bytes of shared memory, 1,024 of them
     taken per program. By `bench_mfu.py --kernels=compile-only` for sm_89, at D = 64 registers bind (146, 178
@@ -1267,7 +1268,7 @@ def attention_tiles(D, itemsize, limit):
         return (32, 16, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)
     if D <= 64:
         return (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)
-    return (64, 32, 4, 2), (64, 32, 8, 2), (64, 32 if limit > 200000 else 64, 8, 2)     # Hopper's and later spill
+    return (64, 32, 4, 2), (64, 32, 8, 2), (32 if limit > 200000 else 64, 64, 8, 2)     # Hopper's and later spill
 
 
 def tile(sizes):

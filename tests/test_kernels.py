@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import model as m
+from bench_mfu import SHARED_MEMORY
 from conftest import ROOT
 from model import GPT, Attention, Context, GPTConfig
 
@@ -114,6 +115,22 @@ def check_attention(case, dtype, in_use=None):
 @pytest.mark.parametrize('case', CASES)
 def test_attention(case, dtype):
     check_attention(case, dtype)
+
+
+@pytest.mark.parametrize('limit', sorted({*SHARED_MEMORY.values()}))
+@pytest.mark.parametrize('D', [64, 128])
+def test_attention_as_every_card_tiles_it(monkeypatch, limit, D):
+    """Of a card only its shared memory is known here; what is chosen by it computes the same."""
+    monkeypatch.setattr(m, 'shared_memory', lambda x: limit)
+    check_attention((130, D, 1, 1, 'one', 0, {}), torch.float16)
+
+
+@pytest.mark.parametrize('limit', [65536, *SHARED_MEMORY.values()])
+@pytest.mark.parametrize('D', [16, 32, 64, 128])
+@pytest.mark.parametrize('itemsize', [2, 4])
+def test_tiles_of_attention_lie_on_the_diagonal_or_beside_it(D, itemsize, limit):
+    forward, dq, dkdv = m.attention_tiles(D, itemsize, limit)
+    assert forward[0] % forward[1] == dq[0] % dq[1] == dkdv[1] % dkdv[0] == 0
 
 
 @pytest.mark.slow
