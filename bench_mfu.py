@@ -17,7 +17,7 @@ b.py+--dtype=float32.
 
 MFU is the share of the card's data-sheet peak that model FLOPs make up: with the positions really attended
 to, and, as `mfu palm`, as Chowdhery 2022 (2204.02311) counts them, all T for every token. A card that is not
-in train.py's table gets none. `of gemm` is the share of matrix products measured here, of this model's
+in sample.py's table gets none. `of gemm` is the share of matrix products measured here, of this model's
 shapes.
 
 --compare starts train.py for the base, the first config, and for each other config stacked on it, in turn, at
@@ -210,12 +210,12 @@ def measured(ideas):
             if micro:
                 self.micro, self.accum = micro, self.micro * self.accum // micro
 
-        told_to_stop, record = False, lambda self, **row: None
+        interrupted, record = False, lambda self, **row: None
         open_evaluations = compare = lambda self: None
 
         def heed(self, number, frame):
             """At once; or at the next step, if a callback of another library swallows that."""
-            self.told_to_stop = True
+            self.interrupted = True
             signal.default_int_handler(number, frame)
 
         def find_checkpoint(self):
@@ -230,7 +230,7 @@ def measured(ideas):
 
         def step(self):
             """Half way through, with what compiles it before the first. Returns its tokens."""
-            if self.told_to_stop:
+            if self.interrupted:
                 raise KeyboardInterrupt
             with using(m.IN_USE if self.kernels is None else self.kernels):
                 if not self.going:

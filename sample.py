@@ -55,8 +55,8 @@ except ImportError:                             # Windows
     fcntl = resource = None
 
 import prepare_data
-from config import MOST, UserError, at_home, docs, fits, in_words, print_without_fail, refuse, verb, verbs
-from model import IN_USE, KVCache, blueprint, configured
+from config import MOST, UserError, at_home, docs, fits, in_words, name_of, print_without_fail, refuse, verb, verbs
+from model import GPT, IN_USE, KVCache, blueprint, configured
 
 sys.modules.setdefault('sample', sys.modules[__name__])     # what an idea that imports sample gets
 
@@ -307,11 +307,18 @@ def drawn_by(options):
     return {name: getattr(options, name) for name in DRAWN}
 
 
+def generates_otherwise(model):
+    """The idea whose generate is its own, which no cache has to fit; '' where it is the baseline's."""
+    owner = next(c for c in type(model).__mro__ if 'generate' in vars(c))
+    return '' if owner is GPT else name_of(owner)
+
+
 def compile_for(run, *sizes):
     """Compiles what makes a token of each of so many rows, or says why the run goes on without."""
     model = run.model
     try:
         refuse(run.state['version'] != 3, 'its weights are packed')
+        refuse(other := generates_otherwise(model), f'{other} generates in a way of its own')
         model.compile_step()
         for rows in sizes:
             cache, new = KVCache(model, rows), torch.full((rows, 1), run.tokenizer.bos, device=model.wte.weight.device)
@@ -1215,7 +1222,8 @@ def tell(run, args, work=complete_all):
         raise UserError(f'{args.file or "the prompt"} is not UTF-8 text ({e})') from e
     if args.stats:                              # of --interactive, waiting for its user included
         say_cost(energy.how, [*marks, energy.mark()], tokens, args)
-        print(f'KV cache: {KVCache(run.model, 1).values():,.0f} values a token and layer')
+        if not generates_otherwise(run.model):
+            print(f'KV cache: {KVCache(run.model, 1).values():,.0f} values a token and layer')
 
 
 def the_options(modules):

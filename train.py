@@ -418,7 +418,8 @@ class Clock:
 
     def __init__(self, s, spent=0.0, trained=0.0, progress=0.0, age=lambda: time.monotonic() - STARTED):
         self.budget, self.counts_all, self.reserve = 60 * s.budget_minutes, s.budget_counts == 'all', 0.0
-        self.max_steps = s.max_steps or -(-s.max_tokens // s.tokens_per_step)
+        limits = s.max_steps, -(-s.max_tokens // s.tokens_per_step)
+        self.max_steps = min(filter(None, limits), default=0)      # whichever comes first
         self.spent, self.trained, self.progress, self.age = spent, trained, progress, age
 
     def elapsed(self):
@@ -501,10 +502,15 @@ def check_room(s, config, micro, device, out_dir):
            f'{checkpoints / 2**20:,.0f}: make room or choose another --out_dir')
 
 
+def card_is_full(error):
+    """Whether an error says so: PyTorch's, cuBLAS's, or one of these in the words of a compiler."""
+    return isinstance(error, RuntimeError) and bool(re.search('out of memory|CUBLAS_STATUS_ALLOC_FAILED', str(error)))
+
+
 def seconds_of(work, times):
     """Seconds that the fastest of several goes takes."""
     best = math.inf
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None      # not on a card that nobody asked for
     for _ in range(times):
         wait()
         began = time.monotonic()
@@ -562,6 +568,7 @@ class Run:
     """
     together = None                              # what adds gradients up over ranks, where there are several
     patient = None                               # all ranks, as a group that waits long
+    written = 'metrics.jsonl', 'result.json', 'report.html'      # in its folder, beside checkpoint and tokenizer
 
     # -- open: the machine, the checkpoint, the data
 
@@ -715,6 +722,7 @@ class Run:
         refuse(not place.is_dir(), f'{place} is a file, the run would be written to the folder {out}: choose '
                f'another --out_dir')
         refuse(not os.access(place, os.W_OK), f'{place} cannot be written to: choose another --out_dir')
+        refuse((out / 'meta.json').exists(), f'{out} is the folder of a data set: choose another --out_dir')
         finished = (out / 'result.json').exists()
         saved = self.checkpoints()
         if self.resuming:
@@ -857,8 +865,15 @@ class Run:
     def take_model(self, model):
         self.model, self.config = model, model.config
         self.optimizers = self.make_optimizers(model)
+        left = [name for name, p in model.named_parameters() if p.requires_grad and p not in self.moved()]
+        refuse(left, f'{", ".join(left[:3])} are in no group of the optimizers, nothing would move them: have the idea '
+               f'that adds them name one for them in Run.groups')
         if self.world > 1:
             self.together = GradientSum(model.parameters(), getattr(torch, self.s.reduce_dtype))
+
+    def moved(self):
+        """The parameters that optimizers move."""
+        return {p for optimizer in self.optimizers for group in optimizer.param_groups for p in group['params']}
 
     def start_from(self, before):
         """Takes the weights of another run's model, as far as it has them."""
@@ -938,8 +953,9 @@ class Run:
         self.told += state['warnings']
         self.stream.load(state['stream'])
         # neither was in checkpoints before 2026-11-27
-        self.next_eval, self.went_by = state.get('next_eval'), state.get('went_by', state['progress'])
-        self.progress = self.went_by
+        self.progress = self.went_by = state.get('went_by', state['progress'])
+        if state['settings'].get('eval_interval') == self.s.eval_interval:       # else it is found anew
+            self.next_eval = state.get('next_eval')
         # what a killed run did after its last checkpoint was paid for too
         spent = max([state['elapsed']] + [row['elapsed_s'] for row in read_rows(self.log_path)])
         self.clock = Clock(self.s, spent, state['trained'], state['progress'])
@@ -983,11 +999,12 @@ class Run:
         own(out)
         if not self.resuming:
             self.find_checkpoint()               # another run may have been here since
-            for pattern in ('ckpt*.pt*', 'tokenizer.*', '*.json*', 'report.html'):
-                for old in out.glob(pattern):
-                    old.unlink()
-        rows = [row for row in read_rows(self.log_path)      # what came after the checkpoint comes again
-                if row['step'] < self.steps or row['step'] == self.steps and 'train_loss' in row]
+            names = *sample.CHECKPOINTS, *(t.filename for t in prepare_data.TOKENIZERS.values()), *self.written
+            for old in (out / f'{name}{end}' for name in names for end in ('', '.part')):
+                old.unlink(missing_ok=True)
+        due = self.went_by >= min(self.next_eval or 1, 0.95)     # what was measured after this step is measured again,
+        rows = [row for row in read_rows(self.log_path)      # and what came after the checkpoint comes again
+                if row['step'] < self.steps or row['step'] == self.steps and ('train_loss' in row or not due)]
         known = ''.join(json.dumps(row) + '\n' for row in rows)
         write_beside(self.log_path, lambda f: f.write(known.encode()))
         write_beside(out / tokenizer.filename, lambda f: f.write(tokenizer.blob))
@@ -1045,8 +1062,12 @@ class Run:
         batch['targets'] = batch['idx'].clone()      # one tensor twice would compile another program
         batch = {k: t.to(self.device) for k, t in batch.items()}
         self.make_noise()
+        # a place for what the optimizers keep from the first step on
+        room = [torch.empty_like(p) for o in self.optimizers if not o.state for group in o.param_groups
+                for p in group['params'] for _ in range(2 - isinstance(o, Muon))]
         while not self.fits_memory(batch):
             batch = self.halved(batch)
+        del room
         moved = {id(p) for o in self.optimizers if isinstance(o, Muon) for g in o.param_groups for p in g['params']}
         idle = [name for name, p in self.model.named_parameters() if id(p) in moved and p.grad is None]
         refuse(idle, f'{", ".join(idle[:3])} have no gradient, nothing in the loss reads them: leave out the idea '
@@ -1060,15 +1081,17 @@ class Run:
         full = False
         try:
             self.try_out(batch)
-        except torch.OutOfMemoryError:
-            full = True
+        except RuntimeError as e:
+            full = card_is_full(e)
+            if not full:
+                raise
         return not self.all_reduce(np.array([float(full)]))[0]
 
     def try_out(self, batch):
         try:
             self.batch_loss(**batch).backward()
         except Exception as e:                  # of a compiler, whatever it be; one of the model comes again
-            if not self.compiling or isinstance(e, torch.OutOfMemoryError):
+            if not self.compiling or card_is_full(e):
                 raise
             self.do_without_compiler(e)
             self.batch_loss(**batch).backward()
@@ -1478,7 +1501,7 @@ class Run:
                                              for name, e in abilities.items()))
         if text := self.continuation(min(60, s.sample_tokens)):
             self.record(step=self.steps, progress=progress, sample=text, elapsed_s=self.clock.elapsed())
-        if self.signals:                         # they cut it short: the run that goes on makes it again
+        if self.told_to_stop():                  # which cut it short: the run that goes on makes it again
             self.next_eval = due
 
     # -- report

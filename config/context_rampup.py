@@ -16,7 +16,7 @@ context_end: float = 0.5        # 0..1: progress from which on they have all of 
 
 
 class Run(train.Run):
-    parts = 1                   # that a row is cut into
+    pieces = 1                  # that a row is cut into
 
     def parts_at(self, progress):
         """1 or a power of two that divides block_size."""
@@ -26,21 +26,21 @@ class Run(train.Run):
         return min(most, 2 ** math.ceil(-math.log2(s.context_start + (1 - s.context_start) * rise)))
 
     def get_going(self):
-        self.parts = self.parts_at(self.clock.progress)
+        self.pieces = self.parts_at(self.clock.progress)
         super().get_going()
 
     def step(self):
-        if self.parts_at(self.progress) != self.parts:
-            self.parts = self.parts_at(self.progress)
+        if self.parts_at(self.progress) != self.pieces:
+            self.pieces = self.parts_at(self.progress)
             self.flops_per_token = self.arithmetic()
         super().step()
 
     def read_rows(self):
-        return super().read_rows().reshape(-1, self.s.block_size // self.parts)
+        return super().read_rows().reshape(-1, self.s.block_size // self.pieces)
 
     def batch_loss(self, **batch):
         """What belongs to a token is cut with its row, what belongs to a row is that of all its parts."""
-        (B, T), n = batch['idx'].shape, self.parts
+        (B, T), n = batch['idx'].shape, self.pieces
 
         def cut(t):
             return t.reshape(n * B, -1) if t.shape == (B, T) else t.repeat_interleave(n, 0) if t.ndim else t

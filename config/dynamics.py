@@ -137,6 +137,7 @@ class Probe:
 
 class Run(train.Run):
     probe = None            # of rank 0
+    written = *train.Run.written, 'dynamics.json'
 
     def take_model(self, model):
         super().take_model(model)

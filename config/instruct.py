@@ -259,10 +259,10 @@ class Run(train.Run):
     def measure_evaluation(self):
         """Asks the run that this one goes on from, too."""
         super().measure_evaluation()
-        if not self.resuming and self.master:
-            with self.evaluating():
+        if not self.resuming:
+            with self.evaluating():              # for which ranks wait for each other
                 counts = {name: n for name, (n, _) in self.others.items() if name in ('answers', 'forgotten')}
-                self.before = dict(self.measure.ask(self.model, counts))
+                self.before = dict(self.measure.ask(self.model, counts if self.master else {}))
 
     def state(self):
         return super().state() | dict(before=self.before)

@@ -83,10 +83,11 @@ class GPT(model.GPT):
         return loss.view_as(targets) if reduction == 'none' else loss
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, *more, **extras):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, min_p=0.0,
+                 repetition_penalty=1.0, **extras):
         for _ in range(max_new_tokens):                 # without a cache
             logits = self.logits(self.trunk(idx[:, -self.config.block_size:])[:, -1])
-            new = model.sample_token(logits, temperature, top_k, top_p, generator, *more, before=idx)
+            new = model.sample_token(logits, temperature, top_k, top_p, generator, min_p, repetition_penalty, idx)
             idx = torch.cat([idx, new[:, None]], dim=1)
             yield new
 

@@ -88,4 +88,4 @@ def told_by(folder):
         return told | dict(made={*told['made']})
     except (OSError, ValueError) as e:
         raise UserError(f'{folder} is no share that is finished ({getattr(e, "strerror", e)}): make it with '
-                        f'--share') from None
+                        f'--workers and --share') from None

@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np

@@ -27,11 +27,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from config import UserError, at_home, name_of, refuse
+from config import UserError, at_home, refuse
 from config.sample_chat import chat_ids
 from config.sample_retrieve import open_passages
 from model import GPT, KVCache, sample_token
-from sample import DRAWN, Energy, as_json, compile_for, drawn_by, grid, open_run, page_with_hashes, windows, within
+from sample import DRAWN, Energy, as_json, compile_for, drawn_by, generates_otherwise, grid, open_run, page_with_hashes, windows, within
 
 WITH = 'retrieve',
 ROWS, WAITING, CONNECTIONS = 4, 32, 64      # answers made at once by a model, answers that may wait, sockets
@@ -111,9 +111,9 @@ class Lane:
     """
 
     def __init__(self, name, run, passages=None, most=0):
-        owner = next(c for c in type(run.model).__mro__ if 'generate' in vars(c))
-        refuse(owner is not GPT, f'{name_of(owner)} generates in a way of its own, which the server does not know: '
-               f'serve another run than {run.folder}')
+        other = generates_otherwise(run.model)
+        refuse(other, f'{other} generates in a way of its own, which the server does not know: serve another run '
+               f'than {run.folder}')
         self.name, self.run, self.model, self.tokenizer = name, run, run.model, run.tokenizer
         self.passages, self.most = passages, most            # of --retrieve, before a prompt
         self.device, self.waiting = run.model.wte.weight.device, collections.deque()

@@ -12,8 +12,6 @@ where text is scarce, the most for the least arithmetic.
 """
 import torch
 
-import model
-import train
 from config import cyclic_average, ensemble, refuse
 
 cycles = 4

@@ -46,6 +46,9 @@ class Run(train.Run):
             one.register_load_state_dict_pre_hook(functools.partial(own_part, every))
         return mine
 
+    def moved(self):
+        return super().moved().union(*self.parts or ())
+
     def descend(self, loss):
         told = super().descend(loss)
         if self.parts:

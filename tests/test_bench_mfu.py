@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import bench_mfu
 import model
+import sample
 import train
 from config import bench_sweep
 from conftest import ROOT, finish, script, start
@@ -166,7 +167,7 @@ def test_matrix_products_are_counted():
 
 # ---- the rival, config/plain_gpt2.py
 
-def test_the_rival_is_a_gpt_2(corpus):
+def test_the_rival_is_a_gpt_2(corpus, capsys):
     run = opened(corpus, str(PLAIN))
     net, C, L, V = run.model, 64, 2, 257
     assert sum(p.numel() for p in net.parameters()) == (V + 64) * C + L * (12 * C * C + 13 * C) + 2 * C
@@ -184,6 +185,11 @@ def test_the_rival_is_a_gpt_2(corpus):
     prompt = idx[:1, :5]
     greedy = [int(new) for new in net.generate(prompt, 4, temperature=0)]
     assert greedy[3] == int(net.logits(net.trunk(torch.cat([prompt, torch.tensor([greedy[:3]])], 1)))[0, -1].argmax())
+    assert [int(new) for new in net.generate(prompt, 4, min_p=1.0)] == greedy              # none but the likeliest
+    assert len({int(new) for new in net.generate(prompt, 40, temperature=0, repetition_penalty=100)} & {*prompt[0].tolist()}) == 0
+    told = capsys.readouterr().err
+    sample.compile_for(SimpleNamespace(model=net, folder='run', state=dict(version=3)), 1)
+    assert 'run goes on without compiled steps: config/plain_gpt2.py generates in a way of its own' in capsys.readouterr().err and not told
 
 
 def test_the_rival_drops_out_in_training_alone(corpus):

@@ -1,4 +1,6 @@
 """The house: how configs and ideas are read and stacked, that the scripts name none, and what a run is made of."""
+import ast
+import collections
 import dataclasses
 import hashlib
 import os
@@ -577,6 +579,20 @@ def test_nothing_is_imported_back():
         found = {m for m in re.findall(r'^\s*(?:import|from) (\w+)', text, re.M)} & {*order}
         assert found <= {*may}, (name, found)
         assert not re.search(r'^\s*(import|from) config\.|import_module', text, re.M), f'{name} imports an idea by name'
+
+
+def test_no_two_ideas_keep_different_things_under_one_name():
+    """What an instance of a seam keeps is shared by all ideas of a stack. These pairs mean the same by it, or do not go together."""
+    kept = collections.defaultdict(set)
+    for path in IDEAS:
+        for node in (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name in prepare_data.SEAMS):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store) and getattr(part.value, 'id', '') == 'self':
+                    kept[node.name, part.attr].add(path.stem)
+    assert {(seam, name, *sorted(ideas)) for (seam, name), ideas in kept.items() if len(ideas) > 1} == {
+        ('Corpus', 'text_field', 'facts', 'stories'), ('Run', 'average', 'cyclic_average', 'ema'), ('Run', 'flops_per_token', 'context_rampup', 'layer_loop'),
+        ('Run', 'teacher', 'distillation', 'distilled'), ('Run', 'unknown', 'climb_vocabulary', 'masked_inputs'),
+        ('Stream', 'lengths', 'climb_data', 'retrieval'), ('Stream', 'weights', 'climb_data', 'even_mix')}
 
 
 @pytest.mark.parametrize('heeds', [(), BrokenPipeError])

@@ -382,7 +382,7 @@ def test_short_rows_are_the_parts_of_long_ones(main, tmp_path):
             seen.append(batch)
 
     class Cut(context_rampup.Run, Asked):
-        parts = 4
+        pieces = 4
     Cut().batch_loss(idx=idx, targets=idx + 1, domain=torch.tensor([5, 7]))
     assert torch.equal(seen[0]['idx'], torch.cat([row.view(4, 16) for row in idx])) and torch.equal(seen[0]['targets'], seen[0]['idx'] + 1)
     assert seen[0]['domain'].tolist() == [5] * 4 + [7] * 4

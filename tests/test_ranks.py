@@ -68,6 +68,17 @@ def test_shared_out_optimizers_make_the_same_run_and_checkpoint(corpus, two, tmp
                 torch.testing.assert_close(value, other['state'][i][name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
+def test_ranks_are_taught_as_one_is(corpus, two, tmp_path):
+    (tmp_path / 'talk').mkdir()
+    for name, n in (('talk.train.jsonl', 300), ('talk.dev.jsonl', 20)):
+        (tmp_path / 'talk' / name).write_text(''.join(json.dumps(dict(prompt=f'Who? {i} {name}', answer='Mia did.')) + '\n' for i in range(n)))
+    args = [a for a in corpus.args if not a.startswith('--dat')] + ['--dataset=files:talk', '--data_dir=data', f'--init_from={two[0]}', '--max_steps=2']
+    code, out, err = script('train.py', str(ROOT / 'config' / 'instruct.py'), *args, '--out_dir=run', cwd=tmp_path, launcher=TWO)
+    assert code == 0, err
+    assert result(tmp_path / 'run')['evals'].keys() >= {'answers', 'forgotten'}
+
+
 def test_parameters_are_shared_out_evenly_and_states_are_put_together_again():
     model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=5, n_head=2, n_embd=32))
     run = run_of('--dataset=generated', '--optimizer=muon')

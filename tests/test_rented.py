@@ -83,6 +83,24 @@ def losses(folder):
     return [row['train_loss'] for row in sample.read_rows(folder / 'metrics.jsonl') if 'train_loss' in row]
 
 
+@pytest.mark.parametrize('error, full', [
+    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'), True), (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling'), True),
+    (RuntimeError('backend=inductor raised: OutOfMemoryError: CUDA out of memory.'), True), (RuntimeError('a mistake'), False)])
+def test_a_full_card_is_known_in_whatever_words(error, full):
+    def try_out(batch):
+        raise error
+    run = SimpleNamespace(try_out=try_out, all_reduce=lambda array: array)
+    with contextlib.nullcontext() if full else pytest.raises(RuntimeError, match='a mistake'):
+        assert not train.Run.fits_memory(run, {})
+
+
+@pytest.mark.parametrize('compiling', [True, False])
+def test_a_compiler_without_room_is_not_given_up(compiling):
+    run = SimpleNamespace(compiling=compiling, batch_loss=with_room_for(0))
+    with pytest.raises(RuntimeError, match='out of memory'):
+        train.Run.try_out(run, dict(self=run, idx=[1], targets=[1]))
+
+
 @pytest.mark.parametrize('ideas', [(), ('config/masked.py', '--tokenizer=bpe', '--vocab_size=300')])
 def test_a_micro_batch_that_has_no_room_is_halved(main, tmp_path, monkeypatch, ideas):
     args = [str(ROOT / a) if a.endswith('.py') else a for a in ideas] + ['--tokens_per_step=512', '--block_size=32']
@@ -199,7 +217,7 @@ def test_a_card_s_queue_is_waited_for_before_the_clock_starts(monkeypatch):
     def synchronize():
         now[0] += sum(queue)
         queue.clear()
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
     monkeypatch.setattr(torch.cuda, 'synchronize', synchronize)
     monkeypatch.setattr(train.time, 'monotonic', lambda: now[0])
     assert train.seconds_of(lambda: queue.append(2.0), 2) == 2.0

@@ -434,7 +434,8 @@ def test_steps_drive_alone_when_they_are_given():
         clock.add_step(99, clock.left(), step)
         assert clock.progress == step / 8
     assert not clock.fits(8, 1.0)
-    assert train.Clock(settings('--max_tokens=1000', '--tokens_per_step=512')).max_steps == 2
+    for steps, most in ((0, 2), (1, 1), (100, 2)):
+        assert train.Clock(settings('--max_tokens=1000', '--tokens_per_step=512', f'--max_steps={steps}')).max_steps == most
     clock, step, _ = drive(settings('--max_steps=100000', '--budget_minutes=2'), 0)
     assert step < 200                                       # whichever limit comes first
 
@@ -989,6 +990,52 @@ def test_overwrite(main, tmp_path):
     main()
     main('--overwrite=True', '--seed=2')
     assert len(losses(tmp_path / 'run')) == 3 and weights(tmp_path / 'run')['settings']['seed'] == 2
+
+
+def test_a_run_takes_away_what_runs_write_and_nothing_else(main, corpus, tmp_path):
+    (tmp_path / 'run').mkdir()
+    theirs, ours = ('notes.json', 'data.jsonl', 'tokenizer.mine', 'ckpt.pt.txt', 'other.html'), ('report.html', 'tokenizer.model', 'ckpt.pt.part')
+    for name in theirs + ours:
+        (tmp_path / 'run' / name).write_text('mine')
+    main()
+    assert all((tmp_path / 'run' / name).read_text() == 'mine' for name in theirs)
+    assert not any((tmp_path / 'run' / name).exists() and (tmp_path / 'run' / name).read_text() == 'mine' for name in ours)
+    before = snapshot(corpus.folder)
+    with pytest.raises(UserError, match='is the folder of a data set: choose another --out_dir'):
+        main(f'--out_dir={corpus.folder}', '--overwrite')
+    assert snapshot(corpus.folder) == before
+
+
+@pytest.mark.parametrize('first, then, made', [(0.5, 0, 0), (0, 0.25, 2), (0.5, 0.25, 2)])
+def test_a_run_may_go_on_with_other_evaluations_on_the_way(main, tmp_path, monkeypatch, first, then, made):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, 'evaluate_if_due', lambda self: self.signals.append(signal.SIGTERM) if self.steps == 4 else None)
+        with pytest.raises(train.Stopped):
+            main('--max_steps=12', f'--eval_interval={first}')
+    main('--init_from=resume', '--max_steps=12', f'--eval_interval={then}')
+    assert sum('val_bpb' in row and row['progress'] < 0.95 for row in rows(tmp_path / 'run')) == made
+
+
+def test_a_signal_right_after_an_evaluation_loses_none_of_it(main, tmp_path, monkeypatch):
+    evaluate = train.Run.evaluate_if_due
+
+    def then_a_signal(self):
+        evaluate(self)
+        if self.steps == 7:
+            self.signals.append(signal.SIGTERM)              # heard within the next step
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, 'evaluate_if_due', then_a_signal)
+        with pytest.raises(train.Stopped):
+            main('--max_steps=12', '--eval_interval=0.5')
+    main('--init_from=resume', '--max_steps=12', '--eval_interval=0.5')
+    assert [row['step'] for row in rows(tmp_path / 'run') if 'val_bpb' in row] == [7, 12]
+
+
+def test_a_parameter_that_no_optimizer_has_is_refused(main, tmp_path):
+    (tmp_path / 'forgets.py').write_text('import torch\nimport model\n\n\nclass GPT(model.GPT):\n    def build(self, config):\n        super().build(config)\n'
+                                         '        self.places = torch.nn.Parameter(torch.zeros(3, 3))\n')
+    with pytest.raises(UserError, match='places are in no group of the optimizers, nothing would move them'):
+        main(str(tmp_path / 'forgets.py'))
 
 
 def test_overwrite_leaves_no_other_tokenizer(main, tmp_path):
