@@ -865,7 +865,8 @@ class Run:
     def take_model(self, model):
         self.model, self.config = model, model.config
         self.optimizers = self.make_optimizers(model)
-        left = [name for name, p in model.named_parameters() if p.requires_grad and p not in self.moved()]
+        moved = self.moved()
+        left = [name for name, p in model.named_parameters() if p.requires_grad and p not in moved]
         refuse(left, f'{", ".join(left[:3])} are in no group of the optimizers, nothing would move them: have the idea '
                f'that adds them name one for them in Run.groups')
         if self.world > 1:
