@@ -1000,10 +1000,11 @@ def test_a_run_takes_away_what_runs_write_and_nothing_else(main, corpus, tmp_pat
     main()
     assert all((tmp_path / 'run' / name).read_text() == 'mine' for name in theirs)
     assert not any((tmp_path / 'run' / name).exists() and (tmp_path / 'run' / name).read_text() == 'mine' for name in ours)
-    before = snapshot(corpus.folder)
+    shutil.copytree(corpus.folder, tmp_path / 'copy', ignore=shutil.ignore_patterns('eval'))
+    before = snapshot(tmp_path / 'copy')
     with pytest.raises(UserError, match='is the folder of a data set: choose another --out_dir'):
-        main(f'--out_dir={corpus.folder}', '--overwrite')
-    assert snapshot(corpus.folder) == before
+        main('--out_dir=copy', '--overwrite')
+    assert snapshot(tmp_path / 'copy') == before
 
 
 @pytest.mark.parametrize('first, then, made', [(0.5, 0, 0), (0, 0.25, 2), (0.5, 0.25, 2)])
