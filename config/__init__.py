@@ -75,7 +75,7 @@ def memory_ran_out(error):
     """How it was told, where an error is that, of a card or of the machine (torch has a RuntimeError for both); else ''."""
     said = str(error).split('\n')[0][:120]
     told = (isinstance(error, MemoryError) or getattr(error, 'errno', 0) == errno.ENOMEM or isinstance(error, RuntimeError)
-            and re.search('out of memory|allocate memory|bad_alloc|start new thread', str(error)))
+            and re.search('out of memory|ALLOC_FAILED|allocate memory|bad_alloc|start new thread', str(error)))
     return (said or type(error).__name__) if told else ''
 
 

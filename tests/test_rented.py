@@ -133,6 +133,8 @@ def test_memory_that_ends_on_the_way_is_a_sentence(capsys):
     said = capsys.readouterr().err
     assert said.startswith('train.py: the device ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.): lower micro')
     assert said.count('\n') == 1
+    assert train.tell(object(), RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')) == 2
+    assert 'the device ran out of memory (CUDA error: CUBLAS' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('error', [
