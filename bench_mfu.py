@@ -209,6 +209,7 @@ def measured(ideas):
             self.build()
             if micro:
                 self.micro, self.accum = micro, self.micro * self.accum // micro
+                self.first_batch = self.stream.batch(0, micro, s.block_size)
 
         interrupted, record = False, lambda self, **row: None
         open_evaluations = compare = lambda self: None
@@ -475,13 +476,15 @@ def kernel_rows(name, flops, size, rivals, tensors, rounds, rates):
     """A row for every rival in an operation: forward, and with backward; median, spread, floor, memory."""
     rows, device = [], tensors[0].device.type
     leaves = [t.detach().requires_grad_() for t in tensors]
-    with torch.no_grad():
-        outputs = rivals.get('torch', rivals['ours'])(*tensors)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = [torch.randn_like(o) if o.ndim else torch.ones_like(o) for o in outputs]
+    grads = []
 
     def both(function):
-        return lambda: torch.autograd.grad(function(*leaves), leaves, grads)
+        def work():
+            outputs = function(*leaves)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            grads.extend([] if grads else [torch.randn_like(o) if o.ndim else torch.ones_like(o) for o in outputs])
+            return torch.autograd.grad(outputs, leaves, grads)
+        return work
 
     def forward(function):
         return torch.no_grad()(lambda: function(*tensors))

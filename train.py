@@ -1205,7 +1205,8 @@ class Run:
         """Where scale models were best after 6 to 12 epochs and then got worse (RESULTS.md, "Dolls": scarce)."""
         if epochs > 20 and (little := a_parameter / epochs) < 12:
             self.say(f'warning: {epochs:.3g} epochs of {little:.2g} tokens of text a parameter: it will know them by heart and '
-                     f'get worse; bring more text, end after a dozen, or see README, "what should I train?"')
+                     f'get worse; bring more text, end after a dozen, keep the best weights (config/best_weights.py), or '
+                     f'see README, "what should I train?"')
 
     # -- step
 
@@ -1389,7 +1390,8 @@ class Run:
     # -- save
 
     def save_if_due(self):
-        if self.bad_steps == 0 and self.clock.elapsed() - self.last_save >= 60 * self.s.save_minutes:
+        since = self.agreed(self.clock.elapsed() - self.last_save)       # an idea's save may be one of all ranks together
+        if self.bad_steps == 0 and since >= 60 * self.s.save_minutes:
             began = time.monotonic()
             if not self.save():
                 self.save_seconds = max(0.5, time.monotonic() - began)

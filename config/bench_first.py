@@ -55,7 +55,8 @@ def recommended(s, found):
     for check in tried.get('checks', []):
         off |= {name: check['why'] for name in check['kernels'] if name not in check['used']}
     for method, why in tried.get('broken', {}).items():
-        off |= dict.fromkeys(JUDGED.get(method, ()), f'its process ended: {why}')
+        if why != STOPPED:                       # a run tries each again, and knows what it does not answer
+            off |= dict.fromkeys(JUDGED.get(method, ()), f'its process ended: {why}')
     most, card = s.tokens_per_step // s.block_size, found.get('machine', {}).get('card_gib', math.inf)
     sizes = found.get('room', {}).get('sizes', []) if found['device'] == 'cuda' else ()      # a CPU is adapted to
     speeds = {row['rows']: row['tok_per_sec'] for row in sizes if row['rows'] <= s.micro_batch_size or (

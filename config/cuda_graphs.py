@@ -26,7 +26,7 @@ def record(work, device):
         for _ in range(3):
             work()
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode='thread_local'):      # a thread pins what is read next
         result = work()
     return graph.replay, result
 
@@ -35,7 +35,7 @@ class Recorded:
     """The gradients of a micro-batch as one call, on tensors that stay where they are; the first of a step."""
 
     def __init__(self, run, batch):
-        self.model, self.batch = run.step_model, {name: t.clone() for name, t in batch.items()}
+        self.of, self.batch = (run.step_model, run.flops_per_token), {name: t.clone() for name, t in batch.items()}
         self.parts = torch.ones((), device=run.device)
         if run.together:
             run.together.hearing = False         # no other rank is told of the gradients of a recording
@@ -74,6 +74,6 @@ class Run(train.Run):
         super().get_going()
 
     def add_gradients(self, batch, n_micro):
-        if self.recorded is None or self.recorded.model is not self.step_model:
+        if self.recorded is None or self.recorded.of != (self.step_model, self.flops_per_token):      # it loops from now on
             self.recorded = Recorded(self, batch)
         return self.recorded(batch, n_micro)

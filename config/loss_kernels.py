@@ -39,10 +39,14 @@ class Run(train.Run):
             models.IN_USE.discard('cross_entropy')
             self.say(f'  cross_entropy: torch after all, {fault}')
 
+    def rank(self):
+        """Columns of the table of soft targets that the kernel is tried with."""
+        return 16
+
     def fault(self):
         V, C = self.model.lm_head.weight.shape
         dice = torch.Generator().manual_seed(0)
-        shapes = (32, C), (V, C), (V, 16)
+        shapes = (32, C), (V, C), (V, self.rank())
         x, weight, table = (torch.randn(shape, generator=dice).to(self.device) for shape in shapes)
         x, weight, gold = x.to(self.dtype), weight / C ** 0.5, torch.arange(32, device=self.device) % V
         soft = table / 4, similarity_norm(table / 4), torch.full((), 0.7, device=self.device)
@@ -68,7 +72,8 @@ def losses(x, weight, gold, kernel, soft):
 def kernel_cases(config, dtype, rows):
     """For bench_mfu.py: the loss that the ideas of this model make."""
     cap, z_loss = (getattr(config, name, 0.0) for name in ('logit_softcap', 'z_loss'))
-    C, V, rank = config.n_embd, config.vocab_size, 32 * hasattr(config, 'smoothing')
+    C, V = config.n_embd, config.vocab_size
+    rank = 2 ** math.ceil(math.log2(max(16, config.word_classes + 3))) if hasattr(config, 'smoothing') else 0
 
     def loss(x, weight, kernel=False):
         table = x.new_zeros((V, rank), dtype=torch.float32)
@@ -223,7 +228,7 @@ def soft_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, table
     losses, count = x.new_empty(N, dtype=torch.float32), (targets >= 0).sum().clamp(min=1).float()
     dx, dw = torch.empty_like(x) if grad else x.new_empty(0), torch.zeros_like(weight if grad else weight[:0])
     soft = table is not None
-    block = 256 if soft else min(triton.next_power_of_2(V), 4096)
+    block = max(16, 8192 // table.shape[1]) if soft else min(triton.next_power_of_2(V), 4096)   # of the table, 32 KiB
     for i in range(0, N, rows):
         xs, ys = x[i:i + rows], targets[i:i + rows]
         z = xs @ w.t()

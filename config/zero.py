@@ -76,7 +76,7 @@ class Run(train.Run):
                      for p, state in states_of(one).items()} for one in self.optimizers]
             told = [None] * self.world if self.master else None
             dist.gather_object(mine, told)
-            for every, *parts in zip(self.whole, *told or ()):
+            for every, *parts in zip(self.whole, *told) if self.master else ():
                 known = {name: state for part in parts for name, state in part.items()}
                 give_states(every, {p: known[name] for p, name in names.items() if name in known})
         unsaved = super().save()

@@ -73,6 +73,9 @@ class Run(train.Run):
     assert run.micro == 2 and run.step() == 256 and run.steps == 1 and run.losses == 2 + 2      # two of them set it going
     assert run.optimizers[0].param_groups[0]['lr'] == pytest.approx(0.5 / 0.6 * 0.02) and run.progress == 0.5
     run.batches.close()
+    s, ideas = train.read_settings([*corpus.args, '--micro_batch_size=8'], bench_mfu.TABLES)
+    other = bench_mfu.measured(ideas)(s, micro=4)
+    assert other.micro == 4 and {key: len(t) for key, t in other.first_batch.items()} == dict(idx=4, targets=4)
     result, _ = bench_mfu.main([*corpus.args, str(tmp_path / 'twice.py'), '--rounds=1', '--only=steps']), capsys
     assert '--beside' not in capsys.readouterr().out and result is None
 
@@ -117,7 +120,27 @@ def test_a_rival_that_fails_is_named():
     assert len(times['fine']) == 3 and list(times) == ['fine'] and faults == {'broken': 'RuntimeError: no such card'}
 
 
+def test_an_operation_of_ours_that_fails_is_a_line_too():
+    def broken(x):
+        raise RuntimeError('no such instruction')
+    rows = bench_mfu.kernel_rows('loss', 1e3, 1e3, {'ours': broken, 'torch': lambda x: (x.exp(), x.sum())}, [torch.ones(3)], 2,
+                                 dict(gemm=1e9, copy=1e9))
+    assert [(row['rival'], row['fault']) for row in rows] == [('ours', 'RuntimeError: no such instruction'), ('torch', None)]
+    assert rows[1]['both_ms'] > rows[1]['ms'] > 0
+
+
 # ---- compiling without a GPU
+
+@pytest.mark.long
+def test_the_loss_of_many_word_classes_fits_a_4090(monkeypatch):
+    pytest.importorskip('triton')
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    command = "import bench_mfu, sys; bench_mfu.FAMILY = (); bench_mfu.main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, '-c', command, 'config/babylm.py', 'config/syntactic_smoothing.py', '--word_classes=200',
+                           '--kernels=compile-only', '--compile_for=89'], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    sizes = [b['shared'] for b in json.loads(done.stdout) if b['kernel'] == 'soft_cross_entropy_kernel']
+    assert sizes and max(sizes) <= 101376
 
 @pytest.mark.parametrize('whole', [False, pytest.param(True, marks=pytest.mark.long)])
 def test_kernels_compile_for_a_4090_within_its_limits(monkeypatch, whole):

@@ -193,6 +193,12 @@ def test_the_way_with_which_the_budget_buys_most(start, speeds, expected):
 
 # ---- kernels
 
+def test_a_kernel_that_had_no_time_to_be_tried_is_left_to_the_run():
+    found = dict(device='cuda', kernels=dict(broken=dict(mlp=bench_first.STOPPED, add_norm='killed by SIGSEGV')))
+    settled, off = bench_first.recommended(settings(), found)
+    assert settled['kernels'] == '-rms_norm' and off == dict(rms_norm='its process ended: killed by SIGSEGV')
+
+
 def rows(**ms):
     return [dict(rival=name.replace('_', ' '), both_ms=value) for name, value in ms.items()]
 

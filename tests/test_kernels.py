@@ -369,6 +369,18 @@ def test_a_kernel_that_is_no_faster_stays_out(card):
     assert table['rms_norm'] == 'torch, a layer takes 1.80 ms with it, 1.60 without'
 
 
+def test_a_kernel_without_which_there_is_no_room_is_taken(card, monkeypatch):
+    seconds = m.Probe.seconds
+
+    def short_of_memory(probe):
+        if not m.IN_USE:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return seconds(probe)
+    monkeypatch.setattr(m.Probe, 'seconds', short_of_memory)
+    table = card()
+    assert m.IN_USE == set(m.KERNELS) and table['attention'].endswith('; a layer takes 1.60 ms with it, inf without')
+
+
 def test_a_layer_is_timed_with_and_without(monkeypatch):
     probe = m.Probe(GPTConfig(vocab_size=90, block_size=40, n_layer=1, n_head=1, n_embd=32), 'cpu', torch.float32, 5)
     shapes, clock = [], iter([0, 9, 10, 12, 20, 21, 30, 33])

@@ -98,6 +98,34 @@ def test_parameters_are_shared_out_evenly_and_states_are_put_together_again():
         assert all(torch.equal(t, theirs[i][k]) for i, known in ours.items() for k, t in known.items())
 
 
+SLOW = """
+import time
+import train
+
+class Run(train.Run):
+    def step(self):
+        super().step()
+        time.sleep(0.02)
+
+    def save(self):
+        with open(f'saved{self.rank}', 'a') as f:
+            f.write(f'{self.steps} ')
+        unsaved = super().save()
+        time.sleep(0.3 * self.master)
+        return unsaved
+"""
+
+
+@pytest.mark.long
+def test_all_ranks_save_after_the_same_step(corpus, tmp_path):
+    """Though the first writes for a while each time, and the others do not."""
+    (tmp_path / 'slow.py').write_text(SLOW)
+    code, out, err = script('train.py', *corpus.args, *STEPS, '--max_steps=60', '--save_minutes=0.01', ZERO, 'slow.py', '--out_dir=run', cwd=tmp_path,
+                            launcher=TWO, timeout=120)
+    saved = [(tmp_path / f'saved{rank}').read_text().split() for rank in (0, 1)]
+    assert code == 0 and saved[0] == saved[1] and len(saved[0]) > 2, err          # the last, and two on the way at least
+
+
 # ---- a rank that is lost
 
 LOST = """

@@ -10,7 +10,7 @@ import torch
 
 import sample
 import train
-from config import UserError, cuda_graphs, in_words
+from config import UserError, cuda_graphs, in_words, layer_loop
 from conftest import ROOT
 
 OLD = 'NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\nGCC version:  gcc 12.3.0\n'
@@ -171,10 +171,24 @@ def test_a_step_is_recorded_on_a_stream_of_its_own_and_replayed(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: stream)
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', lambda: graph)
     monkeypatch.setattr(torch.cuda, 'stream', lambda s: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, 'graph', lambda g: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, 'graph', lambda g, capture_error_mode: contextlib.nullcontext(told.append(capture_error_mode)))
     replay, result = cuda_graphs.record(lambda: told.append('work') or 7, 'cuda')
     replay()
-    assert result == 7 and told == ['wait', *3 * ['work'], 'wait', 'work', 'replay']
+    assert result == 7 and told == ['wait', *3 * ['work'], 'wait', 'thread_local', 'work', 'replay']
+
+
+def test_what_begins_to_loop_on_the_way_is_recorded_again(main, tmp_path, monkeypatch):
+    def record(work, device):
+        models.append(run.looping)
+        return plain(work, device)
+    models, plain, run = [], cuda_graphs.record, SimpleNamespace(looping=None)
+    looping = layer_loop.Run.set_looping
+    monkeypatch.setattr(cuda_graphs, 'record', record)
+    monkeypatch.setattr(layer_loop.Run, 'set_looping', lambda self, now: looping(self, now) or setattr(run, 'looping', now))
+    args = [str(ROOT / 'config' / 'layer_loop.py'), '--loop_layers=1', '--loop_from=0.5', '--max_steps=6']
+    main(*args, '--out_dir=plain')
+    main(*args, GRAPHS, '--out_dir=recorded')
+    assert models == [False, True] and losses(tmp_path / 'recorded') == losses(tmp_path / 'plain')
 
 
 def test_what_cannot_be_recorded_is_refused(main, monkeypatch):
