@@ -543,7 +543,7 @@ def sample_token(logits, temperature, top_k, top_p, generator=None, min_p=0.0, r
         there = logits.gather(1, before)
         there = torch.where(there > 0, there / repetition_penalty, there * repetition_penalty)
         logits = logits.scatter(1, before, there)
-    if temperature == 0:
+    if temperature < 1e-6:                           # what is divided by less may be infinite
         return logits.argmax(dim=-1)
     logits, order = (logits / temperature).sort(dim=-1, descending=True)
     probs = logits.softmax(dim=-1)

@@ -22,6 +22,7 @@ import csv
 import difflib
 import errno
 import functools
+import glob
 import gzip
 import hashlib
 import http.client
@@ -30,6 +31,7 @@ import itertools
 import json
 import lzma
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -370,6 +372,7 @@ def files_below(root):
     for path in found:
         what = 'no file, it can be read only once' if path.exists() else 'a link to nothing'
         refuse(not path.is_file(), f'{path} is {what}: put a file of text in its place, or take it away')
+        refuse(re.search('[\ud800-\udfff]', str(path)), f'{ascii(str(path))} has a name that is no UTF-8: rename it')
     return {path.relative_to(root).as_posix() if path != root else root.name: path for path in sorted(found)}
 
 
@@ -484,14 +487,14 @@ def fetch(entry, raw, base_url):
             download(url, raw / name, entry.get('sha256', {}).get(name), 2_000_000 * entry['mb'])
 
 
-def download(url, path, sha256=None, most=1_000_000_000):
-    """One file of so many bytes at most, whole or not at all. A connection that breaks is taken up where it
-    broke, now or next time; a server in trouble is asked again, each time after twice as long; one that
-    refuses is not."""
+def download(url, path, sha256=None, most=1_000_000_000, waits=(1, 2, 4, 8), timeout=30):
+    """One file of so many bytes at most, whole or not at all. A connection that breaks, or is silent for `timeout`
+    seconds, is taken up where it broke, now or next time; a server in trouble is asked again, each time after
+    longer waits; one that refuses is not."""
     part, version = (path.with_name(f'.{path.name}.{kind}') for kind in ('part', 'version'))
-    for wait in (1, 2, 4, 8, None):
+    for wait in (*waits, None):
         try:
-            receive(url, part, version, most)
+            receive(url, part, version, most, timeout)
             break
         except UserError:
             part.unlink()
@@ -520,12 +523,12 @@ def download(url, path, sha256=None, most=1_000_000_000):
     os.replace(part, path)
 
 
-def receive(url, part, version, most):
+def receive(url, part, version, most, timeout):
     """Appends to `part` what is missing of it; the file `version` holds the server's name for it."""
     from tqdm import tqdm
     held = part.stat().st_size if part.exists() and version.exists() else 0
     headers = {'Range': f'bytes={held}-', 'If-Range': version.read_text()} if held else {}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
         held = held if response.status == 206 else 0             # 200: all of it, from the start
         size = held + int(response.headers.get('Content-Length') or 0)
         with open(part, 'ab' if held else 'wb') as out:
@@ -1222,6 +1225,22 @@ def crc32_of(path):
     return zlib.crc32(np.memmap(path, np.uint8, 'r')[:2 ** 31])
 
 
+def beside(path):
+    """The name under which this process, on this machine, writes what is to be `path`."""
+    return path.with_name(f'.{path.name}.{platform.node()}.{os.getpid()}')
+
+
+def abandoned(path):
+    """What lies under such a name since its process is gone; another machine's, if for a day nobody wrote to it."""
+    for left in path.parent.glob(f'.{glob.escape(path.name)}.*'):
+        node, _, pid = left.name[len(f'.{path.name}.'):].rpartition('.')
+        with contextlib.suppress(OSError):       # another may have taken it away
+            written = max(p.lstat().st_mtime for p in (left, *(left.iterdir() if left.is_dir() else ())))
+            here = node.removeprefix('old.') in (platform.node(), 'old', '')
+            if pid.isdigit() and (not running(int(pid)) if here else written < time.time() - 86400):
+                yield left
+
+
 def running(pid):
     if sys.platform == 'win32':                  # there os.kill ends it
         return True
@@ -1235,11 +1254,9 @@ def running(pid):
 @contextlib.contextmanager
 def whole_or_nothing(folder):
     """A new folder beside `folder` that takes its place at the end, or vanishes with what went wrong."""
-    temp = folder.with_name(f'.{folder.name}.{os.getpid()}')
-    old = folder.with_name(f'.{folder.name}.old.{os.getpid()}')
-    for left in folder.parent.glob(f'.{folder.name}.*'):     # by a build that was killed
-        if left in (temp, old) or left.suffix[1:].isdigit() and not running(int(left.suffix[1:])):
-            shutil.rmtree(left, ignore_errors=True)
+    temp, old = beside(folder), beside(folder.with_name(f'{folder.name}.old'))
+    for left in (temp, old, *abandoned(folder)):     # by a build that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         temp.mkdir(parents=True)
         yield temp
@@ -1517,16 +1534,15 @@ def source_weights(text, data):
 def write_beside(path, write):
     """A file that write(f) fills, beside its place, then moved into it. A folder that is read-only costs time
     later, no more: what is written so can be made again."""
-    beside = path.with_name(f'.{path.name}.{os.getpid()}')
+    temp = beside(path)
     try:
-        for left in path.parent.glob(f'.{path.name}.*'):         # by a process that was killed
-            if left.suffix[1:].isdigit() and not running(int(left.suffix[1:])):
-                left.unlink()
-        with open(beside, 'wb') as f:
+        for left in abandoned(path):             # by a process that was killed
+            left.unlink()
+        with open(temp, 'wb') as f:
             write(f)
-        os.replace(beside, path)
+        os.replace(temp, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        temp.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------

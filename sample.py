@@ -215,10 +215,11 @@ def config_of(state, kind, given):
     return config
 
 
-def open_run(run, device='cpu', argv=()):
+def open_run(run, device='cpu', argv=(), here=()):
     """A run's folder, model, ready to generate, tokenizer, ideas, settings and state, its checkpoint.
 
-    argv: what the command line says of it, configs of further ideas and --key=value of what ideas declare.
+    argv: what the command line says of it, configs of further ideas and --key=value of what ideas declare; here: paths
+    at which its own ideas may lie too.
     """
     state, path = read_checkpoint(run, (3, *verbs('export'))), Path(run).expanduser()
     folder = path if path.is_dir() else path.parent
@@ -226,7 +227,7 @@ def open_run(run, device='cpu', argv=()):
     if hashlib.sha256(tokenizer.blob).hexdigest() != state['tokenizer']:
         raise UserError(f'{folder / tokenizer.filename} is not the vocabulary that the checkpoint was '
                         f'trained with: put back the one of {state["data"]}')
-    ideas = prepare_data.ideas_of(state['ideas'], state['settings'], argv)
+    ideas = prepare_data.ideas_of(state['ideas'], state['settings'], argv, here)
     for name in ideas.changed:
         print(f'config/{name}.py is not what it was as {run} was made, see the copy there', file=sys.stderr)
     given = {name: ideas.values[name] for name, where in ideas.set_at.items() if where.startswith('--')}
@@ -253,9 +254,9 @@ def open_run(run, device='cpu', argv=()):
                            settings={**ideas.values, **state['settings'], **given})
 
 
-def load(run, device='cpu', argv=()):
+def load(run, device='cpu', argv=(), here=()):
     """(model, tokenizer) of a run's folder, as open_run has them."""
-    run = open_run(run, device, argv)
+    run = open_run(run, device, argv, here)
     return run.model, run.tokenizer
 
 
@@ -478,8 +479,9 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
     fraction = np.divide(n, weight, out=np.ones_like(n), where=weight > 0)
     text_error = np.sqrt(np.maximum(spread, 0)) / np.maximum(n, 1)
     error = text_error * np.sqrt(np.maximum(1 - fraction, 0))
+    error[(count == 1) & (fraction < 1)] = math.nan      # of one document out of several nothing is known
     weight = weight * seen / (weight * seen).sum()
-    error, of_all = (float(np.sqrt(((weight * e) ** 2).sum())) for e in (error, text_error))
+    error, of_all = (float(np.sqrt(((weight[seen] * e[seen]) ** 2).sum())) for e in (error, text_error))
     return dict(bpb=float((weight * per_source).sum()), error=error, text_error=of_all,
                 loss=float(bits.sum() * math.log(2) / n_tokens.sum()),
                 share=float(n.sum() / docs['bytes'].sum()), tokens=int(n_tokens.sum()),
@@ -632,12 +634,12 @@ def eval_set(path, tokenizer, cache=None):
     return made
 
 
-def fetch_evals(folder):
-    """BLiMP, into a folder of evaluation sets that is yet to be made."""
+def fetch_evals(folder, **patience):
+    """BLiMP, into a folder of evaluation sets that is yet to be made; patience: of prepare_data.download."""
     if not Path(folder).exists():
         print(f'{folder} is missing: BLiMP is fetched to it', flush=True)
         with tempfile.TemporaryDirectory() as beside:
-            prepare_data.download(BLIMP, Path(beside) / 'blimp.tar.gz')
+            prepare_data.download(BLIMP, Path(beside) / 'blimp.tar.gz', **patience)
             Path(folder).mkdir(parents=True)
             shutil.move(Path(beside) / 'blimp.tar.gz', folder)
 

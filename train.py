@@ -29,10 +29,11 @@ def process_age(pid='self'):
         return 0.0
 
 
-# The bill starts when the command is typed: before Python's imports and, under torchrun, with torchrun itself
-# (when that starts a worker again, what went before is in the checkpoint).
-FIRST_OF_TORCHRUN = os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0'
-STARTED = time.monotonic() - process_age(os.getppid() if FIRST_OF_TORCHRUN else 'self')
+# The bill starts when the command is typed: before Python's imports and, under torchrun, with torchrun itself.
+# When that starts a worker again, what went before is in the checkpoint, if there was one.
+RESTARTS = os.environ.get('TORCHELASTIC_RESTART_COUNT')
+LAUNCHED = time.monotonic() - process_age(os.getppid() if RESTARTS else 'self')
+STARTED = LAUNCHED if RESTARTS in (None, '0') else time.monotonic() - process_age()
 
 import bisect
 import collections
@@ -617,7 +618,7 @@ class Run:
         """Joins the other ranks and adds up a first number with them; says whom it waits for when that takes
         long."""
         listen(signal.SIG_DFL)                   # ends at once: Python hears nothing while torch waits
-        where = f'{self.world} ranks at {os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+        where, store = f'{self.world} ranks at {os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}', None
         line = f'rank {self.rank} waits for {where}, {PATIENCE} s at most; Ctrl-C ends it'
         teller = threading.Timer(min(10, PATIENCE / 2), print, [line], dict(flush=True))
         watch = threading.Timer(FIRST_WORD, self.give_up, [where])
@@ -636,17 +637,23 @@ class Run:
             dist.all_reduce(first)               # as gradients go, then as decisions do
             self.all_reduce(first.cpu().numpy())
         except (RuntimeError, ValueError) as e:
+            why = ' '.join(str(e).split())[-200:]
             raise UserError(f'rank {self.rank} did not meet {where} ({type(e).__name__}): start all of them, '
-                            f'with torchrun, or unset RANK and WORLD_SIZE to run alone') from e
+                            f'with torchrun, or unset RANK and WORLD_SIZE to run alone' if store is None else
+                            f'rank {self.rank} found {where}, and then ({why}): {self.way_across()}') from e
         finally:
             teller.cancel()
             watch.cancel()
 
     def give_up(self, where):
         """Ends a rank that would wait for ever: NCCL hangs where cards cannot read each other's memory."""
-        way = ('set NCCL_P2P_DISABLE=1, which consumer cards may need, then NCCL_SHM_DISABLE=1; NCCL_DEBUG=INFO says '
-               'more' if self.device == 'cuda' else 'GLOO_SOCKET_IFNAME names the network to take, eth0 for one')
-        os._exit(tell(self, UserError(f'{where} have met, and no number got across in {FIRST_WORD} s: {way}')))
+        os._exit(tell(self, UserError(f'{where} have met, and no number got across in {FIRST_WORD} s: {self.way_across()}')))
+
+    def way_across(self):
+        """What to do where ranks have met and cannot talk."""
+        return ('set NCCL_P2P_DISABLE=1, which consumer cards may need, then NCCL_SHM_DISABLE=1, or start the container with '
+                '--shm-size=1g; NCCL_DEBUG=INFO says more' if self.device == 'cuda' else
+                'GLOO_SOCKET_IFNAME names the network to take, eth0 for one')
 
     def in_turn(self, work):
         """What work returns: rank 0 builds or fetches what is missing; then the first of each further host,
@@ -787,7 +794,7 @@ class Run:
         s = self.s
         self.config, before = self.shape(), None
         if s.init_from not in ('scratch', 'resume'):
-            before, tokenizer = sample.load(s.init_from, self.device)
+            before, tokenizer = sample.load(s.init_from, self.device, here=self.ideas.files)
             self.same_vocabulary(tokenizer, s.init_from)
             self.config = self.shape_from(before)
         dtype, self.compiling, self.micro, self.adapted = adapt(s, self.device, self.world, self.rows_limit())
@@ -801,7 +808,7 @@ class Run:
         self.stream = self.ideas.seam(Stream)(self.data, s)
         self.accum = s.tokens_per_step // (self.micro * s.block_size * self.world)
         self.at_once = sample.tokens_at_once(self.device)
-        self.clock, self.origin = Clock(s), s.init_from
+        self.clock, self.origin = Clock(s, spent=STARTED - LAUNCHED), s.init_from
         if self.resuming:
             with self.as_it_was():
                 if not sample.fits(self.checkpoint, STATE):
@@ -1215,6 +1222,11 @@ class Run:
         until = f'until the clock says {s.budget_minutes:g} minutes'
         until = f'{clock.max_steps} steps' if clock.max_steps else until
         share = 'whole' if self.slices == sample.SLICES else f'{self.slices}/{sample.SLICES} of it'
+        if not (self.steps or self.time_left()):
+            self.batches.close()
+            raise UserError(f'nothing is left to train in: of {clock.budget:.0f} s {self.agreed(clock.elapsed()):.0f} are over, and '
+                            f'{self.agreed(clock.reserve):.0f} are kept for the end. The text is prepared now: the same again, or '
+                            f'with more budget_minutes')
         tokens = self.expected_tokens()
         a_parameter, epochs, worth = self.reading(tokens)
         self.warn_of_rereading(a_parameter, epochs)

@@ -601,12 +601,13 @@ def difference(cls, base, name):
     return '\n'.join(difflib.unified_diff(old, new, was, f'{place_of(function)} {method}', lineterm=''))
 
 
-def ideas_of(recorded, settings, argv=()):
-    """The ideas that a checkpoint names, as Ideas.sources has them: from the paths in argv, else from this
-    checkout's config/, never from the checkpoint. Their `changed` lists those whose text is another now."""
+def ideas_of(recorded, settings, argv=(), here=()):
+    """The ideas that a checkpoint names, as Ideas.sources has them: from the paths in argv, else from those `here`, else
+    from this checkout's config/, never from the checkpoint. Their `changed` lists those whose text is another now."""
     options = [arg for arg in argv if arg.startswith('-')]
     named, paths = [name for name, _, named in recorded if named], {
         Path(arg).stem: arg for arg in argv if arg not in options}
+    paths = {path.stem: path for path in map(Path, here) if path.stem in named} | paths
     for name in [name for name, *_ in recorded]:
         refuse(not re.fullmatch(r'[A-Za-z_]\w*', name), f'the checkpoint names an idea {name!r}, which is no '
                f'bare name of a file in config/: it is not loaded')

@@ -55,7 +55,7 @@ class Measure(sample.Measure):
         """BLiMP is fetched to eval_data where there is no such folder; without it the run goes on."""
         if self.s.evals == 'all' and self.s.dataset in Corpus.sets:
             try:
-                sample.fetch_evals(self.s.eval_data)
+                sample.fetch_evals(self.s.eval_data, waits=(1,), timeout=10)        # the clock runs
             except prepare_data.UserError as e:
                 self.say(f'warning: no BLiMP: {e}')
         return super().files()

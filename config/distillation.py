@@ -43,7 +43,7 @@ class Run(train.Run):
         refuse(Path(s.teacher).resolve() == self.out_dir.resolve(),
                f'teacher {s.teacher} is where this run goes: choose another --out_dir')
         super().build()
-        self.teacher, tokenizer = sample.load(s.teacher, self.device)
+        self.teacher, tokenizer = sample.load(s.teacher, self.device, here=self.ideas.files)
         self.teacher.compute_dtype, c = self.dtype, self.teacher.config
         self.same_vocabulary(tokenizer, f'teacher {s.teacher}')
         refuse(getattr(c, 'domains', ''), f'teacher {s.teacher} has domains, and nothing tells it which: '

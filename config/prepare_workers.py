@@ -250,7 +250,7 @@ class Shard:
     def make(cls, corpus, part):
         """Reads a file once, beginning to end, and makes its shard, whole or not at all."""
         path, of, began = cls.path_of(corpus.shards, part.name), part.path.stat(), os.getppid()
-        beside = path.with_name(f'.{path.name}.{os.getpid()}')
+        beside = prepare_data.beside(path)
         corpus.pieces, report, reasons = {}, Counter(), {'': 0}
         orphaned = SimpleNamespace(update=lambda n: os.getppid() == began or os._exit(1))
         try:
@@ -313,7 +313,7 @@ class Documents:
 
 def write_json(path, told):
     """Writes a file that is there when it is whole."""
-    beside = path.with_name(f'.{path.name}.{os.getpid()}')
+    beside = prepare_data.beside(path)
     beside.write_text(json.dumps(told, ensure_ascii=False), encoding='utf-8')
     os.replace(beside, path)
 

@@ -355,7 +355,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host, origin, names = self.headers.get('Host', ''), self.headers.get('Origin'), self.server.names
         if names and re.sub(r':\d+$', '', host) not in names:
             raise Declined(403, 'Host is not a name of this server: ask 127.0.0.1')
-        if origin is not None and origin != f'http://{host}':
+        if origin not in (None, f'http://{host}', f'https://{host}'):        # the latter of a proxy before it
             raise Declined(403, 'Origin is another page: open this server\'s own')
         given = self.headers.get('Authorization', '').removeprefix('Bearer ')
         if self.server.token and self.path != '/' and not hmac.compare_digest(given.encode(), self.server.token.encode()):

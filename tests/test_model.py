@@ -223,6 +223,7 @@ def test_sampling_keeps_what_top_k_and_top_p_say():
     assert torch.allclose(drawn(top_p=0.69), torch.tensor([4, 0, 3, 0, 0]) / 7, atol=0.03)
     assert torch.allclose(drawn(top_p=0.71), torch.tensor([4, 0, 3, 2, 0]) / 9, atol=0.03)
     assert drawn(top_p=1e-6)[0] == drawn(temperature=0)[0] == drawn(temperature=0.01)[0] == 1
+    assert drawn(temperature=1e-40)[0] == 1                # a 32-bit logit divided by it would be infinite
     squares = probs[0] ** 2 / (probs[0] ** 2).sum()
     assert torch.allclose(drawn(temperature=0.5), squares, atol=0.03)
 

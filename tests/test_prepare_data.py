@@ -6,6 +6,7 @@ import http.server
 import json
 import lzma
 import os
+import platform
 import random
 import re
 import shlex
@@ -645,6 +646,31 @@ def test_leftovers_of_a_killed_build_go(tmp_path):
     prepare(path, tmp_path / 'data')
     left = sorted(p.name for p in (tmp_path / 'data').iterdir())
     assert left == [f'.files-x-bytes.{os.getppid()}', 'files-x-bytes']
+
+
+def test_another_machine_s_build_is_left_alone_for_a_day(tmp_path):
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    here, there = f'.files-x.{platform.node()}.', '.files-x.a-pod.of-mine.'
+    for name in f'{here}{dead.pid}', f'{here}{os.getppid()}', f'{there}{dead.pid}', f'{there}1', f'.files-x.old.{platform.node()}.{dead.pid}', '.files-x.lock':
+        (tmp_path / name).mkdir()
+    (tmp_path / f'{there}1' / 'train.bin').touch()
+    for path in tmp_path / f'{there}{dead.pid}', tmp_path / f'{there}1':
+        os.utime(path, (1e9, 1e9))               # the second still writes to a file in it
+    assert {p.name for p in pd.abandoned(tmp_path / 'files-x')} == {
+        f'{here}{dead.pid}', f'{there}{dead.pid}', f'.files-x.old.{platform.node()}.{dead.pid}'}
+    assert pd.beside(tmp_path / 'files-x').name == f'{here}{os.getpid()}'
+
+
+def test_a_name_that_is_no_utf8_is_refused(tmp_path):
+    try:
+        (tmp_path / 'texts').mkdir()
+        Path(os.fsdecode(os.fsencode(tmp_path) + b'/texts/caf\xe9.txt')).write_text('some text')
+    except OSError:
+        pytest.skip('this file system has no such names')
+    with pytest.raises(UserError, match=r'caf.udce9.txt. has a name that is no UTF-8: rename it') as e:
+        prepare(tmp_path / 'texts', tmp_path / 'data')
+    str(e.value).encode()
 
 
 # Opening: what the trainer must not trust

@@ -18,6 +18,7 @@ import torch
 
 import prepare_data
 import sample
+from config import babylm
 from conftest import ROOT, script, stack
 from model import GPT, GPTConfig
 from prepare_data import UserError
@@ -366,6 +367,18 @@ def test_every_token_but_bos_is_counted_once(block_size):
         mine = docs['source'] == source
         ids = np.concatenate([part for part, m in zip(np.split(tokens, docs['start'][1:]), mine) if m])
         assert bpb == pytest.approx(slow_bpb(table, ids, docs[mine]), rel=1e-6)
+
+
+def test_of_one_document_out_of_several_no_error_is_known():
+    tokens, docs = split(60)
+    docs['source'] = np.arange(len(docs)) // (len(docs) // 2)      # few of each are in so small a part
+    part = sample.bits_per_byte(Costs(torch.rand(257)), tokens, docs, slices=1)
+    assert part['share'] < 1 and (math.isnan(part['error']) or part['per_source_error'].keys() == part['per_source'].keys())
+    docs['source'] = 0
+    n = next(n for n in range(1, sample.SLICES) if sample.bits_per_byte(Costs(torch.rand(257)), tokens, docs, slices=n)['tokens'])
+    assert math.isnan(sample.bits_per_byte(Costs(torch.rand(257)), tokens, docs, slices=n)['error'])
+    one, doc = split(1)
+    assert sample.bits_per_byte(Costs(torch.rand(257)), one, doc)['error'] == 0
 
 
 def test_a_part_estimates_the_whole():
@@ -907,6 +920,16 @@ def test_evaluation_sets_are_fetched_once(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='could not be downloaded'):
         sample.fetch_evals(tmp_path / 'new')
     assert not (tmp_path / 'new').exists() and not [*(tmp_path / 'own').iterdir()]
+    slept, tried = [], []
+    monkeypatch.setattr(prepare_data, 'PATIENCE', 1)
+    monkeypatch.setattr(prepare_data.time, 'sleep', slept.append)
+    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', lambda *a, timeout: tried.append(timeout) or open(tmp_path / 'gone'))
+    run, said = SimpleNamespace(evals='all', dataset='babylm', eval_data=str(tmp_path / 'new')), []
+    measure = object.__new__(babylm.Measure)
+    measure.s, measure.say = run, said.append
+    with contextlib.suppress(AttributeError):        # what comes after is not its own
+        measure.files()
+    assert said and said[0].startswith('warning: no BLiMP') and slept == [1] and tried == [10, 10]      # of the half hour
 
 
 # ---- energy

@@ -260,6 +260,7 @@ def test_a_server_for_others_wants_a_token(desk, finished, monkeypatch):
         assert ask(own, '/api/models', headers={} if given is None else {'Authorization': given})[0] == 401
     assert ask(own, '/api/models', headers={'Authorization': 'Bearer secret', 'Host': 'rented.example'})[0] == 200
     assert ask(own, '/api/models', headers={'Authorization': 'Bearer secret', 'Host': 'rented.example', 'Origin': 'http://evil.example'})[0] == 403
+    assert ask(own, '/api/models', headers={'Authorization': 'Bearer secret', 'Host': 'rented.example', 'Origin': 'https://rented.example'})[0] == 200
     own.server.shutdown()
 
 

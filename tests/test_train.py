@@ -552,6 +552,37 @@ def test_bits_per_byte_is_the_slow_sum(finished, corpus):
     assert result['val_bpb_error'] == 0
 
 
+def test_a_budget_that_is_over_before_the_first_step_is_no_run(main, tmp_path, monkeypatch):
+    args = ['--max_steps=0', '--budget_minutes=1', '--sample_tokens=0', '--eval_interval=0']
+    monkeypatch.setattr(train, 'STARTED', time.monotonic() - 59.5)      # the text came slowly
+    monkeypatch.setattr(train, 'LAUNCHED', train.STARTED)
+    with pytest.raises(UserError, match=r'nothing is left to train in: of 60 s (59|6\d) are over, and \d+ are kept for the end'):
+        main(*args)
+    assert not {'ckpt.pt', 'result.json'} & {path.name for path in (tmp_path / 'run').iterdir()}
+    monkeypatch.setattr(train, 'STARTED', time.monotonic() - 30)
+    monkeypatch.setattr(train, 'LAUNCHED', time.monotonic() - 59.5)     # torchrun has started this again
+    with pytest.raises(UserError, match='nothing is left to train in: of 60 s (59|6.) are over'):
+        main(*args)
+    monkeypatch.setattr(train, 'LAUNCHED', train.STARTED)
+    monkeypatch.setattr(train.Clock, 'left', lambda self: 10.0 if self.trained == 0 else 0.0)
+    main(*args)                                                        # the same again, in time
+    assert (tmp_path / 'run' / 'result.json').exists()
+
+
+def test_weights_of_a_run_whose_idea_lies_elsewhere(main, tmp_path):
+    """They are found where this run's own idea is, and no idea is loaded that was not theirs."""
+    (tmp_path / 'mine.py').write_text('import model\nclass GPT(model.GPT):\n    pass\n')
+    (tmp_path / 'more.py').write_text('import model\nclass Block(model.Block):\n    def __init__(self, config, layer):\n'
+                                      '        super().__init__(config, layer)\n        self.more = model.Linear(4, 4)\n')
+    main('mine.py', '--out_dir=a')
+    main('mine.py', '--out_dir=b', '--init_from=a')
+    assert weights(tmp_path / 'b')['origin'] == 'a'
+    with pytest.raises(UserError, match='mine.py, and config/ has no such file'):
+        main('--out_dir=c', '--init_from=a')
+    model, _ = sample.load(tmp_path / 'a', here=[tmp_path / 'mine.py', tmp_path / 'more.py'])
+    assert not hasattr(model.blocks[0], 'more')
+
+
 def test_a_finished_run_is_left_alone(finished, corpus, main):
     out_dir, before = finished[0], snapshot(finished[0])
     for more in ([], ['--init_from=resume']):
@@ -796,6 +827,20 @@ def test_ranks_that_never_come(monkeypatch, main, capfd):
     with pytest.raises(UserError, match='rank 0 did not meet 2 ranks at 127.0.0.1'):
         main('--tokens_per_step=1024')
     assert heard == [signal.SIG_DFL] and 'rank 0 waits for 2 ranks' in capfd.readouterr().out
+
+
+def test_ranks_that_meet_and_cannot_talk_say_why(monkeypatch, main):
+    for name, value in dict(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0').items():
+        monkeypatch.setenv(name, value)
+
+    def fail(*args, **more):
+        raise dist.DistBackendError('NCCL error:\nError while creating shared memory segment /dev/shm/nccl-x: No space left on device')
+    monkeypatch.setattr(train, 'ranks', lambda: (0, 2))
+    monkeypatch.setattr(dist, 'rendezvous', lambda *a, **k: iter([('a store', 0, 2)]))
+    monkeypatch.setattr(dist, 'init_process_group', fail)
+    with pytest.raises(UserError, match='(?s)rank 0 found 2 ranks at 127.0.0.1:0, and then .*No space left on device.: GLOO_SOCKET_IFNAME'):
+        main('--tokens_per_step=1024')
+    assert '--shm-size=1g' in train.Run.way_across(SimpleNamespace(device='cuda'))
 
 
 def test_a_rank_that_fails_alone_speaks(monkeypatch, tmp_path, capsys):
