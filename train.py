@@ -150,10 +150,14 @@ class Stream:
         self.tokens, self.sources = data.tokens['train'], docs['source']
         self.starts = np.asarray(docs['start'])
         self.lengths = np.diff(np.append(self.starts, len(self.tokens)))
-        self.weights = weights or prepare_data.source_weights(s.weights, data)
+        self.weights = weights or self.source_weights()
         self.ends, self.row_ends = [0], [0]      # of the epochs so far, in tokens and in rows
         self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
         self.shuffled = functools.lru_cache(maxsize=2)(self.shuffled)
+
+    def source_weights(self):
+        """How often an epoch reads each source; None: once."""
+        return prepare_data.source_weights(self.s.weights, self.data)
 
     def dice(self, epoch, *more):
         """What decides about the order of an epoch."""
@@ -225,7 +229,8 @@ class Stream:
         return dict(idx=rows[:, :-1].contiguous(), targets=rows[:, 1:].contiguous())
 
     def pace(self, step, progress):
-        """Told before each step; rows are read some steps ahead. Here no order depends on it."""
+        """Told before each step how many whole ones have been read; rows are read some steps ahead. Here no order
+        depends on it."""
 
     def state(self):
         """What a checkpoint keeps of it, beside the number of rows that were read."""
@@ -1277,7 +1282,7 @@ class Run:
         """One step of the optimizer, accounted for and logged; a signal may end it before."""
         clock, began = self.clock, time.monotonic()
         clock.progress = self.progress
-        self.stream.pace(self.steps, self.progress)
+        self.stream.pace(self.rows_read * self.s.block_size // self.s.tokens_per_step, self.progress)
         short = not clock.max_steps and self.left < self.step_seconds    # a last step, of fewer micro-steps
         n_micro = self.micro_steps(self.progress)
         if short:

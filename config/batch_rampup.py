@@ -26,12 +26,20 @@ class Run(train.Run):
 
     def build(self):
         super().build()
-        if self.s.max_tokens and not self.s.max_steps:     # the clock takes all steps to be alike
-            steps = tokens = 0
-            while tokens < self.s.max_tokens:
-                n_micro = self.micro_steps(tokens / self.s.max_tokens)
-                steps, tokens = steps + 1, tokens + n_micro * self.micro * self.s.block_size * self.world
+        s, self.in_all = self.s, 0                         # tokens, where steps are counted
+        a_part = self.micro * s.block_size * self.world
+        if s.max_tokens and not s.max_steps:               # the clock takes all steps to be alike
+            steps = 0
+            while self.in_all < s.max_tokens:
+                self.in_all += self.micro_steps(self.in_all / s.max_tokens) * a_part
+                steps += 1
             self.clock.max_steps = steps
+        elif n := self.clock.max_steps:
+            self.in_all = sum(self.micro_steps(step / n) for step in range(n)) * a_part
+
+    def expected_tokens(self):
+        told = super().expected_tokens()
+        return self.in_all or told
 
     def count(self, *account):
         super().count(*account)

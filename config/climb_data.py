@@ -56,12 +56,17 @@ class Stream(train.Stream):
         self.rank = np.empty(n, np.int64)                    # ties fall by chance
         self.rank[np.lexsort((np.random.default_rng(s.seed).random(n), difficulty))] = np.arange(n)
         self.up_to = self.lengths[self.rank.argsort()].cumsum()
-        self.shares, self.round, self.deck = [], -1, np.zeros(0, np.int64)      # deck: left of this round
-        self.drawn, self.places = np.zeros(0, np.int64), np.zeros(1, np.int64)
+        self.shares = []
+        self.rewind()
         few, step = self.up_to[self.easiest(s.pacing_floor) - 1], s.tokens_per_step
         refuse(few < step, f'pacing_floor {s.pacing_floor:g} admits {few:,} tokens at first and a step reads '
                            f'{step:,}: raise it, or lower tokens_per_step')
         self.pace(0, 0.0)
+
+    def rewind(self):
+        """Nothing has been drawn; deck: what is left of a round."""
+        self.round, self.deck = -1, np.zeros(0, np.int64)
+        self.drawn, self.places = np.zeros(0, np.int64), np.zeros(1, np.int64)
 
     def easiest(self, share):
         """How many documents, the easiest first, come to this share of the text."""
@@ -95,6 +100,8 @@ class Stream(train.Stream):
 
     def read(self, first, count):
         needed = first - first % (self.WINDOW * self.s.tokens_per_step)
+        if first < self.places[0]:               # of a window that was passed
+            self.rewind()
         while self.places[-1] < first + count:
             self.draw()
             gone = min(int(np.searchsorted(self.places, needed, side='right')) - 1, len(self.drawn))

@@ -101,6 +101,9 @@ def scores(data, split, name, score_with=''):
     """The same, be it zeros alone."""
     if judged := name == 'loss' and score_with:
         name = f'loss {sha256_of(checkpoint_of(score_with))[:12]}'
+    if name in ORDERS:                           # a look-up, of sources as they are now
+        ranks = np.array([source_rank(source, ORDERS[name]) for source in data.meta['sources']])
+        return ranks[data.docs[split]['source']].astype(np.float32)
     if name in (table := kept(data, split)):
         return table[name]
     if judged:
@@ -108,10 +111,6 @@ def scores(data, split, name, score_with=''):
     elif name in TEXT_MEASURES:
         columns = np.array([text_measures(text) for text in data.texts(split)]).T
         made = {split: dict(zip(TEXT_MEASURES, columns))}
-    elif name in ORDERS:
-        ranks = {name: np.array([source_rank(source, order) for source in data.meta['sources']])
-                 for name, order in ORDERS.items()}
-        made = {split: {name: ranks[name][data.docs[split]['source']] for name in ORDERS}}
     elif name in MEASURES:
         made = {split: dict(zip(('unigram', 'bigram'), bits)) for split, bits in surprisal(data).items()}
     else:

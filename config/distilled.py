@@ -14,14 +14,14 @@ from dataclasses import replace
 
 import torch
 
-from config import ensemble
+from config import ensemble, refuse
 from config.distillation import taught
 
 distil_from: float = 0.5    # 0.01..0.99: of progress, from which on the members teach
 
 NOT_WITH = ensemble.NOT_WITH | dict.fromkeys(('snapshots', 'best_weights', 'cyclic_average', 'ema'),
                                              'it goes on with another model') | dict(
-    factorised='it takes a table to be as wide as the layers')
+    factorised='it takes a table to be as wide as the layers', layer_loop='what teaches would loop otherwise than it did')
 
 
 class GPT(ensemble.GPT):
@@ -35,8 +35,18 @@ class GPT(ensemble.GPT):
 class Run(ensemble.Run):
     teacher = None
 
+    def shape_from(self, before):
+        config = super().shape_from(before)
+        refuse(config.members < 2, f'{self.s.init_from} is of one model, that an ensemble taught: begin with an ensemble\'s run, '
+               f'or one without members')
+        return config
+
     def largest(self):
         return replace(self.config, members=self.s.members)
+
+    def dearer(self):
+        """One is asked in the end, all members until they teach."""
+        return super().dearer() / (1 if self.teacher else self.s.members)
 
     def rate(self, progress):
         """The whole schedule twice: of the members, of the one."""

@@ -17,9 +17,7 @@ NOT_WITH = dict.fromkeys(('climb_data', 'raise'), 'a curriculum reads a document
 
 class Stream(train.Stream):
 
-    def __init__(self, data, s, weights=None):
-        super().__init__(data, s, weights)
-        if self.weights is None:
-            tokens = np.bincount(self.sources, self.lengths, len(data.meta['sources']))
-            even = len(self.tokens) / np.count_nonzero(tokens)
-            self.weights = [even / n if n else 0.0 for n in tokens]
+    def source_weights(self):
+        tokens = np.bincount(self.sources, self.lengths, len(self.data.meta['sources']))
+        even = len(self.tokens) / np.count_nonzero(tokens)
+        return super().source_weights() or [even / n if n else 0.0 for n in tokens]

@@ -9,7 +9,7 @@ from the start but computes something else.
 
 A module that grows in a way of its own has `grow_from(old, dice)`: it takes over the weights of the old
 module in its place and returns {its parameter: (old parameter, copies that share its gradient, how: see
-`spread`)}, or None to grow as any other.
+`spread`)}, or None to grow as any other. A GPT that further layers would change has `grows_deeper = False`.
 """
 import dataclasses
 
@@ -52,6 +52,8 @@ def grown_config(config, changes, stack=False):
     if times['n_kv_head'] != times['n_head'] and not kept:
         raise ValueError(f'n_kv_head {new.n_kv_head} would give key heads other query heads than before: '
                          f'let it grow as n_head does')
+    if new.n_layer > config.n_layer and not getattr(config.GPT, 'grows_deeper', True):
+        raise ValueError('n_layer cannot grow in a net whose layers are joined by their numbers')
     new.head_scale = config.head_scale / times['n_embd'] if config.tie_embeddings else config.head_scale
     return new
 

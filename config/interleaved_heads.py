@@ -14,15 +14,23 @@ import torch.nn as nn
 
 import model
 import train
+from config.grown_weights import widen
 
 NOT_WITH = dict.fromkeys(('leaderboard', 'plain_gpt2'), 'AdamW moves all that it has')
+
+
+class Mixes(nn.ParameterList):
+
+    def grow_from(self, old, dice):
+        """Copies of a head are mixed as it was."""
+        return {p: widen(p, q, True, '', None) for p, q in zip(self, old)}
 
 
 class Attention(model.Attention):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.mixes = nn.ParameterList(nn.Parameter(torch.empty(n, n)) for n in (self.n_head, *2 * [self.n_kv_head]))
+        self.mixes = Mixes(nn.Parameter(torch.empty(n, n)) for n in (self.n_head, *2 * [self.n_kv_head]))
 
     def packed(self, x, context):
         parts = super().packed(x, context).split([len(mix) for mix in self.mixes], dim=2)

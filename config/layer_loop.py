@@ -16,6 +16,7 @@ loop_from: float = 0.0      # 0..0.99: progress after which they are; before, ea
 
 
 class GPT(model.GPT):
+    grows_deeper = False    # other layers would be looped
     looping = True          # as it is sampled from; a checkpoint from before loop_from is not yet that model
 
     def build(self, config):
@@ -42,7 +43,8 @@ class GPT(model.GPT):
 
     def flops_per_token(self, attended=None):
         plain, c = super().flops_per_token(attended), self.config
-        layers = plain - 6 * self.lm_head.weight.numel()
+        of_layers = {id(p) for p in self.blocks.parameters()}
+        layers = plain - 6 * sum(p.numel() for p in self.matrices() if id(p) not in of_layers)
         return plain + self.looping * layers * c.loop_layers * (c.loop_times - 1) / c.n_layer
 
 

@@ -42,7 +42,7 @@ beta1 = 0.9
 beta2 = 0.95
 warmup_frac = 0.1
 evals = 'all'
-NOT_WITH = dict.fromkeys(('climb_objective', 'domains', 'experts', 'growth', 'tokenformer'),
+NOT_WITH = dict.fromkeys(('climb_objective', 'domains', 'experts', 'growth', 'multi_token', 'tokenformer'),
                          'it looks for what the base has and the rival lacks')
 
 

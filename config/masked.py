@@ -55,7 +55,7 @@ class Run(train.Run):
 
     def batch_loss(self, idx, targets, **extras):
         """The first rows predict hidden tokens, each from the position before it, as the other rows do."""
-        n, share = self.two_way, self.two_way / self.micro
+        n, share = self.two_way * len(idx) // self.micro, self.two_way / self.micro      # rows may come in pieces
         rows = idx[:n]
         hidden = torch.rand(rows.shape, device=idx.device) < 0.3 - 0.15 * self.progress
         hidden &= rows != self.config.bos

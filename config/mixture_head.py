@@ -23,7 +23,7 @@ from model import BlockwiseLoss, Linear, rows_at_once
 
 head_parts: int = 2         # 1..: hidden states that the head reads for every token
 
-NOT_WITH = dict.fromkeys(('growth', 'distillation', 'factorised', 'loss_kernels', 'plain_gpt2', 'leaderboard'),
+NOT_WITH = dict.fromkeys(('growth', 'distillation', 'distilled', 'factorised', 'loss_kernels', 'plain_gpt2', 'leaderboard'),
                          'it takes logits to be a table times one state')
 
 

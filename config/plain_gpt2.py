@@ -29,7 +29,7 @@ token_shift = False
 gpt2_dropout: float = 0.0   # 0..0.9: of the embedding, of attention's weights, of what is added to the stream
 
 NOT_WITH = dict.fromkeys((
-    'attention_gate climb_objective distillation domains dropout dynamics experts growth latent_attention layer_loop '
+    'attention_gate bigrams climb_data climb_objective distillation domains dropout dynamics experts growth latent_attention layer_loop '
     'leaderboard loss_kernels masked multi_token skips softcap stochastic_depth tokenformer value_embeds '
     'value_projections window').split(),
     'GPT-2 has a model of its own')
@@ -99,6 +99,10 @@ class GPT(model.GPT):
 
 
 class Stream(train.Stream):
+    def __init__(self, data, s, weights=None):
+        super().__init__(data, s, weights)
+        train.refuse(self.weights, 'GPT-2 reads random windows, where no source comes more often: leave out what weighs sources')
+
     def rows(self, first, B, T):
         starts = np.random.default_rng([self.s.seed, first]).integers(len(self.tokens) - T, size=B)
         return np.stack([self.tokens[i:i + T + 1] for i in starts]).astype(np.int64)

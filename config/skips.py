@@ -15,6 +15,7 @@ skip_start: float = 0.1     # weight of a skip as training begins
 
 
 class GPT(model.GPT):
+    grows_deeper = False     # further layers would be given others' outputs
     page = '''
         Model.prototype.block = (block => function (layer, n) {
             const {x, t: {skips}} = this, {n_embd: C, n_layer: L} = this.config;

@@ -53,6 +53,15 @@ class Run(cyclic_average.Cycling, ensemble.Run):
                                                  if name in model.others[taken].state_dict()})
             model.taken += 1
 
+    def start_from(self, before):
+        """Of another run of this kind its last weights; what it kept is not this run's."""
+        super().start_from(before)
+        self.model.taken.zero_()
+
+    def dearer(self):
+        """In the end all of them are asked."""
+        return super().dearer() * self.s.members / (1 + int(self.model.taken))
+
     def groups(self, model):
         return super(ensemble.Run, self).groups(model)
 

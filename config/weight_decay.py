@@ -35,6 +35,8 @@ class Run(train.Run):
 def are_points(pairs):
     """Whether these are (progress, factor) pairs that cover 0 to 1."""
     try:
+        if not all(isinstance(x, (int, float)) for pair in pairs for x in pair):
+            return False
         at, factors = np.array([(p, f) for p, f in pairs], dtype=float).T
     except (TypeError, ValueError, OverflowError):
         return False

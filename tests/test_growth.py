@@ -26,7 +26,8 @@ SHAPES = [('', options) for options in (
     ('latent_attention', dict(kv_latent=13, q_latent=20, rotary_dim=2, doc_mask=False)),
     ('value_embeds tokenformer', dict(attn_tokens=24, mlp_tokens=80, n_kv_head=2, value_embeds=1)),
     ('tokenformer', dict(attn_tokens=24, mlp_tokens=0, token_norm='norm_gelu')),
-    ('tokenformer', dict(attn_tokens=0, mlp_tokens=80, mlp_scale_tokens=60, head_dim=6))]
+    ('tokenformer', dict(attn_tokens=0, mlp_tokens=80, mlp_scale_tokens=60, head_dim=6)),
+    ('interleaved_heads', dict()), ('interleaved_heads attention_gate', dict(n_kv_head=1))]
 GROWTHS = [dict(n_embd=64), dict(n_embd=96), dict(mlp_hidden=256), dict(n_head=8), dict(n_layer=7), dict(n_embd=64, n_layer=6),
            dict(n_embd=128, mlp_hidden=384, n_head=8)]
 
@@ -258,6 +259,15 @@ def test_a_run_of_tokens_resumes_over_its_growth(main, tmp_path, monkeypatch):
     assert losses(tmp_path / 'parts') == losses(tmp_path / 'run') and len(losses(tmp_path / 'run')) == 8
 
 
+def test_depth_that_would_change_what_layers_do_is_refused(main):
+    for names, changes in (('growth skips', dict(n_layer=6)), ('growth layer_loop', dict(n_layer=4))):
+        assert grown_config(config_of(names), dict(n_embd=64)).n_embd == 64
+        with pytest.raises(ValueError, match='n_layer cannot grow in a net whose layers are joined by their numbers'):
+            grown_config(config_of(names), changes)
+    with pytest.raises(UserError, match='n_layer cannot grow'):
+        main(*paths('raise skips'), '--max_steps=8')
+
+
 @pytest.mark.parametrize('growth, said', [
     ('[(0.3, dict(n_embd=96))]', 'whole multiples'), ('[(0.3, dict(n_embd=32))]', 'whole multiples'), ('[(0.3, dict(vocab=1))]', 'cannot grow'),
     ('[(1.3, dict(n_embd=128))]', 'between 0.0 and 1'), ('[(0.5, dict(n_layer=3)), (0.4, dict(n_layer=4))]', 'between 0.5 and 1'),
@@ -411,6 +421,30 @@ def test_a_curriculum_is_the_same_from_any_place(made_up):
 
 
 @pytest.mark.long
+def test_a_curriculum_is_the_same_where_rows_are_read_again(made_up):
+    """After memory was found full, for one: rows of a window that was passed."""
+    stream = made_up(weights=[1.0, 1.0])
+    for step in range(30):
+        stream.pace(step, step / 30)
+    before = stream.rows(60, 4, 8)
+    stream.rows(400, 8, 8)
+    assert stream.places[0] > 0 and (stream.rows(60, 4, 8) == before).all()
+
+
+def test_a_curriculum_goes_by_the_text_where_steps_are_small(main, monkeypatch):
+    """With steps of a quarter at first, all is admitted by 7/8 of the way."""
+    told, pace = [], climb_data.Stream.pace
+
+    def watched(stream, step, progress):
+        told.append(step)
+        pace(stream, step, progress)
+        told[-1] = step, progress, stream.shares[step]
+    monkeypatch.setattr(climb_data.Stream, 'pace', watched)
+    main(*paths('climb_data batch_rampup'), '--max_steps=60', '--tokens_per_step=1024', '--micro_batch_size=4', '--pacing_floor=0.3')
+    late = [share for _, progress, share in told if progress > 0.9]
+    assert late and min(late) > 0.99 and told[-1][0] < 55 and told[-1][1] > 0.97
+
+
 def test_a_run_with_a_curriculum_resumes(main, tmp_path, monkeypatch):
     long = [*paths('climb_data'), '--max_steps=24']        # stopped in the last of three windows
     main(*long)

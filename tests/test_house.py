@@ -592,7 +592,7 @@ def test_no_two_ideas_keep_different_things_under_one_name():
     assert {(seam, name, *sorted(ideas)) for (seam, name), ideas in kept.items() if len(ideas) > 1} == {
         ('Corpus', 'text_field', 'facts', 'stories'), ('Run', 'average', 'cyclic_average', 'ema'), ('Run', 'flops_per_token', 'context_rampup', 'layer_loop'),
         ('Run', 'teacher', 'distillation', 'distilled'), ('Run', 'unknown', 'climb_vocabulary', 'masked_inputs'),
-        ('Stream', 'lengths', 'climb_data', 'retrieval'), ('Stream', 'weights', 'climb_data', 'even_mix')}
+        ('Stream', 'lengths', 'climb_data', 'retrieval')}
 
 
 @pytest.mark.parametrize('heeds', [(), BrokenPipeError])

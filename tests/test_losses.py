@@ -15,7 +15,7 @@ import model as models
 import prepare_data
 import sample
 import train
-from config import distillation, loss_kernels, mixture_head, syntactic_smoothing
+from config import climb_objective, distillation, loss_kernels, mixture_head, syntactic_smoothing
 from conftest import ROOT, in_two_parts
 from prepare_data import UserError
 
@@ -380,6 +380,12 @@ def test_alpha_and_the_classes_share_follow_progress(classed, monkeypatch):
     assert seen == [pytest.approx(pair) for pair in ((0.6, 0.5), (0.7, 0.25), (0.8, 0.0), (1.0, 0.0))]
 
 
+def test_the_end_of_a_document_is_of_no_class(monkeypatch):
+    known = np.array([[0, 2, 1], [0, 0, 0], [3, 0, 0]], np.float32)          # of id 1 nothing is known, as of BOS
+    monkeypatch.setattr(climb_objective, 'table', lambda data, n: known)
+    assert a_run(monkeypatch, *paths('climb_objective'), data=None).class_of.tolist() == [1, -1, 0]
+
+
 # ---- known words
 
 def test_rare_ids_are_neither_read_nor_taught(monkeypatch):
@@ -505,6 +511,9 @@ def test_a_share_of_the_rows_fills_in_what_is_hidden(more, monkeypatch):
         assert hidden.float().mean().item() == pytest.approx(0.9 * rate, abs=0.03)
         for row in range(2):
             assert guessed[row].tolist() == [targets[row, t].item() if t < 1023 and hidden[row, t + 1] else -1 for t in range(1024)]
+    calls.clear()                                      # in four pieces a row, as context_rampup.py cuts it
+    run.batch_loss(idx=idx.view(32, 256), targets=targets.view(32, 256), domain=3)
+    assert len(calls[0][0]) == 8 and len(calls[1][0]) == 24
 
 
 def test_masks_that_cannot_be(main, tmp_path):

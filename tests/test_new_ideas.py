@@ -1,5 +1,6 @@
 """Ideas written by README's chapter: of the net, of the optimizer, of the text."""
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from model import GPT, GPTConfig, KVCache
 from prepare_data import UserError
 
 CONFIG = ROOT / 'config'
+DOMAINS, PLAIN = (str(CONFIG / f'{name}.py') for name in ('domains', 'plain_gpt2'))
 GATE, LOOP, RAMP, SKIPS, VALUES, HIDDEN, ENSEMBLE, BIGRAMS, NORMUON, ROWS, CAUTIOUS, EVEN, RANDOM, NARROW, SNAPSHOTS, DISTILLED, CONTEXT, MIXED, DOWN = (str(CONFIG / f'{name}.py') for name in (
     'attention_gate', 'layer_loop', 'batch_rampup', 'skips', 'value_projections', 'masked_inputs', 'ensemble', 'bigrams', 'normuon',
     'row_muon', 'cautious_decay', 'even_mix', 'random_sources', 'factorised', 'snapshots', 'distilled', 'context_rampup', 'interleaved_heads', 'down_init'))
@@ -322,6 +324,37 @@ def test_a_snapshot_is_of_a_cycle(main):
         main(SNAPSHOTS, '--cycles=6')
 
 
+def test_snapshots_of_another_run_are_not_this_one_s(main, tmp_path):
+    parts = [SNAPSHOTS, '--cycles=3', '--members=3', '--max_steps=12']
+    main(*parts, '--out_dir=first')
+    main(*parts, '--out_dir=second', '--init_from=first')
+    one, other = weights(tmp_path / 'first'), weights(tmp_path / 'second')
+    assert one['taken'] == other['taken'] == 2
+    for i in range(2):
+        assert not torch.equal(one[f'others.{i}.blocks.0.mlp.up.weight'], other[f'others.{i}.blocks.0.mlp.up.weight'])
+
+
+def test_what_is_asked_in_the_end_is_what_is_planned_for(main, monkeypatch):
+    """All snapshots where one model learned, one where several taught it: at the start, and half way."""
+    told, plan = [], train.Run.closing_seconds
+
+    def watched(run):
+        told.append(round(run.dearer(), 3))
+        return plan(run)
+    monkeypatch.setattr(train.Run, 'closing_seconds', watched)
+    for stack, first, last in ((SNAPSHOTS, 4, 1), (DISTILLED, 0.25, 1), (ENSEMBLE, 1, 1)):
+        told.clear()
+        members = ['--members=4'] if stack == DISTILLED else []
+        main(stack, *members, '--max_steps=8', f'--out_dir={Path(stack).stem}')
+        assert (told[0], told[-1]) == (first, last)
+
+
+def test_one_model_that_was_taught_has_no_members_to_teach_another(main):
+    main(DISTILLED, '--members=2', '--max_steps=6', '--out_dir=first')
+    with pytest.raises(UserError, match="first is of one model, that an ensemble taught: begin with an ensemble's run"):
+        main(DISTILLED, '--init_from=first', '--max_steps=6', '--out_dir=second')
+
+
 def test_snapshots_are_the_ends_of_cycles_and_answer_together(main, tmp_path, monkeypatch):
     ends, step = [], cyclic_average.Cycling.step
 
@@ -515,6 +548,34 @@ def test_an_even_mix_reads_every_source_as_often(corpus):
     assert plain[plain > 0].max() > 1.3 * plain[plain > 0].min()
     s.weights = f'{data.meta["sources"][0]}:3'
     assert ideas.seam(train.Stream)(data, s).weights[0] == 3
+
+
+def test_an_even_mix_is_one_of_domains_too(corpus):
+    shares = []
+    for order in ([EVEN, DOMAINS], [DOMAINS, EVEN], [DOMAINS]):
+        s, ideas = train.read_settings([*corpus.args, *order])
+        shares.append(ideas.seam(train.Stream)(corpus.open(), s).had[-1])
+    assert (shares[0] == shares[1]).all() and shares[0].max() < 1.2 * shares[0].min() and shares[2].max() > 1.3 * shares[2].min()
+
+
+def test_what_gpt2_would_not_heed_is_refused(main):
+    for more in ([EVEN], ['--weights=notes:2'], [BIGRAMS]):
+        for order in ([PLAIN, *more], [*more, PLAIN]):
+            with pytest.raises(UserError, match='leave out what weighs sources|GPT-2 has a model of its own'):
+                main(*order)
+
+
+def test_a_ramp_of_steps_says_how_much_it_reads(main, tmp_path):
+    for more in (['--max_tokens=20000', '--max_steps=0'], ['--max_steps=12']):
+        out = main(RAMP, *more, '--tokens_per_step=1024', '--micro_batch_size=4', f'--out_dir={more[0][2:12]}')
+        read = json.loads((tmp_path / more[0][2:12] / 'result.json').read_text())['tokens']
+        assert f'some {read:,} tokens' in out and read < 12 * 1024 + 20000 * (len(more) - 1)
+
+
+def test_a_loop_counts_its_layers_alone():
+    for others, options in (([], {}), ([str(CONFIG / 'mixture_head.py')], {}), ([NARROW], dict(table_dim=8)), ([str(CONFIG / 'multi_token.py')], {})):
+        once, twice = (net(*others, LOOP, loop_layers=2, loop_times=n, **options).flops_per_token(20) for n in (1, 2))
+        assert twice - once == net(n_layer=2).flops_per_token(20) - 6 * 257 * 32
 
 
 def test_random_sources_are_as_many_and_are_others(corpus):

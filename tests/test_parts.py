@@ -421,7 +421,7 @@ def test_weight_decay_goes_from_point_to_point(main):
 
 
 @pytest.mark.parametrize('points', ['()', '(1, 0)', '[(0, 1)]', '[(0, 1), (0.5, 0)]', '[(0, 1), (0.5, 1), (0.5, 0), (1, 0)]',
-                                    '[(0, 1), (1, -1)]', '[(0, 1), (1, "a")]', '[(0, 1), (1, 1e999)]', '[(0, 1, 2), (1, 1, 2)]'])
+                                    '[(0, 1), (1, -1)]', '[(0, 1), (1, "a")]', '[("0", "1"), ("1", "0")]', '[(0, 1), (1, 1e999)]', '[(0, 1, 2), (1, 1, 2)]'])
 def test_points_that_cannot_be(points):
     with pytest.raises(UserError, match='weight_decay_points is .*it must be pairs'):
         run_of(*paths('weight_decay'), f'--weight_decay_points={points}')

@@ -426,6 +426,11 @@ def test_measures_are_made_once_and_those_of_older_data_are_taken(tmp_path, monk
     monkeypatch.setattr(difficulty, 'surprisal', lambda data: pytest.fail('made again'))
     assert (difficulty.measure(data, 'train', 'mtld') == first).all() and difficulty.measure(data, 'val', 'unigram').all()
     refuses('source_rank is 0 for every document', difficulty.measure, data, 'train', 'source_rank')
+    data.meta['sources'] = ['childes', 'wiki']
+    for sources in np.arange(len(first)) % 2, np.arange(len(first)) // 3 % 2:          # as labels at random change them
+        data.docs['train']['source'] = sources
+        assert (difficulty.measure(data, 'train', 'source_rank') == np.array([1, 6])[sources]).all()
+    data.meta['sources'], data.docs['train']['source'] = ['x'], 0
     old = np.zeros(len(first), [('mtld', '<f4'), ('loss', '<f4')])                    # as --scores left it
     old['loss'] = np.arange(len(old))
     np.save(data.folder / 'train.scores.npy', old)
