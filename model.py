@@ -580,7 +580,7 @@ def rms_norm(x, eps=1e-6):
 def add_norm(x, branch):
     """s = x + branch and rms_norm(s)."""
     if 'rms_norm' in IN_USE:
-        return add_norm_forward(x, branch, None, 1e-6)[:2]
+        return add_norm_forward(x, branch, 1e-6)[:2]
     x = x + branch
     return x, rms_norm(x)
 
@@ -908,96 +908,77 @@ def blocks(n, size):
 
 # ---- residual add and RMSNorm
 #
-#   s = x + y        u = s r        h = gain u        r = 1 / sqrt(mean(s^2) + eps)
-#   dx = dy = ds + r (gain dh - u mean(gain dh u))    dgain = sum over rows of dh u
+#   s = x + y        h = s r        r = 1 / sqrt(mean(s^2) + eps)
+#   dx = dy = ds + r (dh - h mean(dh h))
 
 @jit
-def add_norm_kernel(x_ptr, y_ptr, gain_ptr, s_ptr, h_ptr, rstd_ptr, n_rows, C: constexpr, EPS: constexpr,
+def add_norm_kernel(x_ptr, y_ptr, s_ptr, h_ptr, rstd_ptr, n_rows, C: constexpr, EPS: constexpr,
                     BLOCK_M: constexpr, BLOCK_C: constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_C)
     inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
     at = rows[:, None] * C + cols[None, :]
-    s = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if y_ptr is not None:
-        y = tl.load(y_ptr + at, mask=inside, other=0.0)
-        s = (s + y.to(tl.float32)).to(y.dtype)         # as it will be read again
-        tl.store(s_ptr + at, s, mask=inside)
-        s = s.to(tl.float32)
+    y = tl.load(y_ptr + at, mask=inside, other=0.0)
+    s = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + y.to(tl.float32)
+    s = s.to(y.dtype)                              # as it will be read again
+    tl.store(s_ptr + at, s, mask=inside)
+    s = s.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(s * s, axis=1) / C + EPS)
-    h = s * rstd[:, None]
-    if gain_ptr is not None:
-        h *= tl.load(gain_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
-    tl.store(h_ptr + at, h, mask=inside)
+    tl.store(h_ptr + at, s * rstd[:, None], mask=inside)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
 
 
 @jit
-def add_norm_backward_kernel(ds_ptr, dh_ptr, s_ptr, rstd_ptr, gain_ptr, dx_ptr, dgain_ptr, n_rows,
-                             C: constexpr, STEPS: constexpr, BLOCK_M: constexpr, BLOCK_C: constexpr):
-    program = tl.program_id(0).to(tl.int64)
+def add_norm_backward_kernel(ds_ptr, dh_ptr, s_ptr, rstd_ptr, dx_ptr, n_rows, C: constexpr, BLOCK_M: constexpr,
+                             BLOCK_C: constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_C)
-    dgain = tl.zeros([BLOCK_C], tl.float32)
-    for step in range(STEPS):
-        rows = (program * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
-        at = rows[:, None] * C + cols[None, :]
-        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
-        unit = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd
-        dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if gain_ptr is not None:
-            dgain += tl.sum(dh * unit, axis=0)
-            dh *= tl.load(gain_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
-        dx = rstd * (dh - unit * (tl.sum(dh * unit, axis=1) / C)[:, None])
-        if ds_ptr is not None:
-            dx += tl.load(ds_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + at, dx, mask=inside)
-    if gain_ptr is not None:
-        tl.store(dgain_ptr + program * C + cols, dgain, mask=cols < C)
+    inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
+    at = rows[:, None] * C + cols[None, :]
+    rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
+    h = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd
+    dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    dx = rstd * (dh - h * (tl.sum(dh * h, axis=1) / C)[:, None])
+    if ds_ptr is not None:
+        dx += tl.load(ds_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + at, dx, mask=inside)
 
 
-def norm_tile(C):
-    """Some 4,096 numbers a program, whole rows."""
+def norm_launch(kernel, n_rows, C, *args):
+    """Starts a kernel on whole rows, some 4,096 numbers a program."""
     width = triton.next_power_of_2(C)
-    return dict(BLOCK_M=max(1, 4096 // width), BLOCK_C=width, num_warps=4 if width <= 4096 else 8)
+    rows = max(1, 4096 // width)
+    launch(kernel, (blocks(n_rows, rows),), *args, BLOCK_M=rows, BLOCK_C=width, num_warps=4 if width <= 4096 else 8)
 
 
 @op
-def add_norm_forward(x: Tensor, y: Tensor | None, gain: Tensor | None,
-                     eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """s, h, rstd of x and y (..., C); s is empty where y is None, as it would be x."""
-    C, n_rows, tile = x.shape[-1], x.numel() // x.shape[-1], norm_tile(x.shape[-1])
-    x, y = x.contiguous(), y if y is None else y.contiguous()
-    s, h = x.new_empty(0) if y is None else torch.empty_like(x), torch.empty_like(x)
+def add_norm_forward(x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """s, h (..., C), rstd of x and y (..., C)."""
+    C, n_rows = x.shape[-1], x.numel() // x.shape[-1]
+    x, y = x.contiguous(), y.contiguous()
+    s, h = torch.empty_like(x), torch.empty_like(x)
     rstd = x.new_empty(n_rows, dtype=torch.float32)
-    grid = blocks(n_rows, tile['BLOCK_M']),
-    launch(add_norm_kernel, grid, x, y, gain, s, h, rstd, n_rows, C, eps, **tile)
+    norm_launch(add_norm_kernel, n_rows, C, x, y, s, h, rstd, n_rows, C, eps)
     return s, h, rstd
 
 
 @op
-def add_norm_backward(ds: Tensor | None, dh: Tensor, s: Tensor, rstd: Tensor,
-                      gain: Tensor | None) -> tuple[Tensor, Tensor]:
-    C, n_rows, tile, steps = s.shape[-1], len(rstd), norm_tile(s.shape[-1]), 1 if gain is None else 16
-    programs = blocks(n_rows, tile['BLOCK_M'] * steps)
+def add_norm_backward(ds: Tensor | None, dh: Tensor, s: Tensor, rstd: Tensor) -> Tensor:
     ds, dh, s = ds if ds is None else ds.contiguous(), dh.contiguous(), s.contiguous()
-    dx, dgain = torch.empty_like(s), s.new_empty((0 if gain is None else programs, C), dtype=torch.float32)
-    launch(add_norm_backward_kernel, (programs,), ds, dh, s, rstd, gain, dx, dgain, n_rows, C, steps, **tile)
-    return dx, dgain.sum(0) if gain is not None else dgain
+    dx, (n_rows, C) = torch.empty_like(s), (len(rstd), s.shape[-1])
+    norm_launch(add_norm_backward_kernel, n_rows, C, ds, dh, s, rstd, dx, n_rows, C)
+    return dx
 
 
 def add_norm_save(ctx, inputs, output):
-    (x, y, gain, _), (s, _, rstd) = inputs, output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if y is None else s, rstd, gain)
-    ctx.has_y = y is not None
+    ctx.save_for_backward(output[0], output[2])
 
 
 def add_norm_gradient(ctx, ds, dh, _):
-    s, rstd, gain = ctx.saved_tensors
-    dh = torch.zeros_like(s) if dh is None else dh
-    dx, dgain = add_norm_backward(ds if ctx.has_y else None, dh, s, rstd, gain)
-    return dx, dx if ctx.has_y else None, gain if gain is None else dgain.to(gain.dtype), None
+    s, rstd = ctx.saved_tensors
+    dx = add_norm_backward(ds, torch.zeros_like(s) if dh is None else dh, s, rstd)
+    return dx, dx, None
 
 
 add_norm_forward.register_autograd(add_norm_gradient, setup_context=add_norm_save)

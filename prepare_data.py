@@ -93,7 +93,6 @@ class Options:
     base_url: str = ''            # a mirror in the place of https://huggingface.co/datasets
     data_dir: str = 'data'        # where data sets lie
     overwrite: bool = False       # replace the folder if it exists
-    inspect: bool = False         # print a page about the data set as it was prepared
 
 
 CONTENT = [f.name for f in fields(Options)]
@@ -841,7 +840,7 @@ class Corpus:
 
     def run(self):
         """What the command line does."""
-        self.inspect() if self.s.inspect else self.build()
+        self.build()
 
     @readable()
     def open(self):
@@ -1024,13 +1023,6 @@ class Corpus:
         bounds, tokens = data.bounds('train'), data.tokens['train'].view(np.ndarray)
         hashes = [hash(tokens[a:b].tobytes()) for a, b in itertools.pairwise(bounds[:1_000_001])]
         return [f'\n{len(hashes) - len(set(hashes)):,} of {len(hashes):,} training documents repeat another']
-
-    def inspect(self):
-        """Prints a page about the data set as it was prepared."""
-        if not self.folder.exists():
-            raise UserError(f'{self.folder} is not prepared yet: say the same without --inspect first')
-        page(self, open_data(self.folder, self.s.dataset))
-
 
 # ----------------------------------------------------------------------------------------------------
 # Build: pass 1 checks everything, learns what validation holds and samples text; pass 2 encodes
@@ -1545,42 +1537,9 @@ def write_beside(path, write):
         temp.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Look at what a prepared data set holds
-
 def clipped(text, limit=88):
     """The head of a text on one line, without what a terminal would take for a command."""
     return ''.join(c if c.isprintable() else '\ufffd' for c in ' '.join(text[:4 * limit].split())[:limit])
-
-
-def histogram(lengths):
-    """Lines: how many documents have how many tokens, by powers of two."""
-    counts = np.bincount(np.log2(lengths).astype(int))
-    return [f'{2**i:9,} to {2**(i + 1) - 1:7,}{counts[i]:9,} {"#" * round(50 * counts[i] / counts.max())}'
-            for i in range((counts > 0).argmax(), len(counts))]
-
-
-def marked(data, ids):
-    """The pieces of tokens, apart by colours on a terminal, else by |."""
-    pieces = (clipped(data.tokenizer.decode([token]).replace('\n', '¶').replace(' ', '·')) for token in ids)
-    colours = itertools.cycle((46, 43))          # black on cyan, black on yellow
-    return '|'.join(pieces) if not sys.stdout.isatty() else ''.join(
-        f'\033[30;{next(colours)}m{piece}\033[0m' for piece in pieces)
-
-
-def page(corpus, data):
-    """Prints counts of all of a data set, and words of 2,000 training documents."""
-    bounds = data.bounds('train')
-    sample = np.random.default_rng(corpus.s.data_seed).permutation(len(bounds) - 1)[:2000]
-    print(*corpus.summary(data), '\ntokens a document, training', *histogram(np.diff(bounds)),
-          *corpus.examples(data, sample), sep='\n')
-    text = ' '.join(data.texts('train', sample)).lower()
-    words = Counter(WORDS.findall(text))
-    print('\nmost frequent words, per thousand')
-    print(*(f'{word} {1000 * n / words.total():.0f}' for word, n in words.most_common(24)), sep=', ')
-    print(*corpus.repeats(data), sep='\n')
-    print("\n64 tokens of the first random document; · is a space, ¶ a line's end")
-    print(marked(data, data.tokens['train'][bounds[sample[0]] + 1:bounds[sample[0] + 1]][:64].tolist()))
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ FREE = {field.name for field in dataclasses.fields(prepare_data.Options)} | set(
     'out_dir init_from budget_minutes budget_counts device compile kernels micro_batch_size eval_interval '
     'evals eval_data log_interval save_minutes sample_prompt sample_tokens dollars_per_hour country dry_run '
     'show'.split())
-OF_DATA = {field.name for field in dataclasses.fields(prepare_data.Options)} - {'overwrite', 'inspect'}
+OF_DATA = {field.name for field in dataclasses.fields(prepare_data.Options)} - {'overwrite'}
 STATE = dict(steps=range(1 << 60), rows_read=range(1 << 60), skipped=range(1 << 60), tokens=range(1 << 60), flops=float,
              progress=float, elapsed=float, trained=float, origin=str, times={str: float}, warnings=[str], stream={},
              joules=[[float]], optimizers=[dict(state={}, param_groups=[{}])],

@@ -25,7 +25,7 @@ LAYERS = 7                   # of that model, as config/babylm.py has
 class Corpus(prepare_data.Corpus):
 
     def run(self):
-        super().run() if self.s.inspect else self.compare()
+        self.compare()
 
     def held_out(self, found, parts):
         """The texts of 2,000 held-out documents, less than 33 MB."""

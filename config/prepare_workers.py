@@ -78,7 +78,7 @@ class Corpus(prepare_data.Corpus):
                'in two (fork): prepare without --workers')
 
     def run(self):
-        if self.s.inspect or not self.s.share:
+        if not self.s.share:
             return super().run()
         self.check()
         i, n = map(int, self.s.share.split('/'))

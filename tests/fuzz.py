@@ -496,6 +496,7 @@ class Data(Target):
     def ask(self, folder, argv):
         import prepare_data
         import train
+        from config import prepare_inspect
         at, options = folder / 'data' / self.name, [f'--data_dir={folder / "data"}', '--tokenizer=bytes', f'--dataset=files:{folder / "text"}']
         s, ideas = train.read_settings([*options, '--min_doc_bytes=0'])
         corpus = ideas.seam(prepare_data.Corpus)(s)
@@ -504,7 +505,7 @@ class Data(Target):
         data = prepare_data.open_data(at)
         if argv[0] == 'page':
             print(*corpus.summary(data), sep='\n')
-            return prepare_data.page(corpus, data)
+            return prepare_inspect.page(corpus, data)
         train.Stream(data, s).batch(0, 2, 16)
 
 
@@ -612,12 +613,13 @@ class Corpora(Target):
 
     def ask(self, folder, argv):
         import prepare_data
+        from config import prepare_inspect
         argv = [str(ROOT / arg) if arg.endswith('.py') else arg for arg in argv]
         ideas = prepare_data.Ideas([*argv, f'--dataset=files:{folder / "text"}', f'--data_dir={folder / "data"}'], [prepare_data.Options], strict=False)
         corpus = ideas.seam(prepare_data.Corpus)(SimpleNamespace(**ideas.values))
         corpus.run()
         if '--plan' not in argv:
-            prepare_data.page(corpus, corpus.open())
+            prepare_inspect.page(corpus, corpus.open())
 
 
 class Chats(Corpora):
