@@ -256,6 +256,7 @@ def contestants(run, argv):
         parts = stack.split('+')
         s, ideas = train.read_settings([*argv, *parts], TABLES)
         names = [part if part.startswith('--') else Path(part).stem for part in parts]
+        refuse('+'.join(names) in both, f'--beside names {"+".join(names)} twice: give one of the files another name')
         both['+'.join(names)] = measured(ideas)(s, **run.shape_given)
     return both
 
@@ -653,8 +654,7 @@ def checked(stacks, root, seeds, idea_seeds, same):
 def look(run):
     """Find what there is of a run: its result, or that it has begun; refuses one of other settings or
     ideas."""
-    result = run.folder / 'result.json'
-    run.result = json.loads(result.read_text()) if result.exists() else None
+    run.result = told_by(run.folder / 'result.json')
     run.begun = any((run.folder / name).exists() for name in sample.CHECKPOINTS)
     if not (run.result or run.begun):
         return
@@ -666,6 +666,32 @@ def look(run):
               if k not in ('out_dir', 'init_from') and then.get(k, v) != v]
     refuse(differ, f'{run.folder} holds a run with other settings: {", ".join(differ)}; delete it, or choose another '
                    f'--compare_dir')
+    for path, text in run.ideas.files.items():
+        copy = run.folder / 'config' / path.name
+        refuse(copy.is_file() and code_of(copy.read_text('utf-8', 'replace')) != code_of(text),
+               f'{run.folder} holds a run of another {path.name} than there is now: delete it, or choose another --compare_dir')
+
+
+def told_by(path):
+    """The result that a run left, None if there is none; refuses what is not one."""
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        found = fits(result, COMPARABLE)
+    except (OSError, ValueError, RecursionError):
+        found = False
+    refuse(not found, f'{path} is no result of train.py: delete it, or choose another --compare_dir')
+    return result
+
+
+def code_of(text):
+    """What of a file of config/ is executed or read: all but comments and its docstring."""
+    try:
+        body = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return text
+    return [ast.dump(part) for part in body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
 
 
 def make(run):
@@ -684,15 +710,23 @@ def make(run):
         run.fault = f'seed {run.seed}: exit code {code}, {last}'
 
 
+def read_by(result):
+    """What a result was measured on, and how."""
+    return result['data']['val_bytes'], result['protocol']
+
+
 def ranked(runs):
     """A row for each idea, best first: means over its seeds, and how it does beside the base with them, which
     reads the same text in the same order, so that much of what a seed brings cancels."""
-    rows = []
-    by_seed = {run.seed: run.result['val_bpb'] for run in runs if run.result and run.name == runs[0].name}
+    rows, text = [], next((read_by(run.result) for run in runs if run.result and run.name == runs[0].name), None)
+    by_seed = {run.seed: run.result['val_bpb'] for run in runs
+               if run.result and run.name == runs[0].name and read_by(run.result) == text}
     for name in dict.fromkeys(run.name for run in runs):
         mine = [run for run in runs if run.name == name]
         results = [r | {e: v['accuracy'] for e, v in r['evals'].items()} for run in mine if (r := run.result)]
         notes = ['base'] * (not rows) + [run.fault for run in mine if run.fault]
+        notes += ['measured on other text'] * any(text and read_by(r) != text for r in results)
+        results = [r for r in results if read_by(r) == text] or results
         rows.append(row := dict(name=name, seeds=len(results), notes=notes))
         if not results:
             continue
@@ -700,11 +734,13 @@ def ranked(runs):
             if all(r.get(key) is not None for r in results):
                 row[key] = statistics.fmean(r[key] for r in results)
         row['per_source'] = {source: statistics.fmean(r['val_bpb_per_source'][source] for r in results)
-                             for source in results[0].get('val_bpb_per_source', {})}
+                             for source in results[0].get('val_bpb_per_source', {})
+                             if all(source in r['val_bpb_per_source'] for r in results)}
         if len(results) > 1:
             row['sd'] = statistics.stdev(r['val_bpb'] for r in results)
         base, sd = rows[0], rows[0].get('sd')
-        pairs = [(run.result['val_bpb'], by_seed[run.seed]) for run in mine if run.result and run.seed in by_seed]
+        pairs = [(run.result['val_bpb'], by_seed[run.seed]) for run in mine
+                 if run.result and run.seed in by_seed and read_by(run.result) == text]
         if row is not base and pairs:
             ours, theirs = map(statistics.fmean, zip(*pairs))
             gain, more = ours - theirs, row['total_params'] / base['total_params'] - 1
@@ -834,6 +870,7 @@ COMPARISONS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, a
 
 RESULT = dict(val_bpb=float, total_params=float, val_share=float, tokens=float, epochs=float, settings=dict(dataset=str), config=dict,
               hardware=dict(name=str), data=dict(fingerprint=str), evals={str: dict(accuracy=float)})     # the form of one
+COMPARABLE = RESULT | dict(ideas=[str], protocol=object, commit=object, data=dict(fingerprint=str, val_bytes=float))  # for --compare
 COMPARED = [{'name': str, 'notes': [str], str: float | dict | None}]                            # and of a row of compare.json
 
 
@@ -970,9 +1007,12 @@ def compared_blocks(folder):
         except (OSError, ValueError, RecursionError):
             rows = None
         if rows and fits(rows, COMPARED):
+            columns = {f'{k}_percent' if k == 'change' else k: {'change': 2, 'in_sd': 1}.get(k, n) for k, n in COLUMNS.items()}
+            rows = [row | dict(notes='; '.join(row['notes'])) | {
+                'change_percent': 100 * row['change'] for _ in 'x' if row.get('change') is not None} for row in rows]
             yield table_block(f'Compared: {path.parent.relative_to(folder).as_posix()}', 'change: beside the base with its seeds; '
-                              'in sd: in standard deviations of the base over seeds.', dict(name=None) | COLUMNS | dict(notes=None),
-                              [row | dict(notes='; '.join(row['notes'])) for row in rows])
+                              'in sd: in standard deviations of the base over seeds.', dict(name=None) | columns | dict(notes=None),
+                              rows)
 
 
 def label(key):
@@ -998,7 +1038,7 @@ def table_block(title, note, columns, rows):
     """The same for a page, without the columns that no row fills."""
     columns = {key: n for key, n in columns.items() if any(row.get(key) not in (None, '') for row in rows)}
     return dict(kind='table', title=title, note=note, columns=[
-        dict(key=key, label=label(key), digits=n) for key, n in columns.items()],
+        dict(key=key, label=label(key), digits=n if isinstance(n, int) else None) for key, n in columns.items()],
         rows=[{key: row.get(key) for key in [*columns, 'href']} for row in rows])
 
 

@@ -705,6 +705,8 @@ def csv_rows(part, f):
     for row in rows:
         where = f'{part.path} line {rows.line_num:,}'
         refuse(None in row, f'{where} has more fields than the first line, {len(rows.fieldnames)}: mend it')
+        refuse(rows.reader.dialect.delimiter == '\t' and any(v and '\t' in v and '\n' in v for v in row.values()),
+               f'{where} ends a field of several lines and tabs, which a quote opened: double that quote, or take it away')
         yield where, row
 
 
@@ -913,6 +915,9 @@ class Corpus:
     def learn(self, parts):
         """What an idea must know of the text before documents are judged."""
 
+    def learned(self):
+        """That, for --workers: shards are of one text only where it is the same."""
+
     # Documents
 
     def kind_of(self, part, lines):
@@ -1056,6 +1061,7 @@ class Found:
         self.held, self.hashed, self.sample, self.bytes, self.documents = set(), set(), {}, 0, 0
         self.reasons, self.drop = {'': 0}, bytearray()
         self.below, self.lowest = int(val_fraction * 2**64), 2**64
+        self.lowest_at = self.lone = None        # numbers of documents: of that key; where it alone is held out
         self.ceiling, self.size, self.lines, self.shared = 2**64, 0, {}, set()
 
     def number(self, reason):
@@ -1075,7 +1081,8 @@ class Found:
             self.held.add(key)
             self.hold(text)
         elif split == '' and key not in self.held:
-            self.lowest = min(self.lowest, key)
+            if key < self.lowest:
+                self.lowest, self.lowest_at = key, len(self.drop) - 1
             if key < self.below:
                 self.hashed.add(key)
                 self.hold(text)
@@ -1083,7 +1090,7 @@ class Found:
     def hold_one(self):
         """Of a small corpus, where no hash is low enough: the lowest alone is validation."""
         if self.below <= self.lowest < 2**64:
-            self.below = self.lowest + 1
+            self.below, self.lone = self.lowest + 1, self.lowest_at
             self.hashed.add(self.lowest)
             self.sample.pop(self.lowest, None)
 

@@ -482,6 +482,7 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
     error[(count == 1) & (fraction < 1)] = math.nan      # of one document out of several nothing is known
     weight = weight * seen / (weight * seen).sum()
     error, of_all = (float(np.sqrt(((weight[seen] * e[seen]) ** 2).sum())) for e in (error, text_error))
+    of_all = of_all if (count > 1).any() else math.nan       # nothing is known of how documents differ
     return dict(bpb=float((weight * per_source).sum()), error=error, text_error=of_all,
                 loss=float(bits.sum() * math.log(2) / n_tokens.sum()),
                 share=float(n.sum() / docs['bytes'].sum()), tokens=int(n_tokens.sum()),

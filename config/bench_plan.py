@@ -43,7 +43,7 @@ WIDTHS = [32, 48, *range(64, 257, 32), *range(320, 513, 64), *range(640, 1025, 1
 HEADS = 64, 32, 16                  # channels of one, the widest of which there are two: the kernels have these
 MOST_IN_TABLE = 0.35                # of parameters: with more of them ids are too rare for the law
 MEMBERS, RATES = (1, 2, 3, 4, 6, 8), (0.0, 0.1)          # of these two, what a plan may be
-PARTS = 2.0 ** -np.arange(0, 6.5, 0.5)          # of the time spent reading; below 1 a run ends early
+PARTS = 2.0 ** -np.arange(0, 12.5, 0.5)         # of the time spent reading; below 1 a run ends early
 TOKENS_A_STEP = 640, 1e6, 0.4       # 640 in a run of a million tokens, and as the 0.4th power of these
 PLANNED = dict(what=None, layers=0, width=0, vocabulary=0, parameters=0) | {SEVERAL: 0, THINNED: 1} | dict(
     tokens_per_step=0, tokens=0, epochs=2, val_bpb=None)
@@ -93,12 +93,12 @@ def runs_known(path):
                    f'{path} holds runs that were measured on different text: name a folder of one')
             rows = np.array([as_run(r) for r in results])
         else:
-            rows = np.loadtxt(path, delimiter='\t', skiprows=1, usecols=range(len(AS_RUN)))
-    except (OSError, ValueError, KeyError, TypeError) as e:
+            rows = np.loadtxt(path, delimiter='\t', skiprows=1, usecols=range(len(AS_RUN)), ndmin=2)
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as e:
         raise UserError(f'--plan_runs is {path}, it must be a folder of runs or a table like {RUNS}: {e!r}') from None
+    refuse(len(rows) < LEAST_RUNS, f'{path} holds {len(rows)} finished runs: a law of text that is read again takes {LEAST_RUNS}')
     wrong = rows.ndim != 2 or not np.isfinite(rows).all() or (rows[:, [0, 1, 2, 3, 5]] <= 0).any()
     refuse(wrong, f'{path} holds a number that is none, or not above 0: mend that row')
-    refuse(len(rows) < LEAST_RUNS, f'{path} holds {len(rows)} finished runs: a law of text that is read again takes {LEAST_RUNS}')
     return rows
 
 

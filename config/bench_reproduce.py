@@ -51,7 +51,7 @@ def losses(folder):
 
 
 def main(own, rest, argv):
-    path = Path(at_home(own.reproduce))
+    path = Path(at_home(own.reproduce)).absolute()
     path = path / 'result.json' if path.is_dir() else path
     before, known = read(path)
     by_steps = bool(known['settings']['max_steps'] or known['settings'].get('max_tokens'))
@@ -69,7 +69,7 @@ def main(own, rest, argv):
     for name in differ:
         print(f'{name}: {known[name]}, now {made[name]}')
     one, two = losses(path.parent), losses(again)
-    first = next((step for step in sorted(one.keys() | two.keys()) if one.get(step) != two.get(step)), None)
+    first = next((step for step in sorted(one.keys() | two.keys()) if one.get(step) != two.get(step)), None) if one else None
     change = after['val_bpb'] / before['val_bpb'] - 1
     print(f'val_bpb: {before["val_bpb"]:.6f}, again {after["val_bpb"]:.6f} ({change:+.2%}); steps: {before["steps"]}, '
           f'again {after["steps"]}')

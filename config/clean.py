@@ -15,6 +15,7 @@ The first three steps change the text of every split, the last two drop training
 
 Its bits per byte are of another text: compare runs on the same. What was dropped, and why, is in meta.json.
 """
+import hashlib
 import html
 import itertools
 import os
@@ -94,6 +95,11 @@ class Corpus(prepare_data.Corpus):
         for name, docs in heads.items():
             votes = np.bincount([self.table.take(slots, 1).mean(1).argmax() for slots in docs] or [0])
             self.languages[name] = wanted or [LANGUAGES[votes.argmax()]]
+        self.pieces.clear()                      # examples are of the pass that counts
+
+    def learned(self):
+        table = b'' if self.table is None else self.table.tobytes()
+        return [super().learned(), self.languages, hashlib.sha256(table).hexdigest()]
 
     def unwanted(self, text, part):
         if why := super().unwanted(text, part):

@@ -41,6 +41,8 @@ class Corpus(prepare_data.Corpus):
     def decide(self, found, kept):
         super().decide(found, kept)
         if self.sketches and len(kept):
+            if found.lone is not None:           # all were met as training documents
+                self.sketches.held[np.searchsorted(kept, found.lone)] = True
             repeats = self.sketches.repeats()
             for number, reason in REPEATS.items():
                 found.drop_if(kept[repeats == number], reason)

@@ -143,7 +143,7 @@ class Corpus(stories.Corpus):
             return text and without_marks(text, '\ufffd')
         try:
             turns = turns_of(row)
-            return ''.join(ROLES[role] + without_marks(text, '\ufffd') for role, text in turns)
+            return ''.join(ROLES[role] + without_marks(text, '\ufffd').replace('<|endoftext|>', '\ufffd') for role, text in turns)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError):
             raise prepare_data.UserError(
                 f'{where} is no conversation (its fields are {", ".join(map(str, row))[:200]}): give messages, '

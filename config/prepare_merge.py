@@ -35,7 +35,7 @@ class Corpus(prepare_workers.Corpus):
     def check(self):
         super().check()
         for path, told in self.shares.items():
-            wrong = [what for what, value in self.recipe.items() if told['recipe'][what] != value]
+            wrong = [what for what, value in self.recipe.items() if told['recipe'].get(what) != value]
             names = dict(tokenizer_sha256='tokenizer', version='format')
             refuse(wrong, f'{path} was prepared with other {" and ".join(names.get(w, w) for w in wrong)} '
                    f'than {[*self.shares][0]}, or this command: prepare it with the same, or say the same')

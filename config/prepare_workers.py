@@ -56,7 +56,7 @@ class Corpus(prepare_data.Corpus):
     def recipe(self):
         """What shards that go together have in common."""
         return dict(version=prepare_data.VERSION, ideas=self.configs(), settings=self.content(),
-                    tokenizer_sha256=hashlib.sha256(self.given.blob).hexdigest())
+                    tokenizer_sha256=hashlib.sha256(self.given.blob).hexdigest(), learned=self.learned())
 
     @functools.cached_property
     def given(self):

@@ -67,7 +67,7 @@ def python_documents(root, report):
     own = root == Path(sysconfig.get_paths()['stdlib'])
     for path in [root] if root.is_file() else sorted(root.rglob('*.py')):
         name = path.relative_to(root.parent if root.is_file() else root)
-        if own and NOT_CODE & set(name.parts) or any(part[0] == '.' for part in name.parts):
+        if not path.is_file() or own and NOT_CODE & set(name.parts) or any(part[0] == '.' for part in name.parts):
             continue
         try:
             with tokenize.open(path) as f:                       # in the encoding that its first lines name

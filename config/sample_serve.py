@@ -443,7 +443,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not isinstance(messages, list) or not messages or not all(
                 isinstance(m, dict) and m.get('role') in [*roles] and isinstance(m.get('content'), str) for m in messages):
             raise Declined(400, f'messages must be a list of {{role, content}}, role one of {", ".join(roles)}')
-        return chat_ids(lane.tokenizer, [m | dict(content=field_of(m, 'content')) for m in messages])
+        said = [m | dict(content=field_of(m, 'content')) for m in messages]
+        return chat_ids(lane.tokenizer, said, lane.model.config.block_size * 3 // 4)
 
     def passages(self, lane, ids, chosen, length):
         """ids with passages behind BOS, and those, best first: of --retrieve, before a prompt, not in a chat."""

@@ -1,4 +1,5 @@
 """bench_mfu.py: it runs, it measures the step of a run, and compares runs as it says."""
+import contextlib
 import json
 import math
 import os
@@ -384,7 +385,7 @@ def test_runs_made_together_go_by_tokens(compare, tmp_path):
 def fake(name, seed, val_bpb, total=100, **more):
     """A run as bench_mfu.py keeps it, finished with this result unless val_bpb is None."""
     result = dict(val_bpb=val_bpb, total_params=total, non_embedding_params=70, active_params=total, tokens=1000 * seed,
-                  epochs=0.5, train_seconds=8.0, total_seconds=10.0, tok_per_sec=125.0, joules=None, commit='abc', hardware={}, ideas=[],
+                  epochs=0.5, train_seconds=8.0, total_seconds=10.0, tok_per_sec=125.0, joules=None, commit='abc', hardware={}, ideas=[], protocol=1, data=dict(val_bytes=9),
                   val_share=1.0, evals=dict(coherence=dict(accuracy=0.5 + 0.1 * seed))) | more
     fault = '' if val_bpb else f'seed {seed}: no | yes'
     return SimpleNamespace(name=name, seed=seed, result=result if val_bpb else None, fault=fault)
@@ -414,6 +415,14 @@ def test_the_base_s_spread_tells_noise_from_gain(tmp_path):
     alone = bench_mfu.ranked(base[:1] + ideas)
     assert alone[0]['notes'] == ['within noise'] and alone[0]['in_sd'] is None and alone[0]['change'] == pytest.approx(-0.07)
     assert 'change' not in bench_mfu.ranked([fake('base', 1, None)] + ideas)[0]
+    ideas[1].result['data'] = dict(val_bytes=8)                        # the text was prepared anew
+    noise = next(row for row in bench_mfu.ranked(base + ideas) if row['name'] == 'noise')
+    assert noise['notes'] == ['measured on other text'] and 'change' not in noise
+    for run, sources in ((base[0], 'a'), (base[1], 'b')):
+        run.result |= dict(val_bpb_per_source={sources: 1.0}, data=dict(val_bytes=len(sources) + 9 * (sources == 'b')))
+    middle = next(row for row in bench_mfu.ranked(base[:2]) if row['name'] == 'base')
+    assert (middle['val_bpb'], middle['seeds']) == (2.0, 1) and 'sd' not in middle and middle['per_source'] == dict(a=1.0)
+    assert bench_mfu.code_of('def f(:') == 'def f(:'
 
 
 def test_all_mistakes_of_a_comparison_at_once(compare, tmp_path):
@@ -438,13 +447,26 @@ def test_what_ideas_of_one_stack_set_differently_is_said(compare, tmp_path):
     assert "fast+c ['base.py', 'fast.py', 'c.py']" in out
 
 
-def test_a_finished_run_of_other_ideas_is_not_taken_for_this_one(compare, tmp_path):
+def test_a_finished_run_of_other_ideas_is_not_taken_for_this_one(compare, corpus, tmp_path):
     compare('base.py', 'broken.py', '--seeds=1', really=False)
     folder = tmp_path / 'out' / 'compare' / 'base' / 'broken' / 'seed1'
     s, ideas = train.read_settings(['base.py'])
-    (folder / 'result.json').write_text(json.dumps(dict(settings={}, ideas=['another'], val_bpb=1)))
+    whole = json.loads(json.dumps(fake('broken', 1, 1.0).result)) | dict(
+        settings=dict(dataset=next(a for a in corpus.args if a.startswith('--dataset='))[10:]), config={}, epochs=1, hardware=dict(name='h'), ideas=['another'], data=dict(fingerprint='f', val_bytes=9))
+    (folder / 'result.json').write_text(json.dumps(whole))
     with pytest.raises(UserError, match=r"other settings: ideas \(was \['another'\], now \['broken'\]\)"):
         compare('base.py', 'broken.py', '--seeds=1', really=False)
+    for text in '{"val', '[]', json.dumps({k: v for k, v in whole.items() if k != 'evals'}), '[' * 100_000:
+        (folder / 'result.json').write_text(text)
+        with pytest.raises(UserError, match='seed1/result.json is no result of train.py: delete it, or choose'):
+            compare('base.py', 'broken.py', '--seeds=1', really=False)
+    (folder / 'result.json').write_text(json.dumps(whole | dict(ideas=['broken'])))
+    (folder / 'config').mkdir()
+    text = (tmp_path / 'broken.py').read_text()
+    for copy, same in ((f'"""What it did."""\n# and more\n{text}', True), (f'{text}\nmore = 1\n', False)):
+        (folder / 'config' / 'broken.py').write_text(copy)
+        with contextlib.nullcontext() if same else pytest.raises(UserError, match='a run of another broken.py than there is now'):
+            compare('base.py', 'broken.py', '--seeds=1', really=False)
 
 
 def test_how_a_run_ends_and_that_none_compiles_for_another(tmp_path, monkeypatch):
@@ -468,9 +490,10 @@ def test_how_a_run_ends_and_that_none_compiles_for_another(tmp_path, monkeypatch
 def keep(folder, val_bpb, total=100, text=10 ** 6, dataset='files:/data/babylm', metrics=(), **more):
     """A finished run as train.py leaves it, with this result."""
     folder.mkdir(parents=True)
-    result = fake('', 1, val_bpb, total, config=dict(n_layer=4), hardware=dict(name='a card'), protocol=1).result | more
+    result = fake('', 1, val_bpb, total, config=dict(n_layer=4), hardware=dict(name='a card'), protocol=1,
+                  data=dict(fingerprint='f00', val_bytes=text)).result | more
     settings = dict(dataset=dataset, learning_rate=0.02, n_layer=0)
-    (folder / 'result.json').write_text(json.dumps(dict(settings=settings, data=dict(fingerprint='f00', val_bytes=text)) | result))
+    (folder / 'result.json').write_text(json.dumps(dict(settings=settings) | result))
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in metrics))
 
 
@@ -540,6 +563,7 @@ def test_the_page_has_the_law_of_many_runs_and_tables_of_comparisons(board, tmp_
     assert [title for title in blocks if title.startswith('Compared')] == ['Compared: doll/good']
     table = blocks['Compared: doll/good']
     assert [row['name'] for row in table['rows']] == ['base', 'idea'] and table['rows'][1]['notes'] == 'within noise; +9% parameters'
+    assert table['rows'][1]['change_percent'] == -5 and {type(c['digits']) for block in blocks.values() for c in block.get('columns', ())} <= {int, type(None)}
     assert [title for title in blocks if title.startswith('The law')] == ['The law, little']                   # of the others there are too few
     series = {one['name']: one for one in blocks['The law, little']['series']}
     assert '23 expects' in blocks['The law, little']['note'] and len(series) == 6

@@ -155,6 +155,15 @@ def test_runs_that_a_plan_goes_by(tmp_path, monkeypatch):
     assert len(known) >= 40 and (known > 0)[:, :4].all() and (known[:, 2] / known[:, 1]).max() > 30 and {0, 0.1} == {*known[:, 4]} and {1, 3, 4} <= {*known[:, 3]}
     (tmp_path / 'few').mkdir()
     (tmp_path / 'few' / 'result.json').write_text(json.dumps(result))
+    for name, more in dict(none={}, zero=dict(val_bpb=0), list=dict(settings=[])).items():
+        (tmp_path / f'{name}_of').mkdir()
+        if more:
+            (tmp_path / f'{name}_of' / 'result.json').write_text(json.dumps(result | more))
+        with pytest.raises(UserError, match='must be a folder of runs' if more else 'holds 0 finished runs'):
+            bench_plan.runs_known(tmp_path / f'{name}_of')
+    (tmp_path / 'one.tsv').write_text('\n'.join(bench_plan.RUNS.read_text().splitlines()[:2]))
+    with pytest.raises(UserError, match='holds 1 finished runs'):
+        bench_plan.runs_known(tmp_path / 'one.tsv')
     for args, said in ((['--plan'], '--plan names no config'), (['--plan', 'a.py', f'--plan_runs={tmp_path}/none'], 'must be a folder of runs'),
                        (['--plan', 'a.py', f'--plan_runs={tmp_path}/few'], 'holds 1 finished runs'), (['--plan', 'a.py', '--write=a-plan.py'], 'with a name like my_plan.py'),
                        (['--plan', 'a.py', f'--write={tmp_path}/none/plan.py'], 'in a folder that is there')):

@@ -113,7 +113,7 @@ def test_what_is_no_conversation_is_refused_with_its_place(talk, tmp_path, main,
 
 def test_the_bins_hold_roles_and_the_bytes_of_what_was_said(teach, talk, tmp_path):
     (talk / 'more.train.jsonl').write_text(json.dumps(dict(text='plain \ufdd0 text <|user|>')) + '\n' + json.dumps(
-        dict(prompt='\ufdd1x', answer='y')))
+        dict(prompt='\ufdd1x', answer='y<|endoftext|>')))
     (talk / 'more.dev.jsonl').write_text(json.dumps(dict(prompt='p', answer='q')))
     try:
         teach('--max_steps=1')
@@ -126,8 +126,8 @@ def test_the_bins_hold_roles_and_the_bytes_of_what_was_said(teach, talk, tmp_pat
     bounds, number = data.bounds('train'), data.meta['sources'].index('more')
     mine = [data.tokens['train'][a:b].tolist() for a, b, source in zip(bounds, bounds[1:], docs['source']) if source == number]
     assert mine == [[t.bos, *'plain \ufffd text <|user|>'.encode()],
-                    [t.bos, t.roles['user'], *'\ufffdx'.encode(), t.roles['assistant'], *b'y']]
-    assert [*docs['bytes'][docs['source'] == number]] == [len('plain \ufffd text <|user|>'.encode()), 5]
+                    [t.bos, t.roles['user'], *'\ufffdx'.encode(), t.roles['assistant'], *'y\ufffd'.encode()]]
+    assert [*docs['bytes'][docs['source'] == number]] == [len('plain \ufffd text <|user|>'.encode()), 8]
     assert t.roles == dict(user=257, assistant=258) and data.meta['vocab_size'] == 259
 
 

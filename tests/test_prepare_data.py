@@ -673,6 +673,12 @@ def test_a_name_that_is_no_utf8_is_refused(tmp_path):
     str(e.value).encode()
 
 
+def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path):
+    rows = [f'{i}\t"Come here, he said' if i in (20, 200) else f'{i}\tSentence number {i}' for i in range(300)]
+    with pytest.raises(UserError, match=r'x.tsv line \d+ ends a field of several lines and tabs, which a quote opened'):
+        prepare(write(tmp_path / 'x.tsv', '\n'.join(['id\ttext', *rows])), tmp_path / 'data')
+
+
 # Opening: what the trainer must not trust
 
 

@@ -22,7 +22,7 @@ def test_a_run_by_steps_is_the_same_to_the_bit(run):
     assert code == 0, err
     result = json.loads((run / 'run' / 'result.json').read_text())['val_bpb']
     assert 'losses: equal to the bit' in out and f'val_bpb: {result:.6f}, again {result:.6f} (+0.00%); steps: 6, again 6' in out
-    code, _, err = script('bench_mfu.py', '--reproduce', 'run', cwd=run)
+    code, _, err = script('bench_mfu.py', '--reproduce=.', cwd=run / 'run')
     assert code == 2 and 'run.again holds a finished run: choose another --compare_dir' in err
 
 
@@ -35,6 +35,9 @@ def test_what_differs_is_told(run, tmp_path):
     (tmp_path / 'run' / 'metrics.jsonl').write_text('\n'.join(rows))
     code, out, err = script('bench_mfu.py', '--reproduce=run', '--compare_dir=one', cwd=tmp_path)
     assert code == 1 and 'losses: differ from step 3 on' in out, err
+    (tmp_path / 'run' / 'metrics.jsonl').unlink()
+    code, out, err = script('bench_mfu.py', '--reproduce=run', '--compare_dir=none', cwd=tmp_path)
+    assert code == 0 and 'keeps no metrics.jsonl' in out, err
     result['versions']['torch'] = '2.0'
     (tmp_path / 'run' / 'result.json').write_text(json.dumps(result))
     code, out, _ = script('bench_mfu.py', '--reproduce=run', '--compare_dir=two', cwd=tmp_path)

@@ -107,6 +107,21 @@ def test_parquet_and_zstandard(tmp_path, monkeypatch):
             prepare(tmp_path / 'in', tmp_path / 'three', *ideas)
 
 
+def test_what_was_learned_of_other_text_is_not_gone_by(tmp_path, monkeypatch):
+    """Shards whose languages were found before there was another file are made again; and clean.py's examples are the same."""
+    english, swedish = ('The old man went down to the river and said that he would not come back again before the winter, {}.',
+                        'Den gamle mannen gick ner till floden och sade att han inte skulle komma tillbaka igen före vintern, {}.')
+    put(tmp_path / 'in' / 'web.train-1.txt', [english.format(i) for i in range(40)] + [swedish.format(i) for i in range(30)])
+    put(tmp_path / 'in' / 'web.dev.txt', [english.format(f'dev {i}') for i in range(5)])
+    options = dict(clean='unicode,language')
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_workers.Corpus, 'assemble', lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(tmp_path / 'in', tmp_path / 'two', 'clean', 'prepare_workers', workers=2, **options)
+    put(tmp_path / 'in' / 'web.train-2.txt', [swedish.format(f'two\u00a0and {i}') for i in range(90)])
+    same(prepare(tmp_path / 'in', tmp_path / 'one', 'clean', **options),
+         prepare(tmp_path / 'in', tmp_path / 'two', 'clean', 'prepare_workers', workers=2, **options))
+
+
 def test_an_idea_that_reads_copies_of_the_files(tmp_path):
     """Their digests stand in meta.json, not those of what it reads in their place."""
     for i, name in enumerate(['a.txt', 'b.txt']):

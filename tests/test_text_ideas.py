@@ -335,6 +335,16 @@ def test_near_duplicates_are_dropped_and_clean_documents_kept(tmp_path):
     assert len(texts(prepare(tmp_path / 'in', tmp_path / 'out'), 'train')) == 245      # it is a choice
 
 
+def test_the_near_copy_of_the_only_held_out_document_goes(tmp_path):
+    """Where no hash is low enough, one is held out after all were met: whichever copy of a pair it is."""
+    for seed in range(4):
+        docs = passages(6, seed)
+        write(tmp_path / f'{seed}.txt', '\n\n'.join(text for doc in docs for text in (doc, f'{doc} extra tail.')))
+        data = prepare(tmp_path / f'{seed}.txt', tmp_path / 'out', 'dedup', val_fraction=1e-6)
+        (held,), train = texts(data, 'val'), texts(data, 'train')
+        assert len(train) == 5 and not any(text.startswith(held.removesuffix(' extra tail.')) for text in train)
+
+
 def test_near_duplicates_across_batches_and_a_split_by_hash(tmp_path, monkeypatch):
     monkeypatch.setattr(pd, 'BATCH_BYTES', 3000)
     docs = passages(300, 4)
