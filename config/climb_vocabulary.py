@@ -8,6 +8,7 @@ input and is left out of the loss: taught as a target, that id would be what the
 bpe tokenizer. CLIMB found no consistent gain. What it did: +4.1 % bits per byte in ten minutes of a CPU, a
 fifth of an epoch (1.6101 beside 1.5462, standard deviation 0.0020; BLiMP 0.573 beside 0.609; 2026-11-21,
 commit 3f931df). Lost (RESULTS.md).
+In a doll of config/tinystories.py, 3.6 readings, 2.8 % worse (one seed; RESULTS.md, "Dolls").
 """
 import numpy as np
 import torch

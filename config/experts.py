@@ -7,7 +7,9 @@ as six domains of config/domains.py. Which experts is a token's own affinity and
 even, without a loss; no token is dropped. Expected: better by the step, and worse by the clock (nanochat's
 log), as a small matrix product each is slower than one large. What it did: +0.2 % bits per byte in ten
 minutes of a CPU (1.5498 beside 1.5462, standard deviation 0.0020, on 82 % of the text; the plain model of as
-many parameters in all +1.0 %; 2026-11-21, commit 3f931df). Neutral (RESULTS.md).
+many parameters in all +1.0 %; 2026-11-21, commit 3f931df). Neutral there. In a doll of config/tinystories.py, four
+layers 24 wide, experts of a quarter of the MLP's width, so at equal FLOPs and 60 % more parameters: 1.4817 beside
+1.5767, 6.0 % better (one seed; RESULTS.md, "Dolls"). Won by the step.
 """
 import torch
 import torch.nn as nn

@@ -9,7 +9,8 @@ next one's. The head is computed twice: for babylm.py's shape 22 % more FLOPs a 
 parameters, in training alone. Reported: better code at billions of parameters, not below; negative in
 nanochat's log. Expected to lose at this size. What it did: +2.0 % bits per byte in ten minutes of a CPU, a
 fifth of an epoch, on 28 % less text (1.5778 beside 1.5462, standard deviation 0.0020; 2026-11-21, commit
-3f931df). In a doll of TinyStories (RESULTS.md, "Dolls") 1.5773 beside 1.5772: even by the token. Lost.
+3f931df). In dolls (RESULTS.md, "Dolls") of TinyStories 1.5773 beside 1.5772, of config/babylm.py 2.2042 beside
+2.2098 and 2.2104: even by the token. Lost.
 """
 import torch
 import torch.nn as nn

@@ -9,6 +9,7 @@ epoch a decay that falls to 0, the default, is the better one (nanochat), and so
 byte in ten minutes of a CPU (one seed, commit 91d7dcc). Lost in a first epoch (RESULTS.md). In dolls of the
 half hour (RESULTS.md, "Dolls"), one seed: at twelve epochs 12.8 % worse, at 121, where the base knows its
 text by heart, 12.5 % better, and far behind what reads it less often.
+In a doll of config/tinystories.py, 3.6 readings, 13.3 % worse (one seed; RESULTS.md, "Dolls").
 """
 import numpy as np
 
