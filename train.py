@@ -32,8 +32,8 @@ def process_age(pid='self'):
 # The bill starts when the command is typed: before Python's imports and, under torchrun, with torchrun itself.
 # When that starts a worker again, what went before is in the checkpoint, if there was one.
 RESTARTS = os.environ.get('TORCHELASTIC_RESTART_COUNT')
-LAUNCHED = time.monotonic() - process_age(os.getppid() if RESTARTS else 'self')
-STARTED = LAUNCHED if RESTARTS in (None, '0') else time.monotonic() - process_age()
+STARTED = time.monotonic() - process_age(os.getppid() if RESTARTS == '0' else 'self')
+WENT_BEFORE = 0.0 if RESTARTS in (None, '0') else max(0.0, process_age(os.getppid()) - process_age())      # seconds
 
 import bisect
 import collections
@@ -813,7 +813,7 @@ class Run:
         self.stream = self.ideas.seam(Stream)(self.data, s)
         self.accum = s.tokens_per_step // (self.micro * s.block_size * self.world)
         self.at_once = sample.tokens_at_once(self.device)
-        self.clock, self.origin = Clock(s, spent=STARTED - LAUNCHED), s.init_from
+        self.clock, self.origin = Clock(s, spent=WENT_BEFORE), s.init_from
         if self.resuming:
             with self.as_it_was():
                 if not sample.fits(self.checkpoint, STATE):

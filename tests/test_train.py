@@ -555,15 +555,14 @@ def test_bits_per_byte_is_the_slow_sum(finished, corpus):
 def test_a_budget_that_is_over_before_the_first_step_is_no_run(main, tmp_path, monkeypatch):
     args = ['--max_steps=0', '--budget_minutes=1', '--sample_tokens=0', '--eval_interval=0']
     monkeypatch.setattr(train, 'STARTED', time.monotonic() - 59.5)      # the text came slowly
-    monkeypatch.setattr(train, 'LAUNCHED', train.STARTED)
     with pytest.raises(UserError, match=r'nothing is left to train in: of 60 s (59|6\d) are over, and \d+ are kept for the end'):
         main(*args)
     assert not {'ckpt.pt', 'result.json'} & {path.name for path in (tmp_path / 'run').iterdir()}
     monkeypatch.setattr(train, 'STARTED', time.monotonic() - 30)
-    monkeypatch.setattr(train, 'LAUNCHED', time.monotonic() - 59.5)     # torchrun has started this again
+    monkeypatch.setattr(train, 'WENT_BEFORE', 29.5)                     # torchrun has started this again
     with pytest.raises(UserError, match='nothing is left to train in: of 60 s (59|6.) are over'):
         main(*args)
-    monkeypatch.setattr(train, 'LAUNCHED', train.STARTED)
+    monkeypatch.setattr(train, 'WENT_BEFORE', 0.0)
     monkeypatch.setattr(train.Clock, 'left', lambda self: 10.0 if self.trained == 0 else 0.0)
     main(*args)                                                        # the same again, in time
     assert (tmp_path / 'run' / 'result.json').exists()
