@@ -715,22 +715,27 @@ def read_by(result):
     return result['data']['val_bytes'], result['protocol']
 
 
+def abilities_of(result):
+    """{evaluation: accuracy} of those that have one."""
+    return {name: e['accuracy'] for name, e in result['evals'].items() if e.get('accuracy') is not None}
+
+
 def ranked(runs):
     """A row for each idea, best first: means over its seeds, and how it does beside the base with them, which
     reads the same text in the same order, so that much of what a seed brings cancels."""
     rows, text = [], next((read_by(run.result) for run in runs if run.result and run.name == runs[0].name), None)
-    by_seed = {run.seed: run.result['val_bpb'] for run in runs
-               if run.result and run.name == runs[0].name and read_by(run.result) == text}
+    alike = [run for run in runs if run.result and read_by(run.result) == text]
+    by_seed = {run.seed: run.result['val_bpb'] for run in alike if run.name == runs[0].name}
     for name in dict.fromkeys(run.name for run in runs):
         mine = [run for run in runs if run.name == name]
-        results = [r | {e: v['accuracy'] for e, v in r['evals'].items()} for run in mine if (r := run.result)]
+        results = [r | abilities_of(r) for run in mine if (r := run.result)]
         notes = ['base'] * (not rows) + [run.fault for run in mine if run.fault]
         notes += ['measured on other text'] * any(text and read_by(r) != text for r in results)
         results = [r for r in results if read_by(r) == text] or results
         rows.append(row := dict(name=name, seeds=len(results), notes=notes))
         if not results:
             continue
-        for key in [*COLUMNS, *results[0]['evals']]:
+        for key in [*COLUMNS, *abilities_of(results[0])]:
             if all(r.get(key) is not None for r in results):
                 row[key] = statistics.fmean(r[key] for r in results)
         row['per_source'] = {source: statistics.fmean(r['val_bpb_per_source'][source] for r in results)
@@ -739,8 +744,7 @@ def ranked(runs):
         if len(results) > 1:
             row['sd'] = statistics.stdev(r['val_bpb'] for r in results)
         base, sd = rows[0], rows[0].get('sd')
-        pairs = [(run.result['val_bpb'], by_seed[run.seed]) for run in mine
-                 if run.result and run.seed in by_seed and read_by(run.result) == text]
+        pairs = [(run.result['val_bpb'], by_seed[run.seed]) for run in alike if run.name == name and run.seed in by_seed]
         if row is not base and pairs:
             ours, theirs = map(statistics.fmean, zip(*pairs))
             gain, more = ours - theirs, row['total_params'] / base['total_params'] - 1
@@ -753,7 +757,7 @@ def ranked(runs):
 def as_table(rows, runs, columns, *notes):
     """Markdown of ranked rows, then notes, and in what all runs should be alike and are not."""
     results = [run.result for run in runs if run.result]
-    columns = dict(rank=None, idea=None) | columns | {e: 4 for r in results for e in r['evals']} | dict(notes=None)
+    columns = dict(rank=None, idea=None) | columns | {e: 4 for r in results for e in abilities_of(r)} | dict(notes=None)
     lines = text_table(columns, [row | dict(
         rank=place if row['seeds'] else None, idea=row['name'], notes='; '.join(row['notes']).replace('|', '/'))
         for place, row in enumerate(rows, 1)])
@@ -869,7 +873,7 @@ COMPARISONS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, a
                ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.In: lambda a, b: a in b}
 
 RESULT = dict(val_bpb=float, total_params=float, val_share=float, tokens=float, epochs=float, settings=dict(dataset=str), config=dict,
-              hardware=dict(name=str), data=dict(fingerprint=str), evals={str: dict(accuracy=float)})     # the form of one
+              hardware=dict(name=str), data=dict(fingerprint=str), evals={str: {'accuracy?': float | None}})     # the form of one
 COMPARABLE = RESULT | dict(ideas=[str], protocol=object, commit=object, data=dict(fingerprint=str, val_bytes=float))  # for --compare
 COMPARED = [{'name': str, 'notes': [str], str: float | dict | None}]                            # and of a row of compare.json
 
@@ -889,7 +893,7 @@ def finished_runs(folder):
             text = r['data'].get('val_bytes') or f'data {r["data"]["fingerprint"][:8]}'
             about['text'] = about['dataset'], f'{text:,} bytes' if type(text) is int else text, r['protocol']
             names[about['text']] = about['dataset']
-            abilities = {name: e['accuracy'] for name, e in r['evals'].items()}
+            abilities = abilities_of(r)
             about['ideas'] = ' '.join(r.get('ideas', ()))
             about['tokens_a_parameter'] = r['tokens'] / r['total_params']
             about['notes'] = f'BPB on {r["val_share"]:.1%}' * (r['val_share'] < 1)
@@ -1007,12 +1011,11 @@ def compared_blocks(folder):
         except (OSError, ValueError, RecursionError):
             rows = None
         if rows and fits(rows, COMPARED):
-            columns = {f'{k}_percent' if k == 'change' else k: {'change': 2, 'in_sd': 1}.get(k, n) for k, n in COLUMNS.items()}
-            rows = [row | dict(notes='; '.join(row['notes'])) | {
-                'change_percent': 100 * row['change'] for _ in 'x' if row.get('change') is not None} for row in rows]
-            yield table_block(f'Compared: {path.parent.relative_to(folder).as_posix()}', 'change: beside the base with its seeds; '
-                              'in sd: in standard deviations of the base over seeds.', dict(name=None) | columns | dict(notes=None),
-                              rows)
+            rows = [row | dict(notes='; '.join(row['notes']), change=None if row.get('change') is None else 100 * row['change'])
+                    for row in rows]
+            yield table_block(f'Compared: {path.parent.relative_to(folder).as_posix()}', 'change: in percent, beside the base with its '
+                              'seeds; in sd: in standard deviations of the base over seeds.',
+                              dict(name=None) | COLUMNS | dict(change=2, in_sd=1, notes=None), rows)
 
 
 def label(key):
@@ -1035,7 +1038,7 @@ def text_table(columns, rows):
 
 
 def table_block(title, note, columns, rows):
-    """The same for a page, without the columns that no row fills."""
+    """The same for a page, which has no formats, without the columns that no row fills."""
     columns = {key: n for key, n in columns.items() if any(row.get(key) not in (None, '') for row in rows)}
     return dict(kind='table', title=title, note=note, columns=[
         dict(key=key, label=label(key), digits=n if isinstance(n, int) else None) for key, n in columns.items()],

@@ -588,6 +588,7 @@ class Run:
         self.next_eval = None                    # at which progress there is an evaluation on the way
         self.went_by = 0.0                       # progress of the last step made
         self.progress = 0.0                      # what a step goes by: rank 0's clock's
+        self.last_save, self.save_due = 0.0, False       # on the clock; whether the coming step is saved
         self.times = dict.fromkeys(('startup', 'compile', 'train', 'eval', 'save'), 0.0)
         self.history = collections.deque(maxlen=1000)    # (seconds waited for data, seconds) of the last steps
         self.waited = np.zeros(2)                # the sum of all of these but the first
@@ -1241,13 +1242,14 @@ class Run:
         self.energy.turn('train')
 
     def time_left(self):
-        """Whether to make another step, and what it goes by, progress, left, step_seconds: rank 0's on every
-        rank, or they would stop at different steps and wait for ever."""
+        """Whether to make another step, what it goes by, progress, left, step_seconds, and whether it is saved: rank 0's
+        on every rank, or they would stop at different steps and wait for ever."""
         clock = self.clock
         clock.reserve = self.closing_seconds()
         fits = clock.fits(self.steps, self.step_seconds / self.accum)
-        go, self.progress, self.left, self.step_seconds = self.agreed(
-            fits, clock.progress, clock.left(), self.step_seconds)
+        due = clock.elapsed() - self.last_save >= 60 * self.s.save_minutes
+        go, self.progress, self.left, self.step_seconds, self.save_due = self.agreed(
+            fits, clock.progress, clock.left(), self.step_seconds, due)
         return bool(go)
 
     def rate(self, progress):
@@ -1407,8 +1409,7 @@ class Run:
     # -- save
 
     def save_if_due(self):
-        since = self.agreed(self.clock.elapsed() - self.last_save)       # an idea's save may be one of all ranks together
-        if self.bad_steps == 0 and since >= 60 * self.s.save_minutes:
+        if self.bad_steps == 0 and self.save_due:
             began = time.monotonic()
             if not self.save():
                 self.save_seconds = max(0.5, time.monotonic() - began)

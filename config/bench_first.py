@@ -194,9 +194,7 @@ def told(found, settings, off, faults):
     for key, (name, title, note, columns) in TABLES.items():
         if rows := found.get(name, {}).get(key):
             rows = [row | {k: ', '.join(v) for k, v in row.items() if isinstance(v, list)} for row in rows]
-            # a page has no formats
-            digits = {k: n if isinstance(n, int) else None for k, n in columns.items()}
-            yield table_block(title, note, digits, rows) | dict(printed=columns)
+            yield table_block(title, note, columns, rows) | dict(printed=columns)
 
 
 def main(own, rest, argv):

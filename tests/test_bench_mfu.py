@@ -423,6 +423,8 @@ def test_the_base_s_spread_tells_noise_from_gain(tmp_path):
     middle = next(row for row in bench_mfu.ranked(base[:2]) if row['name'] == 'base')
     assert (middle['val_bpb'], middle['seeds']) == (2.0, 1) and 'sd' not in middle and middle['per_source'] == dict(a=1.0)
     assert bench_mfu.code_of('def f(:') == 'def f(:'
+    base[0].result['evals']['bias'] = dict(bias=0.2)                    # a measure that is no accuracy
+    assert bench_mfu.fits(base[0].result['evals'], bench_mfu.RESULT['evals']) and 'bias' not in bench_mfu.keep_table(base[:1], tmp_path)
 
 
 def test_all_mistakes_of_a_comparison_at_once(compare, tmp_path):
@@ -563,7 +565,7 @@ def test_the_page_has_the_law_of_many_runs_and_tables_of_comparisons(board, tmp_
     assert [title for title in blocks if title.startswith('Compared')] == ['Compared: doll/good']
     table = blocks['Compared: doll/good']
     assert [row['name'] for row in table['rows']] == ['base', 'idea'] and table['rows'][1]['notes'] == 'within noise; +9% parameters'
-    assert table['rows'][1]['change_percent'] == -5 and {type(c['digits']) for block in blocks.values() for c in block.get('columns', ())} <= {int, type(None)}
+    assert table['rows'][1]['change'] == -5 and {type(c['digits']) for block in blocks.values() for c in block.get('columns', ())} <= {int, type(None)}
     assert [title for title in blocks if title.startswith('The law')] == ['The law, little']                   # of the others there are too few
     series = {one['name']: one for one in blocks['The law, little']['series']}
     assert '23 expects' in blocks['The law, little']['note'] and len(series) == 6
