@@ -701,12 +701,18 @@ def csv_rows(part, f):
     lines = (line.decode() for line in itertools.chain([f.readline(1 << 20).removeprefix(BOM)],
                                                        iter(lambda: f.readline(most), b'')))
     csv.field_size_limit(most)
-    rows = csv.DictReader(lines, delimiter='\t' if ROWS.search(part.name)[1].lower() == 'tsv' else ',')
-    for row in rows:
+    # strict: a quote that opens a field and is none of two swallows rows until the next
+    rows = csv.DictReader(lines, delimiter='\t' if ROWS.search(part.name)[1].lower() == 'tsv' else ',', strict=True)
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as e:
+            raise UserError(f'{part.path} line {rows.reader.line_num:,} ends no row ({e}): double the quotes within a field, or mend '
+                            f'what else it is') from None
+        if row is None:
+            return
         where = f'{part.path} line {rows.line_num:,}'
         refuse(None in row, f'{where} has more fields than the first line, {len(rows.fieldnames)}: mend it')
-        refuse(rows.reader.dialect.delimiter == '\t' and any(v and '\t' in v and '\n' in v for v in row.values()),
-               f'{where} ends a field of several lines and tabs, which a quote opened: double that quote, or take it away')
         yield where, row
 
 

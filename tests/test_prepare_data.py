@@ -673,10 +673,13 @@ def test_a_name_that_is_no_utf8_is_refused(tmp_path):
     str(e.value).encode()
 
 
-def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path):
-    rows = [f'{i}\t"Come here, he said' if i in (20, 200) else f'{i}\tSentence number {i}' for i in range(300)]
-    with pytest.raises(UserError, match=r'x.tsv line \d+ ends a field of several lines and tabs, which a quote opened'):
-        prepare(write(tmp_path / 'x.tsv', '\n'.join(['id\ttext', *rows])), tmp_path / 'data')
+@pytest.mark.parametrize('end', ['', '\n200\t"Come again'])
+def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path, end):
+    rows = [f'{i}\t"Come here, he said' if i == 20 else f'{i}\tSentence number {i}' for i in range(30)]
+    with pytest.raises(UserError, match=r'x.tsv line 3\d ends no row .*: double the quotes within a field'):
+        prepare(write(tmp_path / 'x.tsv', '\n'.join(['id\ttext', *rows]) + end), tmp_path / 'data')
+    good = write(tmp_path / 'good.tsv', 'id\ttext\n' + ''.join(f'{i}\t"if a:\n\tb = {i}\n"\n' for i in range(80)))
+    assert prepare(good, tmp_path / 'data').meta['splits']['train']['documents'] > 70          # code in quotes, tabs and all
 
 
 # Opening: what the trainer must not trust
