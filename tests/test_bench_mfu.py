@@ -385,7 +385,8 @@ def test_runs_made_together_go_by_tokens(compare, tmp_path):
 def fake(name, seed, val_bpb, total=100, **more):
     """A run as bench_mfu.py keeps it, finished with this result unless val_bpb is None."""
     result = dict(val_bpb=val_bpb, total_params=total, non_embedding_params=70, active_params=total, tokens=1000 * seed,
-                  epochs=0.5, train_seconds=8.0, total_seconds=10.0, tok_per_sec=125.0, joules=None, commit='abc', hardware={}, ideas=[], protocol=1, data=dict(val_bytes=9),
+                  epochs=0.5, train_seconds=8.0, total_seconds=10.0, tok_per_sec=125.0, joules=None, commit='abc', hardware=dict(name='h'), ideas=[], protocol=1,
+                  data=dict(fingerprint='f', val_bytes=9), config={},
                   val_share=1.0, evals=dict(coherence=dict(accuracy=0.5 + 0.1 * seed))) | more
     fault = '' if val_bpb else f'seed {seed}: no | yes'
     return SimpleNamespace(name=name, seed=seed, result=result if val_bpb else None, fault=fault)
@@ -454,7 +455,7 @@ def test_a_finished_run_of_other_ideas_is_not_taken_for_this_one(compare, corpus
     folder = tmp_path / 'out' / 'compare' / 'base' / 'broken' / 'seed1'
     s, ideas = train.read_settings(['base.py'])
     whole = json.loads(json.dumps(fake('broken', 1, 1.0).result)) | dict(
-        settings=dict(dataset=next(a for a in corpus.args if a.startswith('--dataset='))[10:]), config={}, epochs=1, hardware=dict(name='h'), ideas=['another'], data=dict(fingerprint='f', val_bytes=9))
+        settings=dict(dataset=next(a for a in corpus.args if a.startswith('--dataset='))[10:]), ideas=['another'])
     (folder / 'result.json').write_text(json.dumps(whole))
     with pytest.raises(UserError, match=r"other settings: ideas \(was \['another'\], now \['broken'\]\)"):
         compare('base.py', 'broken.py', '--seeds=1', really=False)
