@@ -52,8 +52,6 @@ def grown_config(config, changes, stack=False):
     if times['n_kv_head'] != times['n_head'] and not kept:
         raise ValueError(f'n_kv_head {new.n_kv_head} would give key heads other query heads than before: '
                          f'let it grow as n_head does')
-    if new.n_layer > config.n_layer and not getattr(config.GPT, 'grows_deeper', True):
-        raise ValueError('n_layer cannot grow in a net whose layers are joined by their numbers')
     new.head_scale = config.head_scale / times['n_embd'] if config.tie_embeddings else config.head_scale
     return new
 

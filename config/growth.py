@@ -20,7 +20,7 @@ import time
 import model as models
 import train
 from config.grown_weights import carried, give_states, grow, grown_config
-from prepare_data import UserError
+from prepare_data import UserError, refuse
 
 growth: tuple = ()               # (progress, sizes from then on), ...: [(0.3, dict(n_embd=384)), ...]
 growth_snr_db: float = 10.0      # the weights' power over that of the noise that tells copies apart
@@ -48,6 +48,10 @@ class Run(train.Run):
         self.times['growth'], self.n_grown = 0.0, 0
 
     def grown_config(self, config, changes):
+        joined = [kind.__module__.rpartition('.')[2] for kind in config.GPT.__mro__ if not vars(kind).get('grows_deeper', True)]
+        by = self.ideas.set_at.get('growth', '').rpartition('.py:')[0] or 'growth'
+        refuse(joined and changes.get('n_layer', 0) > config.n_layer, f'{by}.py adds layers, and {"".join(joined[:1])}.py joins '
+               f'them by their numbers: leave one out, or let widths grow alone')
         return grown_config(config, changes, self.s.growth_depth == 'stack')
 
     def grow(self, old, config, seed):

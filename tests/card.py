@@ -86,7 +86,7 @@ class Card(TorchFunctionMode):
             is_bf16_supported=lambda **k: self.bf16, memory_allocated=lambda *a: 2 ** 20, max_memory_allocated=lambda *a: 2 ** 30,
             reset_peak_memory_stats=lambda *a: None, empty_cache=lambda: None, Event=event, manual_seed_all=lambda seed: None,
             get_rng_state=lambda *a: torch.get_rng_state(), set_rng_state=lambda *a: None, Stream=stream, current_stream=stream,
-            stream=lambda s: contextlib.nullcontext(), CUDAGraph=graph, graph=lambda g: contextlib.nullcontext(),
+            stream=lambda s: contextlib.nullcontext(), CUDAGraph=graph, graph=lambda g, capture_error_mode: contextlib.nullcontext(),
             is_current_stream_capturing=lambda: False)
 
     def synchronize(self, *a):

@@ -261,10 +261,11 @@ def test_a_run_of_tokens_resumes_over_its_growth(main, tmp_path, monkeypatch):
 
 def test_depth_that_would_change_what_layers_do_is_refused(main):
     for names, changes in (('growth skips', dict(n_layer=6)), ('growth layer_loop', dict(n_layer=4))):
-        assert grown_config(config_of(names), dict(n_embd=64)).n_embd == 64
-        with pytest.raises(ValueError, match='n_layer cannot grow in a net whose layers are joined by their numbers'):
-            grown_config(config_of(names), changes)
-    with pytest.raises(UserError, match='n_layer cannot grow'):
+        run, name = run_of(names), names.split()[1]
+        assert run.grown_config(config_of(names), dict(n_embd=64)).n_embd == 64
+        with pytest.raises(UserError, match=f'growth.py adds layers, and {name}.py joins them by their numbers: leave one out'):
+            run.grown_config(config_of(names), changes)
+    with pytest.raises(UserError, match='raise.py adds layers, and skips.py joins'):
         main(*paths('raise skips'), '--max_steps=8')
 
 
