@@ -752,6 +752,13 @@ def missing_compiler():
     return f'{" and ".join(lacks)} missing: apt install gcc python3-dev' if lacks else ''
 
 
+def no_kernels(device):
+    """Why no kernel can run there; '' if they can."""
+    return ('this is not a GPU' if device != 'cuda' else 'Triton is not installed' if triton is None else
+            'the card is older than Ampere (sm_80)' if torch.cuda.get_device_capability() < (8, 0) else
+            missing_compiler())
+
+
 def choose_kernels(names, config, device, dtype, rows=1):
     """Decide what runs each operation from here on: fills IN_USE, returns lines that say what and why.
 
@@ -759,11 +766,8 @@ def choose_kernels(names, config, device, dtype, rows=1):
     PyTorch's, and then timed on rows, (rows, T), with and without: one that this card cannot build or start,
     that computes something else, or is no faster than PyTorch, stays out, and the run goes on without it.
     """
-    named = kernels_named(names)
+    named, why = kernels_named(names), no_kernels(device)
     IN_USE.clear()
-    why = ('this is not a GPU' if device != 'cuda' else 'Triton is not installed' if triton is None else
-           'the card is older than Ampere (sm_80)' if torch.cuda.get_device_capability() < (8, 0) else
-           missing_compiler())
     reasons = dict.fromkeys(KERNELS, why)
     if not why and config.head_dim not in (16, 32, 64, 128):
         width = f'head_dim {config.head_dim} is not 16, 32, 64 or 128'

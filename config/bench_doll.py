@@ -44,8 +44,9 @@ def shape_like(config, L, C, V, heads=0):
     heads = heads or max(fit, default=1)
     shared = [k for k in range(1, heads + 1) if heads % k == 0 and k * config.n_head <= heads * config.n_kv_head]
     T = 2 ** max(6, round(math.log2(config.block_size * C / config.n_embd)))
+    given = config.mlp_hidden != config.MLP.width(config)        # else ideas choose it, experts.py for one
     return dict(n_layer=L, n_embd=C, n_head=heads, n_kv_head=max(shared, default=1), head_dim=0,
-                rotary_dim=0, mlp_hidden=max(1, round(config.mlp_hidden * C / config.n_embd)),
+                rotary_dim=0, mlp_hidden=given * max(1, round(config.mlp_hidden * C / config.n_embd)),
                 vocab_size=V, block_size=min(T, config.block_size))
 
 

@@ -13,9 +13,10 @@ layers 24 wide, experts of a quarter of the MLP's width, so at equal FLOPs and 6
 """
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import model
+from config import expert_kernels
+from config.expert_kernels import experts_in_torch, experts_with_kernels, kernel_cases, sorted_pairs
 from config.stacked_weights import GPT as CountedGPT, Run as StackedRun, Several
 from model import Linear
 
@@ -60,25 +61,14 @@ class MLP(model.MLP):
         scores = self.router(x).float().sigmoid()
         chosen = (scores + self.bias).topk(self.top).indices                       # (N, k)
         gates = scores.gather(1, chosen)
-        gates = (gates / gates.sum(1, keepdim=True)).to(x.dtype)
-        chosen = chosen.flatten()
-        order, load = chosen.argsort(stable=True), torch.zeros_like(self.bias, dtype=torch.int32)
-        load.index_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
-        rows = x[:, None].expand(-1, self.top, -1).flatten(0, 1).index_select(0, order)
-        out = self.through_all(rows, load.cumsum(0, dtype=torch.int32)).index_select(0, order.argsort())
-        return Balance.apply((gates[..., None] * out.view(-1, self.top, x.shape[1])).sum(1), self.bias, load)
-
-    @torch.compiler.disable                     # PyTorch compiles it in bf16 alone
-    def through_all(self, rows, ends):
-        """rows (N k, C), those of an expert together, each up to its end (n), through the expert's matrices."""
-        ups, downs = (w.weight.to(rows.dtype).mT for w in (self.ups, self.downs))
-        x = F.grouped_mm(rows, ups, offs=ends)
-        if self.gated:
-            gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
+        gates = gates / gates.sum(1, keepdim=True)
+        order, load, ends = sorted_pairs(chosen, len(self.bias))
+        ups, downs = (w.weight.to(x.dtype) for w in (self.ups, self.downs))
+        if 'experts' in model.IN_USE and not self.gated:
+            y = experts_with_kernels(x, ups, downs, gates, order, ends)
         else:
-            x = F.relu(x).square()
-        return F.grouped_mm(x, downs, offs=ends)
+            y = experts_in_torch(x, ups, downs, gates, order, ends, self.gated)
+        return Balance.apply(y, self.bias, load)
 
     def init_weights(self):
         """The routers begin as the experts' first matrices do, their biases at 0."""
@@ -111,7 +101,7 @@ class GPT(CountedGPT):
         return f'{super().describe()}; {routed}'
 
 
-class Run(StackedRun):
+class Run(StackedRun, expert_kernels.Run):
 
     def groups(self, model):
         """The biases go a step by the sign alone."""

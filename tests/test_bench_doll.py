@@ -136,7 +136,9 @@ def test_shapes_of_dolls():
         assert 0.6 < c.vocab_size * c.n_embd / total / (16384 * 512 / model.blueprint(card).params()['total']) < 1.6
         assert c.n_head % c.n_kv_head == 0 and c.n_kv_head * 2 in (c.n_head, 2) and c.head_dim >= 16
     smallest = bench_doll.doll_shape(card, 5_000, [512])
-    assert (smallest['n_layer'], smallest['n_embd']) == (4, 32)
+    assert (smallest['n_layer'], smallest['n_embd'], smallest['mlp_hidden']) == (4, 32, 96)
+    usual = model.configured(train.read_settings([f'{ROOT}/config/experts.py'])[1])(n_embd=64, n_head=2)     # whose MLP is as wide as its class says
+    assert usual.mlp_hidden == 64 and bench_doll.doll_shape(usual, 60_000, [512])['mlp_hidden'] == 0
 
 
 @pytest.mark.parametrize('args, said', [

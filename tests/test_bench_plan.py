@@ -71,7 +71,7 @@ def test_what_a_plan_chooses_from(choices):
     for size, shape in choices.shapes:
         made = model.blueprint(dataclasses.replace(choices.config, **shape))
         assert made.params()['total'] == size and shape['block_size'] == 64 and shape['n_embd'] // shape['n_head'] in (16, 32, 64)
-        assert shape['mlp_hidden'] == 4 * shape['n_embd'] and shape['n_layer'] >= 4
+        assert made.config.mlp_hidden == 4 * shape['n_embd'] and shape['n_layer'] >= 4
         assert shape['n_embd'] < 64 or shape['n_embd'] // shape['n_head'] > 16
     at = int(np.searchsorted(choices.sizes, 100000))
     times = choices.seconds_a_token()

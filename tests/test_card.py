@@ -5,6 +5,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +22,7 @@ import model as m
 import sample
 import train
 from card import SCRIPTS, Ops, branches, standing_in, walked
-from config import UserError, bench_first
+from config import UserError, bench_first, expert_kernels, loss_kernels
 from conftest import ROOT, in_two_parts
 from test_stacks import folder, ideas, run_of         # noqa: F401: a fixture
 
@@ -39,32 +40,35 @@ def table():
 
 
 def written(builds):
-    """The text of the table: of `bench_mfu.py config/babylm.py config/z_loss.py --kernels=compile-only --json=...`, its builds."""
+    """The text of the table: of `bench_mfu.py config/babylm.py config/z_loss.py --kernels=compile-only --json=...`, its builds, and of
+    those with config/experts.py its own kernels'."""
     rows = Counter(tuple(b[k] for k in COLUMNS) for b in builds)
     lines = [f'# built by Triton {m.triton.__version__}', '\t'.join([*COLUMNS, 'builds']), *('\t'.join(map(str, [*r, n])) for r, n in sorted(rows.items()))]
     return '\n'.join(lines) + '\n'
 
 
+@pytest.mark.parametrize('idea, kernels', dict(z_loss='(?!expert)', experts='expert').items())
 @pytest.mark.parametrize('sm', [pytest.param(sm, marks=pytest.mark.long if sm == 89 else pytest.mark.slow) for sm in bench_mfu.SHARED_MEMORY])
-def test_what_is_built_is_what_is_committed(sm, monkeypatch):
+def test_what_is_built_is_what_is_committed(sm, idea, kernels, monkeypatch):
     """By the same Triton to the register; by another within the limits. HALFHOUR_WRITE=1 writes what is built now."""
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
-    done = subprocess.run([sys.executable, 'bench_mfu.py', 'config/babylm.py', 'config/z_loss.py', '--kernels=compile-only', f'--compile_for={sm}'],
+    done = subprocess.run([sys.executable, 'bench_mfu.py', 'config/babylm.py', f'config/{idea}.py', '--kernels=compile-only', f'--compile_for={sm}'],
                           cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
-    builds = json.loads(done.stdout)
+    builds = [b for b in json.loads(done.stdout) if re.match(kernels, b['kernel'])]
     assert not any(b['over'] for b in builds) and all(0 < b['registers'] < 256 and not b['fp64'] for b in builds)
     version, rows = table()
+    mine = Counter({row: n for row, n in rows.items() if row[0] == sm and re.match(kernels, row[1])})
     if os.environ.get('HALFHOUR_WRITE'):
-        others = [dict(zip(COLUMNS, row)) for row, n in rows.items() for _ in range(n) if row[0] != sm]
+        others = [dict(zip(COLUMNS, row)) for row, n in (rows - mine).items() for _ in range(n)]
         TABLE.write_text(written(builds + others))
     elif version == m.triton.__version__:
-        assert Counter(tuple(b[k] for k in COLUMNS) for b in builds) == Counter({row: n for row, n in rows.items() if row[0] == sm})
+        assert Counter(tuple(b[k] for k in COLUMNS) for b in builds) == mine
 
 
 def test_the_table_is_of_every_kernel_for_every_card_within_its_limits():
     rows = table()[1]
-    kernels = {name for name in dir(m) if name.endswith('_kernel')} | {'soft_cross_entropy_kernel'}
+    kernels = {name for module in (m, loss_kernels, expert_kernels) for name in dir(module) if name.endswith('_kernel')}
     assert {(row[0], row[1]) for row in rows} == {(sm, kernel) for sm in bench_mfu.SHARED_MEMORY for kernel in kernels}
     assert all(shared <= bench_mfu.SHARED_MEMORY[sm] and stack <= bench_mfu.SPILLED for sm, _, _, _, stack, shared in rows)
 

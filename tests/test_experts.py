@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as models
 import sample
+import train
+from config import expert_kernels
 from config.domain_measure import Told, nats_by_domain
 from config.domain_model import own_hidden, split
 from config.domains import Stream, nearest_parts
@@ -58,6 +60,118 @@ def test_experts_are_the_sum_over_those_chosen(options):
     with FlopCounterMode(display=False, custom_mapping=grouped) as counter:
         model.logits(model.trunk(tokens(2, 64)))
     assert 3 * counter.get_total_flops() == 2 * 64 * model.flops_per_token(attended=64)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """tests/test_kernels.py, whose helpers check any kernel; memory that nobody has written is NaN."""
+    pytest.importorskip('triton')
+    import test_kernels
+    monkeypatch.setattr(models, 'IN_USE', {'experts'})
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield test_kernels
+    torch.use_deterministic_algorithms(False)
+
+
+SHAPES = [     # tokens, width, of experts, how many, how many a token passes, what they are chosen by
+    (37, 32, 16, 5, 2, 'chance'), (130, 48, 40, 8, 3, 'chance'), (70, 72, 24, 3, 3, 'all'), (200, 16, 136, 6, 1, 'one'),
+    (1, 24, 8, 8, 3, 'chance'), (256, 16, 8, 30, 2, 'few')]
+
+
+def some_pairs(N, n, top, kind):
+    scores = torch.rand(N, n)
+    if kind == 'one':
+        scores[:, 2] += 1
+    elif kind == 'few':
+        scores[:, [4, 17, 29]] += 1
+    gates, chosen = scores.topk(top)
+    order, _, ends = expert_kernels.sorted_pairs(chosen, n)
+    return gates, order, ends
+
+
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('N, C, h, n, top, kind', SHAPES)
+def test_the_kernels_of_experts(N, C, h, n, top, kind, half, kernels):
+    gates, order, ends = some_pairs(N, n, top, kind)
+    order, ends = order.to(kernels.DEVICE), ends.to(kernels.DEVICE)
+    e = torch.searchsorted(ends, torch.arange(N * top, device=ends.device), right=True)
+    whose = torch.empty_like(e).scatter_(0, order, e).view(N, top)          # of each pair as tokens have them
+
+    def plain(x, ups, downs, gates):
+        y = 0
+        for j in range(top):
+            a = torch.einsum('nc,nhc->nh', x, ups[whose[:, j]]).relu() ** 2
+            y = y + gates[:, j, None].to(x.dtype) * torch.einsum('nh,nch->nc', a, downs[whose[:, j]])
+        return y
+
+    def ours(x, ups, downs, gates):
+        return expert_kernels.experts_forward(x, ups, downs, gates.float(), kernels.guarded(order), kernels.guarded(ends))[0]
+    inputs = [torch.randn(N, C), torch.randn(n, h, C) / C ** 0.5, torch.randn(n, C, h) / h ** 0.5, gates]
+    kernels.agree(ours, plain, plain, [t.double() for t in inputs], torch.float16 if half else torch.float32)
+
+
+def test_twice_the_same_bits(kernels):
+    inputs, order, ends = expert_kernels.example((8, 24, 32), 3, 150, torch.float16)
+    leaves = [t.to(kernels.DEVICE).requires_grad_() for t in inputs]
+    one, two = (expert_kernels.gradients(expert_kernels.experts_with_kernels, leaves, order.to(kernels.DEVICE), ends.to(kernels.DEVICE))
+                for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+@pytest.mark.parametrize('options', [{}, dict(experts=4, experts_top=4, n_embd=24, n_head=3)])
+def test_a_step_with_kernels_is_the_step_without(options, kernels, monkeypatch):
+    model, idx = make('experts', **options).to(kernels.DEVICE), tokens(2, 31, (0, 13)).to(kernels.DEVICE)
+    found = []
+    for in_use in {'experts'}, set():
+        monkeypatch.setattr(models, 'IN_USE', in_use)
+        model.zero_grad()
+        loss = model(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
+        loss.backward()
+        found.append([loss.detach()] + [p.grad for p in model.parameters() if p.ndim > 1])       # a scalar's may cancel to little
+    assert all(kernels.error(a, b.double()) < 1e-5 for a, b in zip(*found))
+
+
+@pytest.mark.long
+def test_torch_compile_finds_one_graph_with_kernels_in_it(kernels):
+    model, idx = make('experts'), tokens(2, 31, (0, 13))
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    found = []
+    for step in model, compiled:
+        model.zero_grad()
+        loss = step(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
+        loss.backward()
+        found.append([loss.detach()] + [p.grad for p in model.parameters() if p.ndim > 1])       # a scalar's may cancel to little
+    assert all(kernels.error(a, b.double()) < 1e-5 for a, b in zip(*found))
+
+
+def test_when_the_kernels_of_experts_are_used(kernels, monkeypatch):
+    """As many rows as a micro-batch has, beside PyTorch: kernels that are wrong, broken, slower or not named stay out."""
+    said, seconds = [], iter([2e-3, 3e-3, 3e-3, 2e-3])
+    right = models.launch
+
+    def wrong(kernel, grid, *args, **options):
+        right(kernel, grid, *args, **options)
+        args[5 if kernel is expert_kernels.expert_weights_kernel else 6].mul_(1.2)
+
+    def choose(*options, launch=right, **config):
+        run = run_of(path('experts'), '--block_size=16', *options)
+        run.model, run.dtype, run.micro, run.device, run.say = make('experts', **config).to(kernels.DEVICE), torch.float16, 3, kernels.DEVICE, said.append
+        models.IN_USE.discard('experts')
+        monkeypatch.setattr(models, 'launch', launch)
+        run.choose_kernels()
+        return 'experts' in models.IN_USE
+    monkeypatch.setattr(train.Run, 'choose_kernels', lambda self: None)
+    if kernels.DEVICE == 'cpu':
+        assert not choose() and 'this is not a GPU' in said.pop()
+    monkeypatch.setattr(models, 'no_kernels', lambda device: '')
+    monkeypatch.setattr(expert_kernels.train, 'seconds_of', lambda work, times: next(seconds))
+    assert choose() and said.pop() == '  experts: kernel, rows taken and put where they belong; those of a layer take 2.00 ms with it, 3.00 without'
+    assert not choose() and said.pop() == '  experts: torch, it is no faster; those of a layer take 3.00 ms with it, 2.00 without'
+    for launch, why in ((wrong, 'its result differs by '), (None, "does not run here (TypeError: 'NoneType' object is not callable)")):
+        assert not choose(launch=launch) and why in said.pop()
+    assert not choose('--kernels=-mlp') and 'switched off' in said.pop()
+    assert not choose(mlp='swiglu') and 'SwiGLU' in said.pop()
 
 
 def test_all_that_a_token_passes_is_as_wide_as_one_mlp():
