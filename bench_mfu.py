@@ -287,7 +287,7 @@ def compare(runs, rounds, peak):
 
 # what the profiler calls operations; the first that fits counts
 GROUPS = {'attention': r'attention_|qk_|flash|fmha|softmax|sdpa',
-          'matrix products': r'gemm|cutlass|nvjet|xmma|cublas|mkldnn|mlp_kernel|aten::(mm|addmm|bmm|linear)',
+          'matrix products': r'gemm|cutlass|nvjet|xmma|cublas|mkldnn|mlp_kernel|expert_|aten::(mm|addmm|bmm|linear)',
           'loss': r'cross_?entropy|logsumexp', 'norms': r'add_norm|rms_norm',
           'optimizer': r'multi_tensor|foreach|adam',
           'fused by Inductor': r'triton_|cpp_fused|^graph_|compiledf',

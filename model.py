@@ -41,7 +41,7 @@ try:
 except ImportError:                     # then PyTorch does everything
     triton, jit, constexpr = None, lambda function: function, float
 
-IN_USE = set()                          # names of KERNELS (part 3) that run here; empty on a CPU
+IN_USE = set()                          # names of KERNELS (part 3), and of ideas', that run here; empty on a CPU
 
 # ---- part 1: the model -------------------------------------------------------------------------------------
 
@@ -800,7 +800,7 @@ class Probe:
     """One layer of the baseline in this shape, all its weights random, and what PyTorch makes of it."""
 
     def __init__(self, config, device, dtype, rows=1):
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        self.device, devices = device, [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
             names = {field.name for field in dataclasses.fields(GPTConfig)}
@@ -873,7 +873,7 @@ class Probe:
         """After a fault: some, as an illegal address, leave nothing that this process can do on its card.
         RuntimeError."""
         try:
-            torch.zeros(1, device=self.idx.device).item()
+            torch.zeros(1, device=self.device).item()
         except Exception as e:
             raise RuntimeError(f'a kernel has broken this process for its card ({said}): {self.without(names)}') from e
 

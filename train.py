@@ -82,7 +82,7 @@ class Settings:
     device: str = 'auto'              # auto|cuda|cpu: what computes
     dtype: str = 'auto'               # auto|bfloat16|float32: auto is bfloat16 where the hardware has it
     compile: str = 'auto'             # auto|on|off: torch.compile; auto is on where it pays
-    kernels: str = 'all'              # model.py's, on a GPU: 'all', 'none', 'attention,mlp', '-mlp' (all but)
+    kernels: str = 'all'              # on a GPU: 'all', 'none' (ideas' neither), or model.py's: 'attention,mlp', '-mlp' (all but)
     tokens_per_step: int = 65536      # 1..: over all ranks and micro-steps; a multiple of block_size
     micro_batch_size: int = 64        # 1..: sequences a rank reads at once, at most; lowered to what fits
     optimizer: str = 'muon'           # muon|adamw: muon for matrices and AdamW for the rest, or AdamW for all

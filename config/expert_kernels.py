@@ -1,15 +1,15 @@
 """The products of config/experts.py in Triton: what routes tokens on a GPU. No idea of its own, and no settings.
 
 A pair is a token t and one of the k experts e that it passes. All N k pairs are sorted by expert, and a tile of rows finds by
-counting whose it is: nothing is padded, and nothing waits for the host, as PyTorch's grouped product does on all
-cards but Hopper's and later (pytorch 161407). Rows are read where their tokens stand and written where their pairs
-do, so none is copied to be sorted; the activation and the gates g are made at the end of a product, as in model.py.
+counting whose it is: nothing is padded, and nothing waits for the host, as PyTorch's grouped product does on consumer
+cards (pytorch 161407: it has a kernel for sm_90 and sm_100). Rows are read where their tokens stand and written where their pairs
+do, so none is copied to be sorted; the activation, and but for dD the gates g, come at the end of a product.
 
     a_i = relu(U_e x_t)^2                     y_t = sum over the pairs of t of g_i D_e a_i
     da_i = D_e^T dy_t    dg_i = a_i da_i      dh_i = 2 sqrt(a_i) g_i da_i      dx_t = sum over the pairs of t of U_e^T dh_i
     dU_e = sum over the pairs of e of dh_i x_t^T        dD_e = sum over the pairs of e of g_i dy_t a_i^T
 
-No sum is atomic: twice the same gives the same bits.
+No sum of floats is atomic: twice the same gives the same bits.
 """
 import torch
 import torch.nn.functional as F
@@ -28,33 +28,37 @@ if triton is not None:
 class Run(train.Run):
 
     def choose_kernels(self):
-        """Tries the kernels beside PyTorch on a micro-batch's rows, and times both: in use are kernels that compute the same,
-        faster."""
+        """Tries the kernels as model.py does its own, on the rows of a micro-batch: in use are those that compute the same,
+        faster. --kernels=none switches them off."""
         super().choose_kernels()
-        why, took = self.fault(self.model.blocks[0].mlp)
-        models.IN_USE.update(['experts'] * (not why))
-        self.say(f'  experts: {"torch, " + why if why else "kernel, rows taken and put where they belong"}{took}')
-
-    def fault(self, layer):
-        """(why the kernels stay out, '' if they do not; what the experts of a layer take with them and without)."""
-        why = ('switched off' if 'mlp' not in models.kernels_named(self.s.kernels) else
-               models.no_kernels(self.device) or
+        layer, took = self.model.blocks[0].mlp, ''
+        why = ('switched off' if not models.kernels_named(self.s.kernels) else models.no_kernels(self.device) or
                'SwiGLU has no kernel here' * layer.gated or
                'in float32 it would do without tensor cores' * (self.dtype == torch.float32))
-        if why:
-            return why, ''
-        inputs, order, ends = example(layer.ups.weight.shape, layer.top, self.micro * self.s.block_size, self.dtype)
-        inputs, order, ends = [t.to(self.device).requires_grad_() for t in inputs], order.to(self.device), ends.to(self.device)
-        ours, theirs = (lambda f=f: gradients(f, inputs, order, ends) for f in (experts_with_kernels, experts_in_torch))
-        try:
-            error = max(((a - b).norm() / b.norm()).item() for a, b in zip(ours(), theirs()))
-            if not error < 0.05:
-                return f'its result differs by {error:.0%}', ''
-            ours, theirs = (1000 * train.seconds_of(work, 3) for work in (ours, theirs))
-        except Exception as e:                 # whatever a compiler or a driver may throw: torch can do it
-            said = (str(e).strip() or 'no more is said').splitlines()[0][:80]
-            return f'it does not run here ({type(e).__name__}: {said})', ''
-        return 'it is no faster' * (ours >= theirs), f'; those of a layer take {ours:.2f} ms with it, {theirs:.2f} without'
+        if not why:
+            rows = self.micro * self.s.block_size
+            why, took = Probe(layer.ups.weight.shape, layer.top, rows, self.device, self.dtype).fault(['experts'])
+        models.IN_USE.update(['experts'] * (not why))
+        self.say(f'  experts: torch, {why}' if why else f'  experts: kernel, rows taken and put where they belong; {took}')
+
+
+class Probe(models.Probe):
+    """The experts of one layer, with kernels where 'experts' is in use."""
+
+    def __init__(self, shape, top, rows, device, dtype):
+        self.device = device
+        self.idx, self.full = ([[t.to(device).requires_grad_() for t in inputs], order.to(device), ends.to(device)]
+                               for inputs, order, ends in (example(shape, top, n, dtype) for n in (min(rows, 256), rows)))
+        self.expected = self.gradients(self.idx)
+
+    def gradients(self, known):
+        inputs, order, ends = known
+        function = experts_with_kernels if 'experts' in models.IN_USE else experts_in_torch
+        loss = function(*inputs, order, ends).float().square().sum()
+        return [*torch.autograd.grad(loss, inputs), loss.detach()]
+
+    def without(self, names):
+        return 'start again with --kernels=none'
 
 
 def example(shape, top, N, dtype):
@@ -64,12 +68,6 @@ def example(shape, top, N, dtype):
     gates, chosen = torch.rand(N, n, generator=dice).topk(top)
     order, _, ends = sorted_pairs(chosen, n)
     return [C ** 0.5 * x.to(dtype), ups.to(dtype), downs.to(dtype), gates / gates.sum(1, keepdim=True)], order, ends
-
-
-def gradients(function, inputs, order, ends):
-    """What a function makes of the inputs, and its gradients."""
-    y = function(*inputs, order, ends)
-    return [t.float() for t in (y.detach(), *torch.autograd.grad(y.square().sum(), inputs))]
 
 
 def kernel_cases(config, dtype, rows):
@@ -178,6 +176,12 @@ def tiles(x):
     return dict(zip(('BLOCK_M', 'BLOCK_N', 'BLOCK_K', 'num_warps', 'num_stages'), sizes))
 
 
+def tiles_of_weights(x):
+    """A row is found by a load that another waits for, so twice as many stages keep as much under way."""
+    how = tiles(x)
+    return how | dict(num_stages=5 if how['num_stages'] == 3 else 2)
+
+
 def launch_rows(x, w, gates, order, ends, into, backward=False, a=None):
     """Pairs (N k, fan_out of w (n, fan_out, fan_in)), and where a is given each pair's part of the gradient of its gate."""
     n, N, K = w.shape
@@ -192,7 +196,7 @@ def launch_rows(x, w, gates, order, ends, into, backward=False, a=None):
 
 def launch_weights(h, x, like, gates, order, ends, strides, use_gates):
     """The gradient (n, ...) of weights that are like these, of which strides are an expert's, along h, along x."""
-    out, how = torch.empty_like(like), tiles(x)
+    out, how = torch.empty_like(like), tiles_of_weights(x)
     grid = len(like) * blocks(h.shape[1], how['BLOCK_M']) * blocks(x.shape[1], how['BLOCK_N']),
     models.launch(expert_weights_kernel, grid, h, x, gates, order, ends, out, gates.shape[1], h.shape[1], x.shape[1],
                   *strides(out), use_gates, precision(x), **how)
@@ -244,16 +248,21 @@ def experts_with_kernels(*inputs):
 
 # ---- the same in PyTorch
 
-@torch.compiler.disable                         # PyTorch compiles a grouped product in bf16 alone
 def experts_in_torch(x, ups, downs, gates, order, ends, gated=False):
     """y (N, C) as of `experts_forward`; gated: ups (n, 2h, C), for SwiGLU."""
     N, top = gates.shape
     rows = x[:, None].expand(-1, top, -1).flatten(0, 1).index_select(0, order)
+    pairs = products(rows, ups, downs, ends, gated).index_select(0, order.argsort())
+    return (gates.to(x.dtype)[..., None] * pairs.view(N, top, -1)).sum(1)
+
+
+@torch.compiler.disable                         # PyTorch compiles a grouped product in bf16 alone
+def products(rows, ups, downs, ends, gated):
+    """rows (N k, C), those of an expert together, through the expert's matrices."""
     h = F.grouped_mm(rows, ups.mT, offs=ends)
     if gated:
         gate, h = h.chunk(2, dim=-1)
         h = F.silu(gate) * h
     else:
         h = F.relu(h).square()
-    pairs = F.grouped_mm(h, downs.mT, offs=ends).index_select(0, order.argsort())
-    return (gates.to(x.dtype)[..., None] * pairs.view(N, top, -1)).sum(1)
+    return F.grouped_mm(h, downs.mT, offs=ends)

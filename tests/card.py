@@ -113,7 +113,8 @@ class Card(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             kernel[grid](*map(copy, args), **options)
             for whole, wide in copies.values():
-                whole.copy_(wide)
+                with torch.autograd._unsafe_preserve_version_counter(whole):     # most of it the kernel only read
+                    whole.copy_(wide)
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ def walk(name):
     run = run_of([name] * (name != 'base'), f'out/fake-{name}', '--device=cuda', '--dtype=bfloat16', '--head_dim=16', '--overwrite',
                  *['--init_from=teacher'] * (name == 'instruct'))
     run.open(), run.build()
-    m.IN_USE.update(m.KERNELS)
+    m.IN_USE.update(m.KERNELS, ['experts'])
     run.early, run.first_batch = MODE.from_tensor(run.early), faked(run.first_batch)
     run.closing_seconds = lambda: 0.0
     with MODE:

@@ -25,6 +25,7 @@ from card import SCRIPTS, Ops, branches, standing_in, walked
 from config import UserError, bench_first, expert_kernels, loss_kernels
 from conftest import ROOT, in_two_parts
 from test_stacks import folder, ideas, run_of         # noqa: F401: a fixture
+from test_tokenformer import make, tokens
 
 pytest.importorskip('triton')
 TABLE, COLUMNS = ROOT / 'tests' / 'kernel_builds.tsv', ('sm', 'kernel', 'case', 'registers', 'stack', 'shared')
@@ -102,6 +103,25 @@ def test_every_kernel_is_chosen_in_the_dtype_of_a_card(card, options, dtype):
     lines = m.choose_kernels('all', config, 'cuda', dtype)
     assert m.IN_USE == (set(m.KERNELS) if dtype == torch.bfloat16 else {'rms_norm', 'cross_entropy'}), lines
     assert [card.launches[k] for k in ('qk_backward_kernel', 'mlp_kernel')] == ([4, 2] if dtype == torch.bfloat16 else [0, 0])
+
+
+def test_experts_on_a_card(card):
+    """A step of theirs in bfloat16: with their kernels the host never waits for the card, and the gradients are those without (each
+    token passes all: which of more it would, rounding decides)."""
+    torch.manual_seed(0)
+    model, idx, found = make('experts', experts=3).to('cuda'), tokens(2, 31, (0, 13)).to('cuda'), []
+    model.compute_dtype = torch.bfloat16
+    for in_use in {'experts'}, set():
+        m.IN_USE.clear()
+        m.IN_USE.update(in_use)
+        card.waits.clear()
+        card.launches.clear()
+        model.zero_grad()
+        model(idx[:, :-1].contiguous(), idx[:, 1:].contiguous()).backward()
+        found.append([p.grad for p in model.parameters() if p.ndim > 1])
+        assert not card.waits and card.launches == (dict(expert_rows_kernel=4 * len(model.blocks), expert_weights_kernel=2 * len(model.blocks))
+                                                    if in_use else {})
+    assert all((a - b).norm() < 0.05 * b.norm() for a, b in zip(*found))
 
 
 @pytest.mark.parametrize('options, said', [

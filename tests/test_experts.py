@@ -112,11 +112,8 @@ def test_the_kernels_of_experts(N, C, h, n, top, kind, half, kernels):
 
 
 def test_twice_the_same_bits(kernels):
-    inputs, order, ends = expert_kernels.example((8, 24, 32), 3, 150, torch.float16)
-    leaves = [t.to(kernels.DEVICE).requires_grad_() for t in inputs]
-    one, two = (expert_kernels.gradients(expert_kernels.experts_with_kernels, leaves, order.to(kernels.DEVICE), ends.to(kernels.DEVICE))
-                for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one, two))
+    probe = expert_kernels.Probe((8, 24, 32), 3, 150, kernels.DEVICE, torch.float16)
+    assert all(torch.equal(a, b) for a, b in zip(*(probe.gradients(probe.idx) for _ in range(2))))
 
 
 @pytest.mark.parametrize('options', [{}, dict(experts=4, experts_top=4, n_embd=24, n_head=3)])
@@ -146,31 +143,36 @@ def test_torch_compile_finds_one_graph_with_kernels_in_it(kernels):
 
 
 def test_when_the_kernels_of_experts_are_used(kernels, monkeypatch):
-    """As many rows as a micro-batch has, beside PyTorch: kernels that are wrong, broken, slower or not named stay out."""
-    said, seconds = [], iter([2e-3, 3e-3, 3e-3, 2e-3])
-    right = models.launch
+    """On as many rows as a micro-batch has, beside PyTorch: kernels that are wrong, broken, slower or switched off stay out."""
+    said, seconds, right = [], iter([2e-3, 3e-3, 3e-3, 2e-3]), models.launch
 
-    def wrong(kernel, grid, *args, **options):
-        right(kernel, grid, *args, **options)
-        args[5 if kernel is expert_kernels.expert_weights_kernel else 6].mul_(1.2)
-
-    def choose(*options, launch=right, **config):
+    def choose(*options, spoil=None, **config):
+        def launch(kernel, grid, *args, **more):
+            right(kernel, grid, *args, **more)
+            spoil(args[5] if kernel is expert_kernels.expert_weights_kernel else args[6])
         run = run_of(path('experts'), '--block_size=16', *options)
-        run.model, run.dtype, run.micro, run.device, run.say = make('experts', **config).to(kernels.DEVICE), torch.float16, 3, kernels.DEVICE, said.append
+        run.model, run.dtype, run.micro, run.device = make('experts', **config).to(kernels.DEVICE), torch.float16, 3, kernels.DEVICE
+        run.say = said.append
         models.IN_USE.discard('experts')
-        monkeypatch.setattr(models, 'launch', launch)
+        monkeypatch.setattr(models, 'launch', launch if spoil else right)
         run.choose_kernels()
+        assert models.IN_USE <= {'experts'}
         return 'experts' in models.IN_USE
+
+    def timed(probe):
+        assert len(probe.full[0][0]) == 48
+        return next(seconds)
     monkeypatch.setattr(train.Run, 'choose_kernels', lambda self: None)
+    monkeypatch.setattr(models.Probe, 'seconds', timed)
     if kernels.DEVICE == 'cpu':
         assert not choose() and 'this is not a GPU' in said.pop()
     monkeypatch.setattr(models, 'no_kernels', lambda device: '')
-    monkeypatch.setattr(expert_kernels.train, 'seconds_of', lambda work, times: next(seconds))
-    assert choose() and said.pop() == '  experts: kernel, rows taken and put where they belong; those of a layer take 2.00 ms with it, 3.00 without'
-    assert not choose() and said.pop() == '  experts: torch, it is no faster; those of a layer take 3.00 ms with it, 2.00 without'
-    for launch, why in ((wrong, 'its result differs by '), (None, "does not run here (TypeError: 'NoneType' object is not callable)")):
-        assert not choose(launch=launch) and why in said.pop()
-    assert not choose('--kernels=-mlp') and 'switched off' in said.pop()
+    assert choose() and said.pop() == '  experts: kernel, rows taken and put where they belong; a layer takes 2.00 ms with it, 3.00 without'
+    assert not choose() and said.pop() == '  experts: torch, a layer takes 3.00 ms with it, 2.00 without'
+    for spoil, why in ((lambda out: out.mul_(1.2), 'its result differs by '), (lambda out: out.fill_(math.nan), 'its result differs by nan%'),
+                       (lambda out: out.no_such(), 'does not run here (AttributeError: ')):
+        assert not choose(spoil=spoil) and why in said.pop()
+    assert not choose('--kernels=none') and 'switched off' in said.pop()
     assert not choose(mlp='swiglu') and 'SwiGLU' in said.pop()
 
 
