@@ -800,7 +800,7 @@ class Probe:
     """One layer of the baseline in this shape, all its weights random, and what PyTorch makes of it."""
 
     def __init__(self, config, device, dtype, rows=1):
-        self.device, devices = device, [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
             names = {field.name for field in dataclasses.fields(GPTConfig)}
@@ -812,7 +812,8 @@ class Probe:
             self.idx = torch.randint(0, config.vocab_size, (2, config.block_size + 1)).to(device)
         self.idx[0, ::100] = config.bos             # many documents, and one that fills its row
         self.idx[1][self.idx[1] == config.bos] = (config.bos + 1) % config.vocab_size
-        self.expected, self.full = self.gradients(self.idx), self.idx[:1].expand(rows, -1)
+        self.device, self.full = self.idx.device, self.idx[:1].expand(rows, -1)
+        self.expected = self.gradients(self.idx)
 
     def gradients(self, idx):
         """Gradients of the matrices (a scalar's may cancel to little but rounding), and the loss."""

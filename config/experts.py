@@ -7,7 +7,7 @@ affinity and a bias that keeps the load even, without a loss; no token is droppe
 Expected: better by the step, and worse by the clock (nanochat's log), as many small matrix products are slower than one large.
 
 Where parameters are free and compute is not it is the best of all that was tried: in a doll of config/nocap.py eight are
-1.8 %, twelve 2.5 % under the base at equal FLOPs, twelve on 85 % of the text 2.0 % (RESULTS.md, "Dolls"); the gradients of
+1.8 %, twelve 2.4 % (three seeds) under the base at equal FLOPs, twelve on 85 % of the text 2.0 % (RESULTS.md, "Dolls"); the gradients of
 a step took a quarter longer on a CPU. What they take on a card is not known, so they are no default. In a doll of
 config/tinystories.py at equal FLOPs 1.4817 beside 1.5767, 6.0 % (one seed). In ten minutes of a CPU, 3.3M parameters in a fifth of an
 epoch, 1.5498 beside 1.5462 by the clock, on 82 % of the text (the plain model of as many parameters in all +1.0 %;
