@@ -77,12 +77,13 @@ def kernel_cases(config, dtype, rows):
     n, top, C, h = config.experts, config.experts_top, config.n_embd, config.expert_hidden or config.mlp_hidden
     inputs, order, ends = example((n, h, C), top, rows, dtype)
 
-    def experts(function):
-        return lambda *t: function(*t, order.to(t[0].device), ends.to(t[0].device))
+    def experts(*t, kernel=False):
+        function = experts_with_kernels if kernel else experts_in_torch
+        return function(*t, order.to(t[0].device), ends.to(t[0].device))
 
-    ours = lambda *t: experts(experts_with_kernels if t[0].is_cuda or 'mlp' in models.IN_USE else experts_in_torch)(*t)
+    ours = lambda *t: experts(*t, kernel=t[0].is_cuda or 'mlp' in models.IN_USE)
     yield ('experts', 4 * rows * top * C * h, dtype.itemsize * (2 * rows * C + 2 * rows * top * h + 2 * n * C * h),
-           {'ours': ours, 'torch': experts(experts_in_torch)}, inputs)
+           {'ours': ours, 'torch': experts}, inputs)
 
 
 def sorted_pairs(chosen, n):
