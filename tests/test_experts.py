@@ -51,7 +51,7 @@ def test_experts_are_the_sum_over_those_chosen(options):
     torch.testing.assert_close(layer(x, None), expected, rtol=1e-5, atol=1e-5)
     some = [p for p in layer.parameters() if p is not layer.bias] + [x]
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), some) for y in (layer(x, None), expected))):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert (a - b).norm() < 1e-5 * b.norm() + 1e-4           # of one number, or where one expert takes all of a router, little is left
     sizes, few = model.params(), options['experts'] - options['experts_top']
     idle = 3 * few * (layer.ups.weight[0].numel() + layer.downs.weight[0].numel())
     assert sizes['total'] == sum(p.numel() for p in model.parameters()) == sizes['active'] + idle
