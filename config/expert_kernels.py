@@ -171,16 +171,10 @@ def expert_weights_kernel(h_ptr, x_ptr, gate_ptr, order_ptr, ends_ptr, out_ptr, 
     tl.store(out_ptr + at, acc, mask=(h < H)[:, None] & (c < C)[None, :])
 
 
-def tiles(x):
+def tiles(x, stages=3):
     small = x.element_size() == 4 or shared_memory(x) < 101376
-    sizes = (64, 64, 32, 8, 2) if small else (128, 64, 64, 8, 3)
+    sizes = (64, 64, 32, 8, 2) if small else (128, 64, 64, 8, stages)
     return dict(zip(('BLOCK_M', 'BLOCK_N', 'BLOCK_K', 'num_warps', 'num_stages'), sizes))
-
-
-def tiles_of_weights(x):
-    """A row is found by a load that another waits for, so twice as many stages keep as much under way."""
-    how = tiles(x)
-    return how | dict(num_stages=5 if how['num_stages'] == 3 else 2)
 
 
 def launch_rows(x, w, gates, order, ends, into, backward=False, a=None):
@@ -197,7 +191,7 @@ def launch_rows(x, w, gates, order, ends, into, backward=False, a=None):
 
 def launch_weights(h, x, like, gates, order, ends, strides, use_gates):
     """The gradient (n, ...) of weights that are like these, of which strides are an expert's, along h, along x."""
-    out, how = torch.empty_like(like), tiles_of_weights(x)
+    out, how = torch.empty_like(like), tiles(x, stages=5)       # a row is found by a load of its own: more under way
     grid = len(like) * blocks(h.shape[1], how['BLOCK_M']) * blocks(x.shape[1], how['BLOCK_N']),
     models.launch(expert_weights_kernel, grid, h, x, gates, order, ends, out, gates.shape[1], h.shape[1], x.shape[1],
                   *strides(out), use_gates, precision(x), **how)
