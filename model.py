@@ -798,6 +798,7 @@ PATIENCE = 180                          # seconds that a kernel has to be built 
 
 class Probe:
     """One layer of the baseline in this shape, all its weights random, and what PyTorch makes of it."""
+    what = 'a layer'
 
     def __init__(self, config, device, dtype, rows=1):
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -851,7 +852,7 @@ class Probe:
                 theirs = self.seconds()
             except torch.OutOfMemoryError:       # where the kernel is what makes it fit
                 theirs = math.inf
-            told = f'a layer takes {1000 * ours:.2f} ms with it, {1000 * theirs:.2f} without'
+            told = f'{self.what} takes {1000 * ours:.2f} ms with it, {1000 * theirs:.2f} without'
             return '' if ours < theirs else told, told
         except Exception as e:                 # whatever a compiler or a driver may throw: torch can do it
             said = (str(e).strip() or 'no more is said').splitlines()[0][:80]

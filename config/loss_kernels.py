@@ -33,47 +33,46 @@ class GPT(models.GPT):
 class Run(train.Run):
 
     def choose_kernels(self):
-        """Tries the kernel once, as model.py does its own: one that does not work costs speed, no run."""
+        """Tries the kernel as model.py does its own, which it takes the place of, on the rows of a micro-batch."""
         super().choose_kernels()
-        if 'cross_entropy' in models.IN_USE and (fault := self.fault()):
+        if 'cross_entropy' in models.IN_USE:
             models.IN_USE.discard('cross_entropy')
-            self.say(f'  cross_entropy: torch after all, {fault}')
+            probe = Probe(self.model.config, self.micro * self.s.block_size, self.device, self.dtype)
+            why, took = probe.fault(['cross_entropy'])
+            models.IN_USE.update(['cross_entropy'] * (not why))
+            self.say(f'  soft cross-entropy: {f"torch, {why}" if why else f"kernel, in place of that; {took}"}')
 
-    def rank(self):
-        """Columns of the table of soft targets that the kernel is tried with."""
-        return 16
 
-    def fault(self):
-        V, C = self.model.lm_head.weight.shape
+class Probe(models.Probe):
+    """The loss that the ideas of this model make, of random rows, and its gradients."""
+    what = 'a loss'
+
+    def __init__(self, config, rows, device, dtype):
+        self.device, C, V, (self.cap, self.z_loss, rank) = device, config.n_embd, config.vocab_size, asked_of(config)
         dice = torch.Generator().manual_seed(0)
-        shapes = (32, C), (V, C), (V, self.rank())
-        x, weight, table = (torch.randn(shape, generator=dice).to(self.device) for shape in shapes)
-        x, weight, gold = x.to(self.dtype), weight / C ** 0.5, torch.arange(32, device=self.device) % V
-        soft = table / 4, similarity_norm(table / 4), torch.full((), 0.7, device=self.device)
-        try:
-            ours, theirs = (losses(x, weight, gold, kernel, soft) for kernel in (True, False))
-            error = torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours, theirs)]).max().item()      # NaN if any is
-            return '' if error < 0.05 else f'its result differs by {error:.0%}'
-        except Exception as e:                 # whatever a compiler or a driver may throw: torch can do it
-            said = (str(e).strip() or 'no more is said').splitlines()[0][:80]
-            return f'it does not run here ({type(e).__name__}: {said})'
+        x, weight, table = (torch.randn(shape, generator=dice).to(device) for shape in ((rows, C), (V, C), (V, rank)))
+        self.weight, self.full = (weight / C ** 0.5).requires_grad_(), x.to(dtype).requires_grad_()
+        self.idx = self.full.detach()[:256].requires_grad_()
+        self.soft = (table / 4, similarity_norm(table / 4), torch.full((), 0.7, device=device)) if rank else ()
+        self.expected = self.gradients(self.idx)
+
+    def gradients(self, x):
+        gold = torch.arange(len(x), device=x.device) % len(self.weight)
+        loss = soft_cross_entropy(x, self.weight, gold, 'mean', self.cap, self.z_loss, self.soft)
+        return [*torch.autograd.grad(loss, [x, self.weight]), loss.detach()]
 
 
-def losses(x, weight, gold, kernel, soft):
-    """Losses and gradients of all that the kernel can do."""
-    found = []
-    for targets in (), soft:
-        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-        loss = soft_cross_entropy(*leaves, gold, 'mean', 15.0, 1e-2, targets, kernel=kernel)
-        found += [loss.detach().float(), *(g.float() for g in torch.autograd.grad(loss, leaves))]
-    return found
+def asked_of(config):
+    """Of the ideas of this model: the soft cap, the weight of the z-loss, the columns of the table of soft targets."""
+    cap, z_loss = (getattr(config, name, 0.0) for name in ('logit_softcap', 'z_loss'))
+    classes = config.word_classes + 3 if getattr(config, 'smoothing_by', '') == 'classes' else 16
+    return cap, z_loss, 2 ** math.ceil(math.log2(max(16, classes))) if hasattr(config, 'smoothing') else 0
 
 
 def kernel_cases(config, dtype, rows):
     """For bench_mfu.py: the loss that the ideas of this model make."""
-    cap, z_loss = (getattr(config, name, 0.0) for name in ('logit_softcap', 'z_loss'))
+    cap, z_loss, rank = asked_of(config)
     C, V = config.n_embd, config.vocab_size
-    rank = 2 ** math.ceil(math.log2(max(16, config.word_classes + 3))) if hasattr(config, 'smoothing') else 0
 
     def loss(x, weight, kernel=False):
         table = x.new_zeros((V, rank), dtype=torch.float32)

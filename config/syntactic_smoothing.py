@@ -34,9 +34,6 @@ class Run(loss_kernels.Run):
         self.alike = smoothing_table(self.s, self.data).to(self.device)
         self.norm = loss_kernels.similarity_norm(self.alike)
 
-    def rank(self):
-        return self.alike.shape[1]
-
     def loss(self, idx, targets, **extras):
         alpha = torch.full((), 1 - self.s.smoothing * (1 - self.progress), device=idx.device)
         return super().loss(idx, targets, soft=(self.alike, self.norm, alpha), **extras)

@@ -212,24 +212,36 @@ def test_a_step_with_kernels_is_the_step_without(names, options, kernels, monkey
     assert all(kernels.error(a, b.double()) < 1e-5 for a, b in zip(*found))
 
 
-def test_a_kernel_that_does_not_work_here_stays_out(kernels, monkeypatch):
-    said = []
-    run = a_run(monkeypatch, *paths('z_loss'), model=make(), dtype=torch.float32, say=said.append)
-    run.device = DEVICE
-    run.model.to(DEVICE)
-    monkeypatch.setattr(train.Run, 'choose_kernels', lambda self: None)
-    run.choose_kernels()
-    assert not said and 'cross_entropy' in models.IN_USE
-    right = models.launch
+@pytest.mark.parametrize('names', [('z_loss',), ('softcap', 'syntactic_smoothing')])
+def test_when_the_kernel_is_used(names, kernels, monkeypatch):
+    """Where model.py's own is, if it is right, and faster than PyTorch on as many rows as a micro-batch has."""
+    said, seconds, right, tried = [], iter([2e-3, 3e-3, 3e-3, 2e-3]), models.launch, []
+    monkeypatch.setattr(syntactic_smoothing.Run, 'build', lambda self: None)
+    run = a_run(monkeypatch, *paths(*names), '--block_size=16', model=make(*names).to(DEVICE), dtype=torch.float32, say=said.append)
+    run.device, run.micro = DEVICE, 3
 
-    def wrong(kernel, grid, *args, **options):
-        right(kernel, grid, *args, **options)
-        args[2].mul_(1.2)
-    for launch, why in ((wrong, 'its result differs by '), (None, "does not run here (TypeError: 'NoneType' object is not callable)")):
-        monkeypatch.setattr(models, 'launch', launch)
+    def choose(spoil=None):
+        def launch(kernel, grid, *args, **options):
+            right(kernel, grid, *args, **options)
+            tried.append(args[9:13])                        # cap, z-loss, whether gradients, columns of the table
+            spoil(args[2])
         models.IN_USE.add('cross_entropy')
+        monkeypatch.setattr(models, 'launch', launch if spoil else right)
         run.choose_kernels()
-        assert why in said.pop() and models.IN_USE == set(models.KERNELS) - {'cross_entropy'}
+        assert models.IN_USE | {'cross_entropy'} == set(models.KERNELS)
+        return 'cross_entropy' in models.IN_USE
+
+    monkeypatch.setattr(train.Run, 'choose_kernels', lambda self: None)
+    monkeypatch.setattr(models.Probe, 'seconds', lambda probe: next(seconds) if len(probe.full) == 48 else None)
+    assert choose() and said.pop() == '  soft cross-entropy: kernel, in place of that; a loss takes 2.00 ms with it, 3.00 without'
+    assert not choose() and said.pop() == '  soft cross-entropy: torch, a loss takes 3.00 ms with it, 2.00 without'
+    for spoil, why in ((lambda out: out.mul_(1.2), 'its result differs by '), (lambda out: out.fill_(math.nan), 'its result differs by nan%'),
+                       (lambda out: out.no_such(), 'does not run here (AttributeError: ')):
+        assert not choose(spoil) and why in said.pop()
+    assert set(tried) == {(0.0, 1e-4, True, 0) if names == ('z_loss',) else (30.0, 0.0, True, 32)}
+    models.IN_USE.discard('cross_entropy')
+    run.choose_kernels()
+    assert not said and 'cross_entropy' not in models.IN_USE
 
 
 # ---- windows
