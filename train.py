@@ -592,6 +592,7 @@ class Run:
         self.times = dict.fromkeys(('startup', 'compile', 'train', 'eval', 'save'), 0.0)
         self.history = collections.deque(maxlen=1000)    # (seconds waited for data, seconds) of the last steps
         self.waited = np.zeros(2)                # the sum of all of these but the first
+        self.losses = collections.deque(maxlen=20)       # nats a token, of the last steps
         self.log_path = self.out_dir / 'metrics.jsonl'
 
     def open(self):
@@ -1364,6 +1365,7 @@ class Run:
         self.history.append((wait, seconds))
 
     def log(self, loss, norm, rate, finite):
+        self.losses.extend([loss] * finite)
         peak, (wait, _), elapsed = self.peak(), self.history[-1], self.clock.elapsed()
         mfu, memory = self.speed * self.flops_per_token / peak if peak else None, peak_memory_gb(self.device)
         if self.steps % (1 + self.steps // LOGGED) == 0 or not finite:
@@ -1514,8 +1516,9 @@ class Run:
         if not math.isfinite(result['bpb']):
             return self.say('         validation: not finite')
         self.slice_seconds = self.dearer() * self.agreed(result['seconds_per_slice'])
-        self.say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, '
-                 f'standard error {result["error"]:.4f}')
+        learned = f', {np.mean(self.losses):.4f} in the last steps of training' if self.losses else ''
+        self.say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, standard error '
+                 f'{result["error"]:.4f}; epoch {self.tokens / self.stream.epoch_tokens():.2f}, nats a token {result["loss"]:.4f}{learned}')
         if abilities := self.judge(self.curve):
             self.record_abilities(abilities)
             self.say('         ' + ', '.join(f'{name} {e["accuracy"]:.4f} +- {e["error"]:.4f}'

@@ -513,6 +513,10 @@ def test_the_report(finished):
     assert {'train_loss', 'grad_norm', 'tok_per_sec', 'mfu', 'peak_mem_gb', 'elapsed_s', 'data_wait_s'} <= set(rows(out_dir)[0])
     assert [row['step'] for row in rows(out_dir) if 'val_bpb' in row] in ([10, 20], [11, 20])
     assert rows(out_dir)[-1]['val_bpb'] == result['val_bpb']
+    said = re.search(r'validation on .*; epoch ([\d.]+), nats a token ([\d.]+), ([\d.]+) in the last steps of training\n', out)
+    way = next(row for row in rows(out_dir) if 'val_bpb' in row)                # 20 steps are what is averaged, here all
+    assert [*map(float, said.groups())] == pytest.approx([
+        result['epochs'] * way['step'] / 20, way['val_loss'], np.mean(losses(out_dir)[:way['step']])], abs=0.006)
     assert 'sample:' in out and weights(out_dir, 'ckpt.prev.pt')['steps'] <= weights(out_dir)['steps'] == 20
     assert re.search(r'^settings that differ.*seed=3', out, re.M)
 
