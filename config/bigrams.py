@@ -9,7 +9,7 @@ Where pairs collide they share a row, with a sign of their own. Expected: a gain
 text is read a few times; a loss where it is read often, as rare pairs are learned by heart.
 What it did: 1.9697 bits per byte beside 1.9680 and 1.9696 (seeds 1, 2), with 4,096 rows, in a doll of
 config/nocap.py whose text is read 3.3 times (RESULTS.md, "Dolls"); of 512 ids, where attention finds pairs by
-itself. Even there; where 114,000 tokens are read twelve times, 2.779 with 1,024 rows beside 2.667: repetition
+itself. No gain there; where 114,000 tokens are read twelve times, 2.779 with 1,024 rows beside 2.667: repetition
 spoils it, 4.2 % worse with 42 % more parameters. In a doll of config/tinystories.py, four layers 24 wide, 1,024 rows,
 61 % more parameters: 1.5495 beside 1.5767, 1.7 % better (one seed).
 """

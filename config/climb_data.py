@@ -7,7 +7,7 @@ first, all of it from 7/8 of the run on. Any measure of config/difficulty.py can
 (--curriculum=source_rank is CLIMB's spoken to written), and --pacing=log admits four fifths of the text within
 the first eighth of the rise. CLIMB found no consistent gain over its own baseline. What it did: +1.3 % bits a
 byte in ten minutes of a CPU, a fifth of an epoch (one seed, commit 91d7dcc, documents read in order). Lost
-there (RESULTS.md).
+there (RESULTS.md). Again on shuffled rows, in a scale model of a fifth of an epoch, three seeds: 7.1 % worse.
 In a doll of config/tinystories.py, 3.6 readings, 2.7 % worse (one seed; RESULTS.md, "Dolls").
 """
 import math

@@ -7,8 +7,9 @@ shape, which begins as the first member ended, learns of the text and of the mem
 config/distillation.py, on the same bill; that one is saved and measured. Whence: Kim 2025 (2509.14786): a student
 keeps most of what an ensemble gains; Hinton 2015 (1503.02531). Expected: where text is scarce, between one model
 and the ensemble, at the parameters of one. What it did: of 114,000 tokens of text, read twelve times by four members
-of 97,328 parameters, then twelve times by the one, 2.493 bits per byte; one such model alone at best 2.638, the four
-together 2.437 (one seed; RESULTS.md, "Dolls"). Kept: where text is scarce, the best of one model's size.
+of 97,328 parameters, then twelve times by the one, 2.493, 2.491, 2.511 bits per byte (three seeds); one such model
+alone at best 2.650, 2.638, 2.626, the four together 2.437 (one seed; RESULTS.md, "Dolls"). Kept: where text is
+scarce, the best of one model's size.
 """
 from dataclasses import replace
 

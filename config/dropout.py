@@ -3,7 +3,7 @@
     torchrun train.py config/babylm.py config/dropout.py
 
 For text that is read many times: in half an hour of a card BabyLM's 10 million words may come round some
-fifty times, 100 million five (estimated). The slowrun leaderboard (100 million tokens, fifteen epochs) trains
+120 times, 100 million twelve (estimated). The slowrun leaderboard (100 million tokens, fifteen epochs) trains
 with 0.1. In a first epoch it only costs capacity. Expected: worse on large text, better from ten epochs or so
 on. What it did: +0.9 % bits per byte in ten minutes of a CPU, a fifth of an epoch (1.5603 beside 1.5462,
 standard deviation 0.0020; 2026-11-21, commit 3f931df). Lost in a first epoch (RESULTS.md). In a doll of

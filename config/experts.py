@@ -11,7 +11,7 @@ Where parameters are free and compute is not it is the best of all that was trie
 a step took a quarter longer on a CPU. What they take on a card is not known, so they are no default. In a doll of
 config/tinystories.py at equal FLOPs 1.4817 beside 1.5767, 6.0 % (one seed). In ten minutes of a CPU, 3.3M parameters in a fifth of an
 epoch, 1.5498 beside 1.5462 by the clock, on 82 % of the text (the plain model of as many parameters in all +1.0 %;
-2026-11-21, commit 3f931df). At equal parameters in all they have not been tried.
+2026-11-21, commit 3f931df). Made smaller, to the plain model's parameters in all, they have not been tried.
 """
 import torch
 import torch.nn as nn

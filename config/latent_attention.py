@@ -7,7 +7,9 @@ latent of 192 numbers a token, and the cache that generation reads holds it and 
 To be expected: no faster training, a little more loss than plain attention, and a cache of 208 values a token
 and layer: plain attention keeps 640 at the width of babylm.py, 768 with six heads of 64 (`python sample.py
 <run> --stats` counts them). What it did on a CPU: +2.8 % bits per byte in ten minutes (one seed, commit
-91d7dcc, parameters +3.7 %), 2.057 beside 2.039 at 500,000 tokens. Lost, but for the cache (RESULTS.md).
+91d7dcc, parameters +3.7 %), 2.057 beside 2.039 at 500,000 tokens. Again on shuffled
+rows, in a scale model of a fifth of an epoch, three seeds: 1.4 % worse; in a doll of config/tinystories.py 2.3 %
+(one seed). Lost, but for the cache (RESULTS.md).
 """
 import torch
 

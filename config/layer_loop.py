@@ -4,7 +4,7 @@ Whence: Universal Transformer (Dehghani 2018, 1807.03819), here of the middle al
 do. Expected: better by the token, as if deeper; worse by the clock. Did: 2.4906 val_bpb, seed 1, beside
 2.4754 and 2.4713 (seeds 1, 2), with 39 % more FLOPs (150,000 tokens, 2026-11-25, commit 1116f3a;
 RESULTS.md, "Three new ideas"). By the clock, 90 s: +18.6 %. Lost: worse even by the token, that early. In a
-doll of the half hour (RESULTS.md, "Dolls") all four layers twice, on as many tokens fewer: 2.2401 beside 2.2131,
+doll of the half hour (RESULTS.md, "Dolls") all four layers twice, on 4/7 of the tokens: 2.2401 beside 2.2131,
 +1.2 %. Slowrun's leaders switch loops on late: --loop_from=0.7.
 """
 import model

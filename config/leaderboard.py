@@ -9,7 +9,7 @@ a step; AdamW at 0.0072 (of 256 channels, inversely with width), decay 0.02, up 
 down a cosine (OneCycle). 1.31 bits per byte is reported of its lines (samasutherland,
 little-language-models). What its table does not say is GPT-2's: initialisation, attention over whole rows.
 Not an idea to keep, but what the baseline is measured beside. In dolls of the half hour (RESULTS.md, "Dolls"),
-97,328 parameters: 2.321 beside 2.095, 10.8 % more; 65,576, at an eighth of its rate, the best of four:
+97,328 parameters: 2.321 beside 2.095, 10.8 % more; 65,576, at an eighth of its rate, the best of three:
 2.268 beside 2.213, 2.5 % more.
 """
 import math

@@ -6,9 +6,9 @@ Whence: Li 2025 (2510.05491). Orthogonal updates still move some neurons (rows) 
 is divided by the root of a running mean of its squares, and the whole brought back to the length it had.
 Reported: a tenth to a fifth fewer steps at 124M to 5.4B parameters; in modded-nanogpt since 2025. Expected: a
 gain, the smaller the narrower the matrices. What it did: 1.9665 bits per byte beside 1.9680 and 1.9696 (seeds 1,
-2) in a doll of config/nocap.py, matrices 88 wide, and 2.2041
-beside 2.2131 in one of config/babylm.py (RESULTS.md, "Dolls"), 0.4 % better, one seed each. Won where steps
-are many.
+2) in a doll of config/nocap.py, matrices 88 wide; in dolls of config/babylm.py 0.4 % better with 65,576
+parameters, where seeds spread as much, and 0.1 % with 135,224; in one of config/tinystories.py 0.0 % (one seed
+each; RESULTS.md, "Dolls"). Even.
 """
 import torch
 

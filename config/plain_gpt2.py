@@ -7,7 +7,7 @@ nanoGPT). Tied embeddings and the initialisation of the paper.
     python train.py config/babylm.py config/plain_gpt2.py --budget_counts=training
     python bench_mfu.py config/babylm.py --beside=config/plain_gpt2.py --only=steps
 
-What came of it stands in RESULTS.md. Verdict: lost to the baseline at every size and on every device tried.
+What came of it stands in RESULTS.md. Verdict: lost to the baseline at every size tried, on CPUs.
 """
 import math
 

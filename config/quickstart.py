@@ -1,7 +1,7 @@
 """Five minutes on whatever is here: a small model learns the generated world of `stories` and tells one at
 the end.
 
-1.3 million parameters, a vocabulary of 2,048. On two CPU cores it reads most of the world's stories once;
+1.3 million parameters, a vocabulary of 2,048. On two quick, quiet CPU cores it reads most of the world's stories once;
 what it has understood is the closing report's coherence: of two endings, which one does the story allow?
 Small and quick on purpose: in five minutes many steps teach more than many parameters. Gradients of so few
 tokens are noisy: a longer momentum and a lower rate average them.

@@ -15,7 +15,7 @@ has them in its first rows alone. Validation stands as it was, without passages.
 Measured are questions of config/facts.py about people whose names are in no training text: is the answer
 likelier than what another's note says? `without` a note, `with` what BM25 finds among 500 notes, and with the
 `wrong` one, that of the other, which says otherwise. Expected: chance without, near all with. What it did in
-450 steps of quickstart's shape (500 questions, one seed, 2026-11-26, commit eeb483c; RESULTS.md): word for
+450 steps of quickstart's shape (500 questions, one seed, 2026-11-26, commit ee3919c; RESULTS.md): word for
 word 0.010 without, 0.978 with, 0.000 wrong; the same steps without this file 0.014, 0.018, 0.016. The price:
 0.979 bits per byte of validation text, which has no passages, beside 0.761. Kept where there is something to
 look up.

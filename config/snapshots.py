@@ -6,9 +6,9 @@ Whence: snapshot ensembles (Huang 2017, 1704.00109): what config/ensemble.py pay
 for the price of one. The first cycles' ends are kept beside the model, which goes on; together they answer, and
 together they are counted as parameters. cyclic_average.py averages the same weights. Expected: half of what an
 ensemble of as many gains where text is scarce, nothing where the model is full. What it did: of 114,000 tokens of
-text read 24 times by 97,328 parameters, four cycles of six epochs end at 2.516 bits per byte; one model at best 2.638
-(twelve epochs, half the arithmetic), four members 2.437 (twice the arithmetic; one seed; RESULTS.md, "Dolls"). Kept:
-where text is scarce, the most for the least arithmetic.
+text read 24 times by 97,328 parameters, four cycles of six epochs end at 2.516, 2.531, 2.527 bits per byte (three
+seeds); one model at best 2.650, 2.638, 2.626 (twelve epochs, half the arithmetic), four members 2.437 (twice the
+arithmetic; one seed; RESULTS.md, "Dolls"). Kept: where text is scarce, the most for the least arithmetic.
 """
 import torch
 

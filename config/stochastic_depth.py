@@ -7,7 +7,8 @@ Attention and MLP are skipped apart from each other, with a chance that rises li
 layer; what is kept counts for more, so that its mean stays. Rows, not steps: the program is the same every
 time, so nothing is saved, and the gain must come from regularisation. Expected: as dropout, for text that is
 read many times. What it did: +1.2 % bits per byte in ten minutes of a CPU, less than an epoch (one seed,
-commit 91d7dcc). Lost in a first epoch (RESULTS.md).
+commit 91d7dcc). Again on shuffled rows, in a scale model of a fifth of an epoch, three
+seeds: 0.9 % worse. Lost in a first epoch (RESULTS.md).
 In a doll of config/tinystories.py, 3.6 readings, 5.8 % worse (one seed; RESULTS.md, "Dolls").
 """
 import functools

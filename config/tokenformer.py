@@ -9,7 +9,8 @@ q, k, v and out and 3 n_embd for the feed-forward layer, the ratio of the paper'
 many weights as relu2 at 4 n_embd. GeLU before the norm, not after as in the paper, because it trained better
 here. Expected: no gain from scratch at equal size; the point is growth. What it did: +1.0 % bits per byte in
 ten minutes of a CPU (one seed, commit 91d7dcc); at 500,000 tokens 2.056 beside 2.039 of the plain model,
-2.069 with the paper's order of norm and GeLU, and a pass 22 % slower. Lost, but for growth (RESULTS.md).
+2.069 with the paper's order of norm and GeLU, and a pass 22 % slower. Again on
+shuffled rows, in a scale model of a fifth of an epoch, three seeds: 1.2 % worse. Lost, but for growth (RESULTS.md).
 In a doll of config/tinystories.py, 3.6 readings, 0.1 % worse (one seed; RESULTS.md, "Dolls").
 """
 import torch

@@ -6,7 +6,8 @@ The slowrun leaderboard's schedule (100 million tokens, fifteen epochs; reported
 to 0.1 half-way, up to 0.93. Kim 2025 (2509.14786) finds the best decay of repeated text some thirty times the
 usual 0.1, at a constant factor: weight_decay = 3.0 and weight_decay_points = [(0, 1), (1, 1)]. In a first
 epoch a decay that falls to 0, the default, is the better one (nanochat), and so it was here: +1.6 % bits per
-byte in ten minutes of a CPU (one seed, commit 91d7dcc). Lost in a first epoch (RESULTS.md). In dolls of the
+byte in ten minutes of a CPU (one seed, commit 91d7dcc). Again on shuffled rows, in a scale model of a fifth of an
+epoch, three seeds: 0.6 % worse. Lost in a first epoch (RESULTS.md). In dolls of the
 half hour (RESULTS.md, "Dolls"), one seed: at twelve epochs 12.8 % worse, at 121, where the base knows its
 text by heart, 12.5 % better, and far behind what reads it less often.
 In a doll of config/tinystories.py, 3.6 readings, 13.3 % worse (one seed; RESULTS.md, "Dolls").
