@@ -94,6 +94,14 @@ class Stream(train.Stream):
         self.places = np.append(self.places, end + ends[:len(may)])
         self.deck = np.delete(self.deck, may)
 
+    def first_rows(self, n, T):
+        """As if all were admitted: what an average row is like, not an easy one."""
+        shares, self.shares = self.shares, [1.0] * self.AHEAD
+        rows = super().first_rows(n, T)
+        self.shares = shares
+        self.rewind()
+        return rows
+
     def place(self, row, T):
         rows = self.WINDOW * self.s.tokens_per_step // T
         number, row = divmod(row, rows)

@@ -20,7 +20,8 @@ kv_latent: int = 192        # 1..: width of the latent that keys and values are 
 q_latent: int = 0           # width of one that queries are made from; 0 is none
 rotary_dim = 16
 
-NOT_WITH = {'value_embeds': 'the cache keeps latents, and what is added to values is not in them'}
+NOT_WITH = dict.fromkeys(('value_embeds', 'value_projections', 'interleaved_heads'),
+                         'the cache keeps latents, and what becomes of keys and values later is not in them')
 
 
 class Attention(model.Attention):

@@ -50,10 +50,11 @@ class Probe(models.Probe):
     def __init__(self, config, rows, device, dtype):
         self.device, C, V, (self.cap, self.z_loss, rank) = device, config.n_embd, config.vocab_size, asked_of(config)
         dice = torch.Generator().manual_seed(0)
-        x, weight, table = (torch.randn(shape, generator=dice).to(device) for shape in ((rows, C), (V, C), (V, rank)))
-        self.weight, self.full = (weight / C ** 0.5).requires_grad_(), x.to(dtype).requires_grad_()
+        x, weight, table = (torch.randn(shape, generator=dice) for shape in ((rows, C), (V, C), (V, rank)))
+        self.weight, self.full = (weight / C ** 0.5).to(device).requires_grad_(), x.to(device, dtype).requires_grad_()
         self.idx = self.full.detach()[:256].requires_grad_()
-        self.soft = (table / 4, similarity_norm(table / 4), torch.full((), 0.7, device=device)) if rank else ()
+        soft = (table / 4, similarity_norm(table / 4), torch.tensor(0.7)) if rank else ()
+        self.soft = tuple(t.to(device) for t in soft)
         self.expected = self.gradients(self.idx)
 
     def gradients(self, x):

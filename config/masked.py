@@ -54,6 +54,11 @@ class Run(train.Run):
                f'masked {s.masked:g} is {self.two_way} of the {micro} rows of a micro-batch, and both kinds '
                f'must have some: change it or micro_batch_size')
 
+    def arithmetic(self):
+        """A row that is read both ways attends to whole documents: twice the mean of the others less one half."""
+        count, seen = self.model.flops_per_token, self.model.attended(self.read_rows())
+        return super().arithmetic() + self.two_way / self.micro * (count(2 * seen - 1) - count(seen))
+
     def batch_loss(self, idx, targets, **extras):
         """The first rows predict hidden tokens, each from the position before it, as the other rows do."""
         n, share = self.two_way * len(idx) // self.micro, self.two_way / self.micro      # rows may come in pieces

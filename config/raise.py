@@ -23,4 +23,5 @@ pacing_end = 1.0
 head_dim = n_embd // n_head // 2
 growth = [(0.25, dict(n_layer=n_layer)), (0.5, dict(n_embd=n_embd))]
 n_embd = n_embd // 2
+mlp_hidden = mlp_hidden // 2
 n_layer = (n_layer + 1) // 2

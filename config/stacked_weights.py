@@ -37,24 +37,24 @@ class GPT(model.GPT):
         return [*matrices, *(m.weight[:m.active] for m in several(self.blocks.modules())), head]
 
 
-class StackMuon(train.Muon):
-    """Muon for stacks of matrices: those that met no token in a step stay as they are, their momentum too."""
+def for_stacks(muon):
+    """A class like Muon for stacks of matrices: those that met no token in a step stay as they are, and what is known of
+    them too."""
+    class StackMuon(muon):
 
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params, lr, momentum = group['params'], group['lr'], group['momentum']
-            grad = torch.stack([p.grad for p in params])                           # (layers, n, rows, cols)
-            state = self.state[params[0]]
-            if 'momentum' not in state:
-                state['momentum'] = torch.zeros_like(grad)
-            met = grad.flatten(2).any(2)[..., None, None].to(grad.dtype)
-            average = state['momentum'].lerp_(grad, (1 - momentum) * met)
-            update = train.orthogonalize(grad.lerp(average, momentum).to(self.dtype)).to(grad.dtype)
-            rows, cols = grad.shape[-2:]
-            update *= lr * max(1, rows / cols) ** 0.5 * met
-            torch._foreach_mul_(params, list((1 - lr * group['weight_decay'] * met).unbind()))
-            torch._foreach_sub_(params, list(update.unbind()))
+        @torch.no_grad()
+        def step(self):
+            before = []
+            for group in self.param_groups:
+                params, state = group['params'], self.state[group['params'][0]]
+                met = torch.stack([p.grad.flatten(1).any(1) for p in params])[..., None, None]       # (layers, n, 1, 1)
+                known = [(t, met) for t in state.values() if torch.is_tensor(t)]
+                before += [(t, t.clone(), met) for t, met in [*zip(params, met), *known]]
+            super().step()
+            for now, then, met in before:
+                now.copy_(torch.where(met, now, then))
+
+    return StackMuon
 
 
 class Run(train.Run):
@@ -68,7 +68,7 @@ class Run(train.Run):
     def make_optimizers(self, model):
         made, stacks = super().make_optimizers(model), [m.weight for m in several(model.blocks.modules())]
         if stacks and self.s.optimizer == 'muon':
-            made.insert(1, StackMuon(stacks, self.s.momentum, self.dtype))
+            made.insert(1, for_stacks(self.muon())(stacks, self.s.momentum, self.dtype))
             for group in made[1].param_groups:
                 group.update(base_lr=self.s.learning_rate, base_decay=self.s.weight_decay)
         return made

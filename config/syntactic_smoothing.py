@@ -31,8 +31,8 @@ class Run(loss_kernels.Run):
 
     def build(self):
         super().build()
-        self.alike = smoothing_table(self.s, self.data).to(self.device)
-        self.norm = loss_kernels.similarity_norm(self.alike)
+        alike = smoothing_table(self.s, self.data)
+        self.alike, self.norm = (t.to(self.device) for t in (alike, loss_kernels.similarity_norm(alike)))      # not in TF32
 
     def loss(self, idx, targets, **extras):
         alpha = torch.full((), 1 - self.s.smoothing * (1 - self.progress), device=idx.device)

@@ -61,13 +61,14 @@ class Pattention(nn.Module):
         """Become `old` and some tokens more, as config/growth.py asks it; None if there are no more.
 
         Where the scale is still the old one's the new keys are 0, and the output is the old one to rounding;
-        else they are random, as in the released code, which changes it. The new values are random: where key
+        else they are random, as in the released code, which changes it (its new values stand 2 / (L sqrt C), smaller than
+        these). The new values are random: where key
         and value are both 0 neither would ever get a gradient.
         """
         n = old.keys.out_features
         if n == self.keys.out_features:
             return None
-        self.init_weights((self.keys.out_features / n) ** 0.5, dice)          # as large as old values began
+        self.init_weights((self.keys.out_features / n) ** 0.5, dice)          # values as large as q's and v's began
         if self.scale_tokens == old.scale_tokens:
             self.keys.weight.zero_()
         self.keys.weight[:n], self.values.weight[:, :n] = old.keys.weight, old.values.weight

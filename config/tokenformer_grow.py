@@ -2,7 +2,7 @@
 the run on.
 
     python train.py config/babylm.py config/tokenformer_grow.py
-    python train.py config/babylm.py config/tokenformer_grow.py --growth_tokens=random   the authors' code
+    python train.py config/babylm.py config/tokenformer_grow.py --growth_tokens=random   as the authors' code, with larger values
 
 The final size is that of config/tokenformer.py, its rival at equal time. Appended keys are 0 and the scores
 keep their scale, so the model computes at first what it did; random keys, with a scale that follows their

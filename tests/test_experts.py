@@ -18,7 +18,7 @@ from config import expert_kernels
 from config.domain_measure import Told, nats_by_domain
 from config.domain_model import own_hidden, split
 from config.domains import Stream, nearest_parts
-from config.stacked_weights import StackMuon
+from config.stacked_weights import for_stacks
 from conftest import in_two_parts, train_module
 from prepare_data import UserError
 from test_tokenformer import config_of, logits, losses, made, make, path, run_of, tokens, weights
@@ -243,7 +243,7 @@ def test_every_parameter_has_one_optimizer(names, options, optimizer):
     optimizers = run_of(*map(path, names), f'--optimizer={optimizer}').make_optimizers(model)
     held = [id(p) for o in optimizers for g in o.param_groups for p in g['params']]
     assert len(held) == len(set(held)) == len(list(model.parameters()))
-    stacks = [p for o in optimizers if isinstance(o, StackMuon) for g in o.param_groups for p in g['params']]
+    stacks = [p for o in optimizers if type(o).__name__ == 'StackMuon' for g in o.param_groups for p in g['params']]
     assert len(stacks) == (6 if optimizer == 'muon' else 0) and all(p.ndim == 3 for p in stacks)
     assert all({p.ndim == 3 for p in g['params']} in ({True}, {False}) for o in optimizers for g in o.param_groups)
 
@@ -259,16 +259,23 @@ def muon_step(p, grads, kind, lr=0.02, decay=0.1, momentum=0.9):
     return optimizer
 
 
-def test_muon_leaves_parts_that_met_no_token():
+def test_what_changes_muon_changes_that_of_stacks_too():
+    model, run = made('experts'), run_of(path('experts'), path('normuon'), path('cautious_decay'))
+    movers = [o for o in run.make_optimizers(model) if isinstance(o, train_module().Muon)]
+    assert len(movers) == 2 and all({'NorMuon', 'CautiousMuon'} <= {kind.__name__ for kind in type(o).__mro__} for o in movers)
+
+
+@pytest.mark.parametrize('names', [[], ['normuon'], ['row_muon'], ['cautious_decay']])
+def test_muon_leaves_parts_that_met_no_token(names):
     torch.manual_seed(0)
-    plain, start_at = train_module().Muon, [torch.randn(3, 16, 48), torch.randn(3, 16, 48)]
+    plain, start_at = run_of(*map(path, names)).muon(), [torch.randn(3, 16, 48), torch.randn(3, 16, 48)]
     grads = [[torch.randn(3, 16, 48), torch.randn(3, 16, 48)] for _ in range(3)]
     for step in grads:
         step[0][2] = 0
     grads[1][1][0] = 0
     p = [torch.nn.Parameter(x.clone()) for x in start_at]
-    optimizer = muon_step(p, grads, StackMuon)
-    assert torch.equal(p[0][2], start_at[0][2]) and not optimizer.state[p[0]]['momentum'][0, 2].any()
+    optimizer = muon_step(p, grads, for_stacks(plain))
+    assert torch.equal(p[0][2], start_at[0][2]) and not any(t[0, 2].any() for t in optimizer.state[p[0]].values() if torch.is_tensor(t))
     for i, part in ((0, 0), (0, 1), (1, 1)):                            # the others as if they stood alone
         alone = torch.nn.Parameter(start_at[i][part].clone())
         muon_step([alone], [[step[i][part]] for step in grads], plain)

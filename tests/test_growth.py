@@ -235,6 +235,21 @@ def test_a_config_may_use_the_settings_so_far(tmp_path):
     assert len(ideas.overruled) == 1 and 'hypercloning.py' in ideas.overruled[0] and 'sets n_embd to 32' in ideas.overruled[0]
 
 
+@pytest.mark.parametrize('name', ['hypercloning', 'raise'])
+@pytest.mark.parametrize('shape', ['', 'wide', 'qwen3_shape'])
+def test_what_grows_ends_with_the_parameters_of_what_it_is_stacked_on(shape, name):
+    def last(names):
+        s, ideas = train.read_settings(['--n_embd=320', '--n_head=5', '--n_layer=4', *paths(names)])
+        run = ideas.seam(train.Run)(s, ideas)
+        run.data = SimpleNamespace(meta=dict(vocab_size=300, bos=256))
+        config = run.config_of_settings()
+        for _, changes in getattr(s, 'growth', ()):
+            config = run.grown_config(config, changes)
+        return m.blueprint(config).params()['total']
+    more = 0.03 * (shape == 'qwen3_shape')                    # a SwiGLU half as wide is rounded up
+    assert 1 <= last(f'{shape} {name}') / last(shape) <= 1 + more
+
+
 GROW = [*paths('growth'), '--growth=[(0.3, dict(n_embd=128)), (0.6, dict(n_layer=3))]', '--max_steps=12']
 
 
@@ -377,6 +392,15 @@ def test_a_curriculum_reads_a_source_as_often_as_it_weighs(made_up):
     assert (times[::2] == 3).all() and (times[1::2] == 1).all() and stream.epoch_tokens() == len(read)
     with pytest.raises(UserError, match='whole number'):
         made_up(weights=[0.5, 1.0])
+
+
+def test_the_rows_that_are_counted_are_not_the_easy_ones(made_up):
+    stream, again = (made_up(weights=[1.0, 1.0]) for _ in range(2))
+    for one in stream, again:
+        one.pace(0, 0.0)
+    rows = stream.first_rows(8, 16)
+    assert stream.rank[rows].max() > 300 > 60 > again.rank[again.rows(0, 8, 16)].max()            # a tenth is admitted
+    assert np.array_equal(stream.rows(0, 8, 16), again.rows(0, 8, 16)) and stream.shares == again.shares
 
 
 @pytest.mark.parametrize('order', ['shuffled', 'frontier'])

@@ -482,6 +482,15 @@ def test_two_way_attention_sees_the_whole_document_and_no_other(options):
     assert torch.equal(model.trunk(idx), make(*names[1:], **options).trunk(idx))         # one way it is what it was
 
 
+def test_rows_that_look_both_ways_count_all_that_they_see(monkeypatch):
+    model, idx = make('masked'), tokens(8, 30, (0, 9, 20))
+    run = a_run(monkeypatch, *paths('masked'), data=SimpleNamespace(tokenizer=SimpleNamespace(unk=1)), micro=8, model=model)
+    monkeypatch.setattr(train.Run, 'read_rows', lambda self: idx)
+    seen = [model.visible(rows, two_way=two_way)[0] for rows, two_way in ((idx[:2], True), (idx[2:], False))]
+    both = torch.cat([seen[0].sum(-1), torch.arange(30) - seen[1] + 1]).double().mean().item()        # of 2 rows in 8
+    assert run.arithmetic() == pytest.approx(model.flops_per_token(both), rel=1e-6) and run.arithmetic() > model.flops_per_token(model.attended(idx))
+
+
 def test_the_kernels_are_not_asked_for_rows_that_look_ahead(monkeypatch):
     monkeypatch.setattr(models, 'IN_USE', {'attention'})
     model, idx = make('masked'), tokens(2, 30)

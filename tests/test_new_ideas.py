@@ -1,4 +1,5 @@
 """Ideas written by README's chapter: of the net, of the optimizer, of the text."""
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,20 @@ def test_compiled_steps_are_the_full_forward_and_a_row_s_own_in_any_batch(names)
 def test_a_cache_changes_nothing(ideas):
     model = net(*ideas, **dict(rotary_dim=8) if len(ideas) == 3 else {})
     torch.testing.assert_close(in_bits(model, some()), model.trunk(some()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
+def test_a_cache_changes_nothing_in_any_pair():
+    """Or the two are refused: what a cache leaves out of attention is a mistake that no loss shows."""
+    together, idx = 0, some()
+    for names in itertools.permutations([name for names in NETS if len(names) == 1 for name in names] + ['llama_shape', 'down_init'], 2):
+        try:
+            model = net(*(str(CONFIG / f'{name}.py') for name in names), **dict(rotary_dim=8) if 'latent_attention' in names else {}).eval()
+        except (UserError, ValueError):
+            continue
+        together += 1
+        torch.testing.assert_close(in_bits(model, idx), model.trunk(idx), rtol=2e-3, atol=2e-3, msg=lambda said, names=names: f'{names}: {said}')
+    assert together > 200
 
 
 def test_a_gate_is_open_at_first_and_its_head_s_own():
