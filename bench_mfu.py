@@ -249,7 +249,11 @@ def contestants(run, argv):
     def ours(**changes):
         return type(run)(run.s, **run.shape_given | changes)
 
-    both = {'ours, Muon': run, 'ours, AdamW': ours(optimizer='adamw')}
+    both = {'ours, Muon': run}
+    try:
+        both['ours, AdamW'] = ours(optimizer='adamw')
+    except UserError as e:                      # of an idea that changes Muon
+        print(f'ours, AdamW: not measured, {e}')
     if run.device == 'cuda':
         both['ours without kernels, Muon'] = ours(kernels=())
     for stack in [stack for stack in run.s.beside.split(',') if stack]:

@@ -482,7 +482,7 @@ def bits_per_byte(model, tokens, docs, slices=SLICES, max_tokens=8192, stop=None
     error[(count == 1) & (fraction < 1)] = math.nan      # of one document out of several nothing is known
     weight = weight * seen / (weight * seen).sum()
     error, of_all = (float(np.sqrt(((weight[seen] * e[seen]) ** 2).sum())) for e in (error, text_error))
-    of_all = of_all if (count > 1).any() else math.nan       # nothing is known of how documents differ
+    of_all = of_all if weight[count > 1].sum() > 0.95 else math.nan      # of too much it is not known how documents differ
     return dict(bpb=float((weight * per_source).sum()), error=error, text_error=of_all,
                 loss=float(bits.sum() * math.log(2) / n_tokens.sum()),
                 share=float(n.sum() / docs['bytes'].sum()), tokens=int(n_tokens.sum()),
@@ -937,9 +937,14 @@ PEAK_TFLOPS = {'RTX 4090': 165.2, 'RTX 3090': 71.2, 'RTX 5090': 209.5, 'L40S': 3
                'H200 NVL': 835.5, 'H200': 989.4}
 
 
+def of_card(table, name):
+    """What a table says of a card; None of one that is not in it, as a laptop's, a 4090 D and a 3090 Ti are not."""
+    return next((v for k, v in table.items() if re.search(rf'\b{k}\b(?! (Laptop|D\b|Ti\b))', name)), None)
+
+
 def peak_flops(name):
-    exact = (v for k, v in PEAK_TFLOPS.items() if re.search(rf'\b{k}\b(?! (Laptop|D\b))', name))  # no 4090 D
-    return next((1e12 * v for v in exact), None)
+    known = of_card(PEAK_TFLOPS, name)
+    return known and 1e12 * known
 
 
 def proc(name):
@@ -1039,7 +1044,7 @@ def card_joules(card, since, nvml=None):
                     'measured (NVML power of the whole card, every second)')
     except (OSError, AttributeError):           # no driver, or one that lacks the function
         pass
-    watts = next((w for name, w in BOARD_WATTS.items() if name in card.name), 350)
+    watts = of_card(BOARD_WATTS, card.name) or 350
     return integral(lambda: watts, since), f"estimated (the board's {watts} W x seconds, more than it takes)"
 
 

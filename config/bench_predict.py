@@ -71,8 +71,8 @@ def main(own, rest, argv):
     refuse(not noise, 'no folder has two seeds of its base, so what is noise is not known: make them with --seeds=2')
     refuse(len(names) < 2 or len({doll.card for doll in dolls}) > 1 or len({doll.size for doll in dolls}) < len(dolls),
            f'{" ".join(rest)} have not two ideas in common, each at another size of the doll of one model')
-    sd = statistics.fmean(sd ** 2 for sd in noise) ** 0.5
-    quantile = t_quantile(sum(doll.seeds - 1 for doll in dolls if doll.sd))
+    free = [doll.seeds - 1 for doll in dolls if doll.sd]
+    sd, quantile = statistics.fmean([sd ** 2 for sd in noise], free) ** 0.5, t_quantile(sum(free))
     x, card, rows = np.log([doll.size for doll in dolls]), math.log(dolls[0].card), []
     for name in names:
         changes = [doll.changes[name] for doll in dolls]

@@ -19,7 +19,7 @@ reproduce: str = ''         # the result.json of a finished run, or its folder
 
 MADE_WITH = ('commit', 'versions', 'hardware', 'data', 'protocol')
 
-FORM = dict(val_bpb=float, steps=int, settings={'max_steps': int, 'max_tokens?': int}, changed={str: object}, ideas=[str], hardware=dict(device=str))
+FORM = dict(val_bpb=float, steps=int, settings={'max_steps': int, 'max_tokens?': int}, ideas=[str], hardware=dict(device=str))
 
 
 def read(path):
@@ -27,19 +27,21 @@ def read(path):
         result = json.loads('' if path.is_fifo() or path.is_char_device() else path.read_text('utf-8'))
         if not fits(result, FORM) or result['val_bpb'] <= 0:
             raise ValueError
-        return result, {name: result[name] for name in ('val_bpb', 'steps', 'settings', 'changed', 'ideas', *MADE_WITH)}
+        return result, {name: result[name] for name in ('val_bpb', 'steps', 'settings', 'ideas', *MADE_WITH)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f'{path} is no result of a finished run ({type(e).__name__}): name the result.json that '
                         f'train.py wrote') from e
 
 
 def command(result, ideas, out_dir):
-    """train.py's arguments for the run of a result: the files of its ideas, and the settings that differed."""
+    """train.py's arguments for the run of a result: the files of its ideas, and the settings that are not theirs."""
     named = {Path(path).stem: path for path in ideas}
     files = {name: named.get(name, str(CONFIG / f'{name}.py')) for name in result['ideas']}
     missing = [name for name, path in files.items() if not (name.isidentifier() and Path(path).is_file())]
     refuse(missing, f'{", ".join(missing)} is not in config/: give the path of the file, of which the run keeps a copy')
-    settings = result['changed'] | dict(out_dir=str(out_dir))
+    of_files, known = train.read_settings([*files.values()])
+    settings = {k: v for k, v in result['settings'].items()
+                if k in known.known and json.dumps(v) != json.dumps(getattr(of_files, k))} | dict(out_dir=str(out_dir))
     if settings.get('init_from') == 'resume':
         settings.pop('init_from')
     return [*files.values(), *(f'--{name}={value if isinstance(value, str) else repr(value)}' for name, value in settings.items())]

@@ -69,7 +69,9 @@ class GPT(model.GPT):
     def params(self):
         counts, c = super().params(), self.config
         heads = 0 if c.tie_embeddings else len(self.others) * self.lm_head.weight.numel()
-        return counts | dict(embedding=counts['embedding'] + heads, non_embedding=counts['non_embedding'] - heads)
+        idle = sum(n['total'] - n['active'] for n in (other.params() for other in self.others))
+        return counts | dict(active=counts['active'] - idle, embedding=counts['embedding'] + heads,
+                             non_embedding=counts['non_embedding'] - heads)
 
     def flops_per_token(self, attended=None):
         return super().flops_per_token(attended) + sum(other.flops_per_token(attended) for other in self.others)

@@ -27,7 +27,7 @@ import sample
 import train
 from bench_mfu import Operations, kernel_cases, kernel_rows, measured, using, wait_for
 from config import refuse
-from config.bench_plan import RUNS, expected, law_of_repeats, runs_known
+from config.bench_plan import OTHERWISE, RUNS, SEVERAL, THINNED, expected, law_of_repeats, runs_known
 from config.bench_sweep import spoken
 
 # an operation of a layer: the kernels that decide how it is done
@@ -329,7 +329,10 @@ def buys(s, ideas, found):
     yield dict(tokens_of_text=text['tokens'], epochs=tokens / text['tokens'])
     known = runs_known(RUNS)
     p, residuals = law_of_repeats(known)
-    row = np.array([[way['parameters'], text['bytes'], text['bytes'] * tokens / text['tokens'], 1, 0]])
+    several, thinned = vars(s).get(SEVERAL, 1), vars(s).get(THINNED, 0.0)
+    if OTHERWISE & {name for name, _, named in ideas.sources() if named}:
+        return                                  # of these the law knows nothing
+    row = np.array([[way['parameters'] / several, text['bytes'], text['bytes'] * tokens / text['tokens'], several, thinned]])
     off = np.random.default_rng(0).choice(residuals, len(p)) * np.sign(np.arange(len(p)))      # not of the first
     far = [f'{what} are {value / most:.1f} times the most' for what, value, most in zip(
         ('parameters', 'bytes of text', 'bytes read'), row[0], known.max(0)) if value > 1.5 * most]

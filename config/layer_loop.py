@@ -9,6 +9,7 @@ doll of the half hour (RESULTS.md, "Dolls") all four layers twice, on 4/7 of the
 """
 import model
 import train
+from config import refuse
 
 loop_layers: int = 2        # 1..: how many layers, those in the middle, at most n_layer
 loop_times: int = 2         # 1..: how often they are run
@@ -48,7 +49,16 @@ class GPT(model.GPT):
         return plain + self.looping * layers * c.loop_layers * (c.loop_times - 1) / c.n_layer
 
 
+KEEPERS = {'snapshots', 'best_weights', 'cyclic_average'}      # of weights of several moments
+
+
 class Run(train.Run):
+
+    def __init__(self, s, ideas):
+        super().__init__(s, ideas)
+        kept = KEEPERS & {kind.__module__.rpartition('.')[2] for kind in type(self).__mro__}
+        refuse(s.loop_from and kept, f'loop_from is {s.loop_from:g}, and {"".join([*kept][:1])}.py keeps weights from before it, which '
+               f'would be measured with loops: say --loop_from=0, or leave one out')
 
     def take_model(self, model):
         super().take_model(model)

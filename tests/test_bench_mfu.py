@@ -35,6 +35,14 @@ def opened(corpus, *args):
     return bench_mfu.measured(ideas)(s)
 
 
+def test_an_idea_that_changes_muon_is_measured_without_adamw(corpus, capsys):
+    argv = [*corpus.args, str(ROOT / 'config' / 'normuon.py')]
+    run = opened(corpus, argv[-1])
+    run.shape_given = {}
+    found = bench_mfu.contestants(run, argv)
+    assert [*found] == ['ours, Muon'] and 'ours, AdamW: not measured, optimizer is adamw, and normuon.py' in capsys.readouterr().out
+
+
 def test_everything_is_measured(corpus, tmp_path):
     code, out, err = script('bench_mfu.py', *corpus.args, '--rounds=2', '--json=bench.json', f'--beside={PLAIN}', cwd=tmp_path)
     assert code == 0, err

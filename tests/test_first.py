@@ -10,6 +10,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -189,6 +190,21 @@ def test_the_way_with_which_the_budget_buys_most(start, speeds, expected):
         assert bench_first.recommended(settings(), found)[0] == expected
         found['step']['broken'] = dict(compiled='killed by SIGSEGV')
         assert bench_first.recommended(settings(), found)[0] == expected | dict(compile='off')
+
+
+def test_what_the_budget_buys_of_an_ensemble_is_asked_of_one_member(monkeypatch, tmp_path):
+    asked = []
+    (tmp_path / 'meta.json').write_text(json.dumps(dict(splits=dict(train=dict(tokens=1000, bytes=4000)))))
+    monkeypatch.setattr(first_parts, 'best_way', lambda s, found: (dict(tok_per_sec=100.0, parameters=800), 30.0))
+    monkeypatch.setattr(first_parts, 'expected', lambda p, row: asked.append(row[0].tolist()) or np.zeros((len(p), 1)))
+
+    def buys(*names, **settings):
+        s = SimpleNamespace(budget_minutes=1.0, **settings)
+        ideas = SimpleNamespace(seam=lambda base: lambda s: SimpleNamespace(folder=tmp_path), sources=lambda: [(name, '', True) for name in names])
+        return {k: v for part in first_parts.buys(s, ideas, {}) for k, v in part.items()}
+    assert buys('ensemble', members=8, dropout=0.1)['epochs'] == 3 and buys()['val_bpb']
+    assert asked == [[100, 4000, 12000, 8, 0.1], [800, 4000, 12000, 1, 0]]
+    assert 'val_bpb' not in buys('ensemble', 'distilled', members=8)
 
 
 # ---- kernels

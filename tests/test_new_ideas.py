@@ -84,6 +84,20 @@ def apart(model, idx, starts, step):
     return torch.stack(found)
 
 
+def test_what_members_have_for_training_alone_is_not_active():
+    counts = net(*(str(CONFIG / f'{name}.py') for name in ('multi_token', 'ensemble')), members=3).params()
+    assert counts['total'] - counts['active'] == 3 * net(str(CONFIG / 'multi_token.py')).config.n_embd ** 2
+
+
+@pytest.mark.parametrize('keeper', ['snapshots', 'best_weights', 'cyclic_average'])
+def test_loops_that_begin_late_are_not_for_weights_kept_before(keeper):
+    s, ideas = train.read_settings([LOOP, str(CONFIG / f'{keeper}.py'), '--loop_from=0.5'])
+    with pytest.raises(UserError, match=f'loop_from is 0.5, and {keeper}.py keeps weights from before it'):
+        ideas.seam(train.Run)(s, ideas)
+    s.loop_from = 0.0
+    ideas.seam(train.Run)(s, ideas)
+
+
 @pytest.mark.parametrize('names', NETS, ids='+'.join)
 def test_rows_that_go_apart_are_what_the_full_forward_gives(names):
     model = net(*(str(CONFIG / f'{name}.py') for name in names), **dict(rotary_dim=8) if 'latent_attention' in names else {})

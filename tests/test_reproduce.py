@@ -1,9 +1,12 @@
 """bench_mfu.py --reproduce: a run again, and what is said where it is not the same."""
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+import train
+from config import bench_reproduce
 from conftest import ROOT, script
 
 
@@ -42,6 +45,15 @@ def test_what_differs_is_told(run, tmp_path):
     (tmp_path / 'run' / 'result.json').write_text(json.dumps(result))
     code, out, _ = script('bench_mfu.py', '--reproduce=run', '--compare_dir=two', cwd=tmp_path)
     assert code == 0 and "versions: {'python'" in out and "'torch': '2.0'" in out
+
+
+def test_a_setting_that_was_put_back_to_its_default_is_given(tmp_path):
+    argv = [str(ROOT / 'config' / 'babylm.py'), '--n_layer=10', '--block_size=256']
+    s, ideas = train.read_settings(argv)
+    assert s.n_layer == ideas.known['n_layer'].default != train.read_settings(argv[:1])[0].n_layer
+    result = dict(settings=json.loads(json.dumps(vars(s))), ideas=['babylm'])
+    again, _ = train.read_settings(bench_reproduce.command(result, [], Path(s.out_dir)))
+    assert vars(again) == vars(s)
 
 
 @pytest.mark.parametrize('text, said', [('{', 'is no result of a finished run (JSONDecodeError)'), ('[]', 'is no result'), ('{}', 'is no result'),

@@ -713,6 +713,10 @@ def test_the_text_error_is_that_of_another_sample_of_such_text():
     assert np.std(found, axis=0) / np.mean(said, axis=0) == pytest.approx([1, 1], abs=0.35)
     tokens, docs = split(1, sources=1)
     assert sample.bits_per_byte(Costs(table), tokens, docs)['per_source_error'] == {}         # one document says nothing of others
+    for size, known in ((5, False), (0.001, True)):                                           # nor of a source that is half the text
+        tokens, docs = split(40, sources=1)
+        docs['source'][0], docs['bytes'][0] = 1, size * docs['bytes'][1:].sum()
+        assert math.isfinite(sample.bits_per_byte(Costs(table), tokens, docs)['text_error']) == known
 
 
 def test_texts_longer_than_the_model_looks_back_are_scored_whole():

@@ -487,7 +487,8 @@ def test_a_row_that_was_cut_off_is_left_out(tmp_path):
 def test_peaks_are_of_the_card_named():
     named = {'NVIDIA GeForce RTX 4090': 165.2, 'NVIDIA GeForce RTX 4090 Laptop GPU': None, 'NVIDIA GeForce RTX 4090 D': None,
              'NVIDIA L4': 121.0, 'NVIDIA L40S': 362.1, 'NVIDIA H100 80GB HBM3': 989.4, 'NVIDIA H100 PCIe': 756.4,
-             'NVIDIA A100-SXM4-80GB': 311.9, 'Tesla T4': None}
+             'NVIDIA A100-SXM4-80GB': 311.9, 'Tesla T4': None, 'NVIDIA GeForce RTX 3090': 71.2,
+             'NVIDIA GeForce RTX 3090 Ti': None, 'NVIDIA L40': None, 'NVIDIA RTX A1000': None}
     for name, peak in named.items():
         assert train.peak_flops(name) == (peak and pytest.approx(peak * 1e12)), name
 
