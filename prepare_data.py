@@ -943,6 +943,10 @@ class Corpus:
         """The documents of one file, as (bytes, str). The bar counts the bytes on disk."""
         return read(part, self, report, bar)
 
+    def said(self, text):
+        """The bytes that a document of this text counts with, after something changed it."""
+        return text.encode()
+
     def unwanted(self, text, part):
         """Why a training document is dropped, or ''."""
         return ''
@@ -1068,6 +1072,7 @@ class Found:
         self.reasons, self.drop = {'': 0}, bytearray()
         self.below, self.lowest = int(val_fraction * 2**64), 2**64
         self.lowest_at = self.lone = None        # numbers of documents: of that key; where it alone is held out
+        self.lowest_text = ''
         self.ceiling, self.size, self.lines, self.shared = 2**64, 0, {}, set()
 
     def number(self, reason):
@@ -1088,7 +1093,7 @@ class Found:
             self.hold(text)
         elif split == '' and key not in self.held:
             if key < self.lowest:
-                self.lowest, self.lowest_at = key, len(self.drop) - 1
+                self.lowest, self.lowest_at, self.lowest_text = key, len(self.drop) - 1, text
             if key < self.below:
                 self.hashed.add(key)
                 self.hold(text)
@@ -1098,6 +1103,7 @@ class Found:
         if self.below <= self.lowest < 2**64:
             self.below, self.lone = self.lowest + 1, self.lowest_at
             self.hashed.add(self.lowest)
+            self.hold(self.lowest_text)
             self.sample.pop(self.lowest, None)
 
     def offer(self, key, rank, text, size):
@@ -1196,7 +1202,7 @@ def encode(corpus, parts, found, tokenizer, folder, names, bar):
                     or key in found.hashed and part.split == 'train'):
                 corpus.note(report, 'training documents dropped, identical to held-out ones', text)
                 continue
-            split = part.split or ('val' if key < found.below else 'train')
+            split = part.split or ('val' if key in found.hashed else 'train')
             if split == 'train' and found.drop[number]:
                 corpus.note(report, [*found.reasons][found.drop[number]], text)
                 continue
@@ -1588,6 +1594,8 @@ def main(argv):
         if {'-h', '--help'} & {*argv}:
             usage(corpus)
         else:
+            for line in ideas.overruled:
+                print(f'overruled: {line}')
             corpus(SimpleNamespace(**ideas.values)).run()
     except (UserError, OSError, MemoryError, RuntimeError) as e:
         print(f'prepare_data.py: {in_words(e)}', file=sys.stderr)

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 import prepare_data
-from prepare_data import NO_BAR, UserError
+from prepare_data import NO_BAR, SEPARATOR, UserError
 
 clean: str = 'all'           # steps with commas between; or all
 languages: str = ''          # that the step language keeps, of en,sv,code; without it a source's commonest
@@ -70,7 +70,7 @@ class Corpus(prepare_data.Corpus):
                     report[f'characters fewer, {step}'] += len(text) - len(new)
                     text = re.sub('\n{3,}', '\n\n', new.strip('\n'))
             if text.strip() or not self.steps:
-                yield doc if text is whole else text.encode(), text
+                yield doc if text is whole else self.said(text), text
             else:
                 report['documents dropped, nothing left of them'] += 1
 
@@ -142,28 +142,43 @@ BOILERPLATE = (              # where a text holds the first, what fits the secon
      lambda entity: html.unescape(entity[0]).replace('\xa0', ' ')))
 LICENCE = re.compile(rb'(?:End of (?:the )?Project Gutenberg[^\n]*\s+)?'
                      rb'\*\*\* ?(START|END) OF TH(?:E|IS) PROJECT GUTENBERG[^\n]*', re.I)
+MARK = re.compile(LICENCE.pattern + b'|' + re.escape(SEPARATOR), re.I)
+AROUND = 1 << 15            # bytes at most before, between and after books; the licence has 19,000
 TIER = re.compile(r'^(?:\*?\w{1,12}:\t|[-–—] )', re.M)
 
 
 def without_licence(blocks, report):
-    """Leaves out what stands before, between and after the books of Project Gutenberg."""
-    held, inside, counted = b'', None, 'bytes of Project Gutenberg licences removed'
+    """Leaves out what stands before, between and after the books of Project Gutenberg: of each document by itself, and no
+    more at a place than the licence is long."""
+    held, left, counted = b'', None, 'bytes of Project Gutenberg licences removed'       # left: None as a document begins
+
+    def outside(text):                           # what of a text belongs to the book
+        nonlocal left
+        gone = min(left, len(text))
+        left -= gone
+        report[counted] += gone
+        return text[gone:]
+
     for block in itertools.chain(blocks, [None]):
         held += block or b''
-        if inside is None:                       # a first book that starts soon: what precedes is its header
-            found = LICENCE.search(held[:1 << 15])
-            inside = not found or found[1].upper() == b'END'
-        while found := LICENCE.search(held):
-            if inside:
-                yield held[:found.start()]
-            report[counted] += found.end() - found.start() * inside
-            held, inside = held[found.end():], found[1].upper() == b'START'
-        done = len(held) - 512 if block is not None else len(held)       # a mark may go on in the next block
-        if done > 0 and inside:
-            yield held[:done]
-        elif done > 0:
-            report[counted] += done
-        held = held[max(done, 0):]
+        while left is not None or len(held) >= AROUND or block is None:
+            if left is None:                     # a first book that starts soon: what precedes is its header
+                found = LICENCE.search(held[:AROUND].partition(SEPARATOR)[0])
+                left = AROUND * bool(found and found[1].upper() == b'START')
+            if not (found := MARK.search(held)):
+                break
+            yield outside(held[:found.start()])
+            held, side = held[found.end():], found[1]
+            if side:
+                left = AROUND * (side.upper() == b'END')
+                report[counted] += len(found[0])
+            else:
+                left = None
+                yield SEPARATOR
+        done = max(0, len(held) - 512) if block is not None else len(held)       # a mark may go on in the next block
+        if left is not None:
+            yield outside(held[:done])
+            held = held[done:]
 
 
 def mend_unicode(text, kind):

@@ -38,6 +38,7 @@ answer_tokens: int = 32         # 1..: answers of at most so many are compared w
 base_data: str = ''             # prepared data on which forgetting is measured; '': the first run's own
 
 NOT_WITH = dict(
+    **dict.fromkeys(('climb_data', 'raise'), 'a curriculum reads rows that begin anywhere, and so answers without their questions'),
     distillation='its teacher knows no roles', context_rampup='it cuts answers from their questions',
     split_by_lines='rows of conversations are no lines of text',
     plain_gpt2='it reads rows that begin anywhere, and so answers without their questions')
@@ -149,11 +150,14 @@ class Corpus(stories.Corpus):
                 f'{where} is no conversation (its fields are {", ".join(map(str, row))[:200]}): give messages, '
                 f'a list of role (user, assistant) and content, or instruction and output') from None
 
+    def said(self, text):
+        return without_marks(text).encode()
+
     def documents(self, part, report, bar):
         """A document's bytes are those of what was said."""
         for _, text in super().documents(part, report, bar):
             text = text if prepare_data.ROWS.search(part.name) else without_marks(text, '\ufffd')
-            yield without_marks(text).encode(), text
+            yield self.said(text), text
 
     def tokenizer(self, texts):
         tokenizer = super().tokenizer(map(without_marks, texts))

@@ -56,12 +56,19 @@ class Corpus(prepare_data.Corpus):
                         break
                 from pyarrow.parquet import ParquetFile
                 self.read += size * taken // max(ParquetFile(f).metadata.num_rows, 1)
+            elif rows and rows[1].lower() in ('csv', 'tsv') and (size > most or f is not raw):       # a row may hold line ends
+                name = f'{name}.jsonl'
+                for _, row in prepare_data.csv_rows(part, f):
+                    out.write(json.dumps(row).encode() + b'\n')
+                    if out.tell() >= most:
+                        break
+                self.read += raw.tell()
             elif f is not raw:                   # of what is packed so many bytes as they lie there
                 while raw.tell() < most and out.tell() < 16 * most and (block := f.read(LEAST)):
                     out.write(block)
                 out.write(f.readline(MAX_LINE))
                 self.read += raw.tell()
-            elif size <= most or rows and rows[1].lower() in ('csv', 'tsv', 'json'):
+            elif size <= most or rows and rows[1].lower() == 'json':
                 out.write(f.read(most) + f.readline(MAX_LINE))
                 self.read += raw.tell()
             else:

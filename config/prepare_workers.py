@@ -159,7 +159,8 @@ class Corpus(prepare_data.Corpus):
                     held = keys < np.uint64(found.below)
                     train = np.sort(keys[~held & (docs.rows['reason'] == 0)]).tolist()
                     lowest = next((key for key in train if key not in found.held), 2**64)
-                    found.lowest = min(found.lowest, lowest)
+                    if lowest < found.lowest:
+                        found.lowest, found.lowest_text = lowest, docs.text(np.flatnonzero(keys == np.uint64(lowest))[0]).decode()
                 for i in np.flatnonzero(held):
                     found.assign(part.split, int(keys[i]), docs.text(i).decode())
         found.hold_one()
@@ -175,7 +176,7 @@ class Corpus(prepare_data.Corpus):
             for docs in shard.batches():
                 keys, splits = docs.rows['key'], np.full(len(docs.rows), part.split or 'train')
                 if part.split == '':
-                    splits[keys < np.uint64(found.below)] = 'val'
+                    splits[[key in found.hashed for key in keys.tolist()]] = 'val'
                 copies = [key in known.get(part.split, ()) for key in keys.tolist()]
                 train = splits == 'train'
                 gone = np.where(copies, len(shard.reasons), np.where(train, docs.rows['reason'], 0))

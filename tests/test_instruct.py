@@ -131,6 +131,17 @@ def test_the_bins_hold_roles_and_the_bytes_of_what_was_said(teach, talk, tmp_pat
     assert t.roles == dict(user=257, assistant=258) and data.meta['vocab_size'] == 259
 
 
+@pytest.mark.parametrize('order', [('instruct', 'clean'), ('clean', 'instruct')])
+def test_the_bytes_of_what_was_said_are_those_of_what_cleaning_left(order, tmp_path):
+    rows = [dict(instruction=f'Say\u200b {i}', output=f'{i}!') for i in range(300)]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+    ideas = prepare_data.Ideas([*(str(ROOT / 'config' / f'{name}.py') for name in order), '--clean=unicode'], train.TABLES)
+    s = SimpleNamespace(**ideas.values | dict(dataset=f'files:{tmp_path}', data_dir=str(tmp_path / 'out'), vocab_size=300))
+    data = ideas.seam(prepare_data.Corpus)(s).open()
+    said = [len(data.tokenizer.decode([*ids]).encode()) for ids in np.split(data.tokens['val'], data.docs['val']['start'][1:])]
+    assert data.docs['val']['bytes'].tolist() == said
+
+
 def test_generated_conversations_ask_what_their_story_says():
     for world, requests in instruct.CHATS.values():
         for said in itertools.islice(instruct.questions(40, 5, world), 40):
@@ -295,6 +306,8 @@ def test_a_taught_run_resumes_to_the_bit(teach, monkeypatch, tmp_path):
 def test_where_it_is_refused(teach, main, finished, talk, tmp_path, corpus):
     with pytest.raises(UserError, match='instruct.py goes on from a finished run: name it with --init_from, or leave instruct.py out'):
         main(IDEA, f'--dataset=files:{talk}', f'--data_dir={tmp_path}')
+    with pytest.raises(UserError, match='climb_data.py do not go together .a curriculum reads rows that begin anywhere'):
+        main(IDEA, str(ROOT / 'config' / 'climb_data.py'), f'--init_from={finished[0]}', f'--dataset=files:{talk}')
     for args, why in ((['--chat'], 'was not taught to chat, its vocabulary has no roles: continue a text with --interactive'),
                       (['--chat', '--samples=2'], '--chat answers what is typed'), (['--chat', '--eval=bpb'], '--chat answers what is typed'),
                       (['--chat', '--export=html'], '--chat answers what is typed')):

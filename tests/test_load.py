@@ -94,19 +94,20 @@ def test_a_text_of_a_hundred_gigabytes_is_planned_without_being_read(tmp_path, c
     assert read_so_far() - before < 200_000_000 and [*tmp_path.iterdir()] == [path]
 
 
-@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.jsonl.gz', 'a.csv', 'a.json', 'a.parquet'])
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.jsonl.gz', 'a.csv', 'a.csv.gz', 'a.json', 'a.parquet'])
 def test_a_plan_is_near_to_what_is_built(name, tmp_path, capsys, handlers, monkeypatch):
     """Of a sample of a tenth, of what is packed a half."""
     texts = [f'Mia lost kite number {i} by the lake, {"and looked for it, " * (i % 7)}é🙂.' for i in range(6000)]
     path, rows = tmp_path / name, [dict(text=text) for text in texts]
     lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    table = ('text\n' + ''.join('"{}"\n'.format(text.replace(', ', '\n')) for text in texts)).encode()      # of rows in several lines
     if name == 'a.parquet':
         arrow = pytest.importorskip('pyarrow')
         import pyarrow.parquet
         arrow.parquet.write_table(arrow.table(dict(text=texts)), path, row_group_size=500)
     else:
         path.write_bytes({'a.txt': '\n\n'.join(texts).encode(), 'a.jsonl': lines.encode(), 'a.jsonl.gz': gzip.compress(lines.encode(), 0), 'a.json': json.dumps(rows).encode(),
-                          'a.csv': ('text\n' + ''.join(f'"{text}"\n' for text in texts)).encode()}[name])
+                          'a.csv': table, 'a.csv.gz': gzip.compress(table, 0)}[name])
     args = f'files:{path}', '--tokenizer=bytes', '--min_doc_bytes=0', f'--data_dir={tmp_path / "data"}'
     plan = config.verb('prepare', 'plan')
     monkeypatch.setattr(plan, 'SAMPLE', path.stat().st_size // (2 if name.endswith('gz') else 10))

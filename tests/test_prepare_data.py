@@ -1040,6 +1040,12 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     assert (folder / 'meta.json').read_bytes() == before
 
 
+def test_a_data_set_that_an_idea_overrules_is_told(tmp_path, capsys):
+    (tmp_path / 'mine.py').write_text("dataset = 'files:none'\n")
+    assert pd.main([f'files:{tmp_path}', str(tmp_path / 'mine.py')]) == 2
+    assert f"overruled: {tmp_path}/mine.py:1 sets dataset to 'files:none', --dataset=files:{tmp_path} had set it to" in capsys.readouterr().out
+
+
 # Real text
 
 

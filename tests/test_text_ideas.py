@@ -245,6 +245,22 @@ def test_licences_go(block):
     assert b''.join(clean.without_licence([b'no book at all\n' * 99], report)) == b'no book at all\n' * 99
 
 
+@pytest.mark.parametrize('block', [600, 1 << 20])
+@pytest.mark.parametrize('which', [b'START', b'END'])
+def test_a_licence_that_is_quoted_costs_its_document_alone(which, block):
+    docs = [b'document %d\n' % i * 50 for i in range(20)]
+    quoted = docs[9] + b'*** %s OF THE PROJECT GUTENBERG EBOOK EMMA ***\n' % which + b'the rest\n'
+    whole = b'<|endoftext|>'.join([*docs[:9], quoted, *docs[10:]])
+    left = b''.join(clean.without_licence([whole[i:i + block] for i in range(0, len(whole), block)], Counter())).split(b'<|endoftext|>')
+    assert left[:9] + left[10:] == docs[:9] + docs[10:] and left[9].strip() == (b'the rest' if which == b'START' else docs[9].strip())
+
+
+def test_books_whose_beginnings_are_not_marked_stay():
+    mark, book = b'*** END OF THE PROJECT GUTENBERG EBOOK A ***\n', b'a line of a book\n' * 10_000
+    left = b''.join(clean.without_licence([(book + mark + b'licence\n' * 2000) * 3], Counter()))
+    assert left.count(b'a line of a book') > 0.8 * 3 * 10_000
+
+
 def english(n, seed):
     """n documents of about 120 words."""
     return list(tell.story_documents(n, seed))
@@ -343,6 +359,17 @@ def test_the_near_copy_of_the_only_held_out_document_goes(tmp_path):
         data = prepare(tmp_path / f'{seed}.txt', tmp_path / 'out', 'dedup', val_fraction=1e-6)
         (held,), train = texts(data, 'val'), texts(data, 'train')
         assert len(train) == 5 and not any(text.startswith(held.removesuffix(' extra tail.')) for text in train)
+
+
+def test_what_was_dropped_is_not_held_out_where_no_hash_is_low_enough(tmp_path):
+    """The lowest of those that stayed alone is, and nothing like it is trained on; what training has of it is told."""
+    for seed in range(4):
+        docs = passages(20, seed)
+        write(tmp_path / f'{seed}.txt', '\n\n'.join(text for doc in docs for text in (doc, f'{doc} extra tail.')))
+        data = prepare(tmp_path / f'{seed}.txt', tmp_path / 'out', 'text_share', 'dedup', text_share=0.4, val_fraction=1e-6)
+        (held,), train = texts(data, 'val'), texts(data, 'train')
+        assert 2 < len(train) < 20 and not any(text.startswith(held.removesuffix(' extra tail.')) for text in train)
+        assert data.meta['in_training']['held_out_bytes'] > 0
 
 
 def test_near_duplicates_across_batches_and_a_split_by_hash(tmp_path, monkeypatch):
