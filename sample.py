@@ -828,7 +828,10 @@ class Measure:
 
     def other(self, name, model, n=0, stop=None):
         """What a known measure returns."""
-        return self.known()[name](model, n, stop)
+        result = self.known()[name](model, n, stop) or {}
+        missing = {'error', 'chance', 'items'} - result.keys() if 'accuracy' in result else ()
+        refuse(missing, f'{name} returns an accuracy without {", ".join(sorted(missing))}: give all four')
+        return result
 
     def bpb(self, model, slices=SLICES, max_tokens=8192, stop=None, rank=0, world=1, reduce=lambda x: x):
         """bits_per_byte of the validation split, its sources named."""
@@ -923,10 +926,10 @@ class Measure:
         if 'accuracy' not in result:
             return '; '.join(self.lines(name, result))
         more = {k: v for k, v in result.items() if type(v) in (int, float)}
-        kinds = ', '.join(f'{k} {v:.3f}' for k, v in (result.get('per_field') or result['per_kind']).items())
+        kinds = ', '.join(f'{k} {v:.3f}' for k, v in (result.get('per_field') or result.get('per_kind', {})).items())
         p, error, n = (more.pop(key) for key in ('accuracy', 'error', 'items'))
         more = ''.join(f', {k} {v:,}' if type(v) is int else f', {k} {v:.4g}' for k, v in more.items())
-        return f'{name}: {p:.4f} +- {error:.4f} on {n:,} items{more} ({kinds})'
+        return f'{name}: {p:.4f} +- {error:.4f} on {n:,} items{more}' + f' ({kinds})' * bool(kinds)
 
 
 # ---- the machine, and the energy that it takes ---------------------------------------------------------------

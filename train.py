@@ -592,7 +592,7 @@ class Run:
         self.times = dict.fromkeys(('startup', 'compile', 'train', 'eval', 'save'), 0.0)
         self.history = collections.deque(maxlen=1000)    # (seconds waited for data, seconds) of the last steps
         self.waited = np.zeros(2)                # the sum of all of these but the first
-        self.losses = collections.deque(maxlen=20)       # nats a token, of the last steps
+        self.recent = collections.deque(maxlen=20)       # nats a token, of the last steps
         self.log_path = self.out_dir / 'metrics.jsonl'
 
     def open(self):
@@ -810,6 +810,8 @@ class Run:
         torch.manual_seed(s.seed)
         torch.set_float32_matmul_precision('high')
         self.take_model(self.new_model(self.config))
+        unset = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        refuse(unset, f'{", ".join(unset[:3])} begin as no numbers: set them in init_weights')
         if before is not None:
             self.start_from(before)
         self.stream = self.ideas.seam(Stream)(self.data, s)
@@ -882,7 +884,7 @@ class Run:
         moved = self.moved()
         left = [name for name, p in model.named_parameters() if p.requires_grad and p not in moved]
         refuse(left, f'{", ".join(left[:3])} are in no group of the optimizers, nothing would move them: have the idea '
-               f'that adds them name one for them in Run.groups')
+               f'that adds them name one in Run.groups, dict(params=[...], base_lr=0.01)')
         if self.world > 1:
             self.together = GradientSum(model.parameters(), getattr(torch, self.s.reduce_dtype))
 
@@ -916,8 +918,10 @@ class Run:
         return Muon
 
     def make_optimizers(self, model):
-        s, muon = self.s, []
-        groups = {name: dict(base_decay=0.0) | g for name, g in self.groups(model).items() if g['params']}
+        s, muon, groups = self.s, [], self.groups(model)
+        wrong = [name for name, g in groups.items() if not (isinstance(g, dict) and {'params', 'base_lr'} <= g.keys())]
+        refuse(wrong, f'{wrong and wrong[0]} of Run.groups is no group: write dict(params=[...], base_lr=0.01)')
+        groups = {name: dict(base_decay=0.0) | g for name, g in groups.items() if g['params']}
         changed = next(kind for kind in type(self).__mro__ if 'muon' in vars(kind)).__module__
         refuse(changed != Run.__module__ and s.optimizer != 'muon',
                f'optimizer is {s.optimizer}, and {changed.rpartition(".")[2]}.py changes Muon: leave one out')
@@ -1083,8 +1087,7 @@ class Run:
         while not self.fits_memory(batch):
             batch = self.halved(batch)
         del room
-        moved = {id(p) for o in self.optimizers if isinstance(o, Muon) for g in o.param_groups for p in g['params']}
-        idle = [name for name, p in self.model.named_parameters() if id(p) in moved and p.grad is None]
+        idle = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         refuse(idle, f'{", ".join(idle[:3])} have no gradient, nothing in the loss reads them: leave out the idea '
                f'that adds them, or name it after the others')
         seconds = seconds_of(lambda: self.batch_loss(**batch).backward(), 1)
@@ -1365,7 +1368,7 @@ class Run:
         self.history.append((wait, seconds))
 
     def log(self, loss, norm, rate, finite):
-        self.losses.extend([loss] * finite)
+        self.recent.extend([loss] * finite)
         peak, (wait, _), elapsed = self.peak(), self.history[-1], self.clock.elapsed()
         mfu, memory = self.speed * self.flops_per_token / peak if peak else None, peak_memory_gb(self.device)
         if self.steps % (1 + self.steps // LOGGED) == 0 or not finite:
@@ -1516,7 +1519,7 @@ class Run:
         if not math.isfinite(result['bpb']):
             return self.say('         validation: not finite')
         self.slice_seconds = self.dearer() * self.agreed(result['seconds_per_slice'])
-        learned = f', {np.mean(self.losses):.4f} in the last steps of training' if self.losses else ''
+        learned = f', {np.mean(self.recent):.4f} in the last steps of training' if self.recent else ''
         self.say(f'         validation on {result["share"]:.1%}: {result["bpb"]:.4f} bits per byte, standard error '
                  f'{result["error"]:.4f}; epoch {self.tokens / self.stream.epoch_tokens():.2f}, nats a token {result["loss"]:.4f}{learned}')
         if abilities := self.judge(self.curve):

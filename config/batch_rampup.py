@@ -25,10 +25,11 @@ class Run(train.Run):
         return max(1, round(share * super().micro_steps(progress)))
 
     def build(self):
+        train.refuse(self.s.max_tokens and self.s.max_steps, 'batch_rampup.py counts steps or tokens: give max_steps or max_tokens')
         super().build()
         s, self.in_all = self.s, 0                         # tokens, where steps are counted
         a_part = self.micro * s.block_size * self.world
-        if s.max_tokens and not s.max_steps:               # the clock takes all steps to be alike
+        if s.max_tokens:                                   # the clock takes all steps to be alike
             steps = 0
             while self.in_all < s.max_tokens:
                 self.in_all += self.micro_steps(self.in_all / s.max_tokens) * a_part
@@ -43,5 +44,5 @@ class Run(train.Run):
 
     def count(self, *account):
         super().count(*account)
-        if self.s.max_tokens and not self.s.max_steps:     # progress by tokens, as a clock would have it
+        if self.s.max_tokens:                              # progress by tokens, as a clock would have it
             self.clock.progress = min(1.0, self.tokens / self.s.max_tokens)

@@ -59,6 +59,9 @@ class Run(train.Run):
         known = table(self.data, self.s.word_classes)
         self.class_of = torch.from_numpy(np.where(known.any(1), known.argmax(1), -1)).to(self.device)     # BOS is of none
 
+    def shape_names(self):
+        return [*super().shape_names(), 'word_classes']
+
     def groups(self, model):
         groups = super().groups(model)
         groups['heads']['params'].append(model.class_head.weight)

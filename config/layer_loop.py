@@ -80,6 +80,14 @@ class Run(train.Run):
             self.flops_per_token = self.arithmetic()
         super().step()
 
+    def load(self, state):
+        super().load(state)
+        self.loop()                              # its progress is known now
+
+    def closing_evaluation(self):
+        self.set_looping(True)                   # as whoever loads it will ask it
+        return super().closing_evaluation()
+
     def dearer(self):
         """The closing evaluation is of a model that loops."""
         looping, now = self.model.looping, self.model.flops_per_token()

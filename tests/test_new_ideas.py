@@ -206,6 +206,15 @@ def test_a_loop_is_the_deeper_model_that_it_looks_like(times):
         net(LOOP, loop_layers=5)
 
 
+def test_a_run_with_late_loops_that_was_stopped_at_its_end_is_measured_with_them(main, tmp_path):
+    args = [LOOP, '--n_layer=3', '--max_steps=5', '--loop_from=0.5']
+    main(*args)
+    before = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    (tmp_path / 'run' / 'result.json').unlink()
+    main(*args, '--init_from=resume')
+    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['val_bpb'] == before['val_bpb']
+
+
 def test_a_loop_may_begin_late(main, tmp_path):
     args = [LOOP, '--n_layer=3', '--max_steps=4', '--overwrite']
     main(*args, '--loop_from=0.5')

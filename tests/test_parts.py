@@ -186,11 +186,18 @@ def test_a_shape_that_cannot_be_is_a_ValueError(names, wrong, said):
         config.GPT(config)
 
 
+@pytest.mark.parametrize('name, part', [('interleaved_heads', 'mixes'), ('value_embeds', 'value_')])
+def test_what_tokens_in_the_place_of_matrices_would_leave_unread_is_named(main, name, part):
+    with pytest.raises(UserError, match=f'{part}.* have no gradient, nothing in the loss reads them: leave out the idea that adds them, or name it after'):
+        main(f'{name} tokenformer')
+
+
 @pytest.mark.parametrize('names, wrong, said', [
     ('latent_attention', ['--kv_latent=0'], 'kv_latent is 0, it must be at least 1'), ('latent_attention', ['--q_latent=-1'], 'q_latent is -1'),
     ('value_embeds', ['--value_embeds=-1'], 'at least 0'), ('value_embeds latent_attention', [], 'do not go together'),
     *((f'latent_attention {name}', [], f'config/latent_attention.py and config/{name}.py do not go together .the cache keeps latents')
       for name in ('value_embeds', 'value_projections', 'interleaved_heads')),
+    ('batch_rampup', ['--max_tokens=9000', '--max_steps=9'], 'batch_rampup.py counts steps or tokens: give max_steps or max_tokens'),
     ('latent_attention', ['--rotary_dim=32'], 'the model cannot be built: kv_latent 192 needs rotary_dim below'),
     ('value_embeds', ['--value_embeds=3'], 'the model cannot be built: value_embeds is 3, it counts layers and n_layer is 2'),
     ('dropout', ['--dropout=0.96'], 'at most 0.95'), ('stochastic_depth', ['--layer_drop=1'], 'at most 0.95'),

@@ -1088,6 +1088,27 @@ def test_a_parameter_that_no_optimizer_has_is_refused(main, tmp_path):
         main(str(tmp_path / 'forgets.py'))
 
 
+@pytest.mark.parametrize('text, said', [
+    ('import torch\nimport model\nclass Block(model.Block):\n    def __init__(self, config, layer):\n        super().__init__(config, layer)\n'
+     '        self.gain = torch.nn.Parameter(torch.full((3,), float("nan")))\n', 'blocks.0.gain, blocks.1.gain begin as no numbers: set them in init_weights'),
+    ('import train\nclass Run(train.Run):\n    def groups(self, model):\n        return super().groups(model) | dict(mine=dict(params=[], lr=1))\n',
+     r'mine of Run.groups is no group: write dict\(params=\[...\], base_lr=0.01\)'),
+    ('import train\nclass Run(train.Run):\n    def groups(self, model):\n        return super().groups(model) | dict(mine=[])\n', 'mine of Run.groups is no group')])
+def test_what_ideas_forget_is_a_sentence(main, tmp_path, text, said):
+    (tmp_path / 'forgets.py').write_text(text)
+    with pytest.raises(UserError, match=said):
+        main(str(tmp_path / 'forgets.py'))
+
+
+def test_an_evaluation_of_one_s_own(main, tmp_path):
+    head = 'import sample\nclass Measure(sample.Measure):\n    def known(self):\n        return super().known() | dict(luck=lambda model, n, stop: dict('
+    (tmp_path / 'own.py').write_text(head + 'accuracy=0.5, error=0.1, chance=0.5, items=9))\n')
+    (tmp_path / 'half.py').write_text(head + 'accuracy=0.5))\n')
+    assert 'luck: 0.5000 +- 0.1000 on 9 items, chance 0.5\n' in main(str(tmp_path / 'own.py'), '--evals=luck')
+    assert 'left out: luck returns an accuracy without chance, error, items: give all four' in main(
+        str(tmp_path / 'half.py'), '--evals=luck', '--overwrite')
+
+
 def test_overwrite_leaves_no_other_tokenizer(main, tmp_path):
     for tokenizer in ('bpe', 'bytes', 'bpe'):
         main(f'--tokenizer={tokenizer}', '--vocab_size=300', '--overwrite=True', f'--data_dir={tmp_path / "data"}')
