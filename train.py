@@ -810,8 +810,6 @@ class Run:
         torch.manual_seed(s.seed)
         torch.set_float32_matmul_precision('high')
         self.take_model(self.new_model(self.config))
-        unset = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
-        refuse(unset, f'{", ".join(unset[:3])} begin as no numbers: set them in init_weights')
         if before is not None:
             self.start_from(before)
         self.stream = self.ideas.seam(Stream)(self.data, s)
@@ -1048,6 +1046,8 @@ class Run:
         self.read_ahead()
         self.get_going()
         self.times['compile'] += time.monotonic() - began
+        unset = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        refuse(unset, f'{", ".join(unset[:3])} begin as no numbers: set them in init_weights')
         self.measure_evaluation()
         self.save_seconds = 0.5 + 12 * models.blueprint(self.largest()).params()['total'] / 2 ** 30
         self.last_save = self.clock.elapsed()

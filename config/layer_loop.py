@@ -56,8 +56,8 @@ class Run(train.Run):
 
     def __init__(self, s, ideas):
         super().__init__(s, ideas)
-        kept = KEEPERS & {kind.__module__.rpartition('.')[2] for kind in type(self).__mro__}
-        refuse(s.loop_from and kept, f'loop_from is {s.loop_from:g}, and {"".join([*kept][:1])}.py keeps weights from before it, which '
+        kept = [name for kind in type(self).__mro__ if (name := kind.__module__.rpartition('.')[2]) in KEEPERS]
+        refuse(s.loop_from and kept, f'loop_from is {s.loop_from:g}, and {"".join(kept[:1])}.py keeps weights from before it, which '
                f'would be measured with loops: say --loop_from=0, or leave one out')
 
     def take_model(self, model):

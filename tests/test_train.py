@@ -1090,7 +1090,8 @@ def test_a_parameter_that_no_optimizer_has_is_refused(main, tmp_path):
 
 @pytest.mark.parametrize('text, said', [
     ('import torch\nimport model\nclass Block(model.Block):\n    def __init__(self, config, layer):\n        super().__init__(config, layer)\n'
-     '        self.gain = torch.nn.Parameter(torch.full((3,), float("nan")))\n', 'blocks.0.gain, blocks.1.gain begin as no numbers: set them in init_weights'),
+     '        self.gain = torch.nn.Parameter(torch.full((3,), float("nan")))\n    def forward(self, x, x0, context):\n'
+     '        return super().forward(x, x0, context) * self.gain.mean()\n', 'blocks.0.gain, blocks.1.gain begin as no numbers: set them in init_weights'),
     ('import train\nclass Run(train.Run):\n    def groups(self, model):\n        return super().groups(model) | dict(mine=dict(params=[], lr=1))\n',
      r'mine of Run.groups is no group: write dict\(params=\[...\], base_lr=0.01\)'),
     ('import train\nclass Run(train.Run):\n    def groups(self, model):\n        return super().groups(model) | dict(mine=[])\n', 'mine of Run.groups is no group')])
