@@ -13,8 +13,8 @@ In a doll of config/tinystories.py, 3.6 readings, 2.8 % worse (one seed; RESULTS
 import torch
 
 import train
+from config import frequency_bias
 from config.climb_data import admitted      # brings the settings of its pacing
-from config.frequency_bias import frequencies
 from prepare_data import refuse
 
 vocabulary_floor: float = 0.1       # 0.01..1: share of the ids, most frequent first, that is known at first
@@ -41,7 +41,7 @@ class Run(train.Run):
 
 def ranks(tokens, vocab_size):
     """(V,): the place of every id among all, the most frequent first."""
-    return torch.from_numpy((-frequencies(tokens, vocab_size)).argsort(kind='stable').argsort())
+    return torch.from_numpy((-frequency_bias.frequencies(tokens, vocab_size)).argsort(kind='stable').argsort())
 
 
 def known(idx, targets, rank, n, bos, unknown):

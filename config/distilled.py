@@ -22,7 +22,8 @@ distil_from: float = 0.5    # 0.01..0.99: of progress, from which on the members
 
 NOT_WITH = ensemble.NOT_WITH | dict.fromkeys(('snapshots', 'best_weights', 'cyclic_average', 'ema'),
                                              'it goes on with another model') | dict(
-    factorised='it takes a table to be as wide as the layers', layer_loop='what teaches would loop otherwise than it did')
+    factorised='it takes a table to be as wide as the layers', layer_loop='what teaches would loop otherwise than it did',
+    instruct='what it goes on from is one model, that was taught already')
 
 
 class GPT(ensemble.GPT):
