@@ -143,7 +143,7 @@ BOILERPLATE = (              # where a text holds the first, what fits the secon
 LICENCE = re.compile(rb'(?:End of (?:the )?Project Gutenberg[^\n]*\s+)?'
                      rb'\*\*\* ?(START|END) OF TH(?:E|IS) PROJECT GUTENBERG[^\n]*', re.I)
 MARK = re.compile(LICENCE.pattern + b'|' + re.escape(SEPARATOR), re.I)
-AROUND = 1 << 15            # bytes at most before, between and after books; the licence has 19,000
+AROUND = 1 << 15            # bytes at most before, between and after books
 TIER = re.compile(r'^(?:\*?\w{1,12}:\t|[-–—] )', re.M)
 
 

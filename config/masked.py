@@ -55,7 +55,7 @@ class Run(train.Run):
                f'must have some: change it or micro_batch_size')
 
     def arithmetic(self):
-        """A row that is read both ways attends to whole documents: twice the mean of the others less one half."""
+        """A row that is read both ways attends to whole documents: twice the mean of the others, less one."""
         count, seen = self.model.flops_per_token, self.model.attended(self.read_rows())
         return super().arithmetic() + self.two_way / self.micro * (count(2 * seen - 1) - count(seen))
 

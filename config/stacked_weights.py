@@ -42,17 +42,21 @@ def for_stacks(muon):
     them too."""
     class StackMuon(muon):
 
-        @torch.no_grad()
-        def step(self):
-            before = []
-            for group in self.param_groups:
-                params, state = group['params'], self.state[group['params'][0]]
-                met = torch.stack([p.grad.flatten(1).any(1) for p in params])[..., None, None]       # (layers, n, 1, 1)
-                known = [(t, met) for t in state.values() if torch.is_tensor(t)]
-                before += [(t, t.clone(), met) for t, met in [*zip(params, met), *known]]
-            super().step()
-            for now, then, met in before:
-                now.copy_(torch.where(met, now, then))
+        def direction(self, grad, state, group):
+            self.met = grad.flatten(2).any(2)[..., None, None]                     # (layers, n, 1, 1)
+            if 'momentum' in state:              # which moves towards itself: it stays
+                grad = torch.where(self.met, grad, state['momentum'])
+            known = [(t, t.clone()) for k, t in state.items() if k != 'momentum' and torch.is_tensor(t)]
+            update = super().direction(grad, state, group)
+            for now, then in known:
+                now.copy_(torch.where(self.met, now, then))
+            return update
+
+        def move(self, params, updates, group):
+            before = [p.clone() for p in params]
+            super().move(params, updates, group)
+            for p, then, met in zip(params, before, self.met):
+                p.copy_(torch.where(met, p, then))
 
     return StackMuon
 
